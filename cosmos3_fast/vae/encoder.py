@@ -1,0 +1,252 @@
+"""`ConditioningEncoder`: one frame of pixels to normalised latents, as a 2-D network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos3_fast.vae.checkpoint import open_checkpoint
+from cosmos3_fast.vae.fold import Read, fold_encoder
+from cosmos3_fast.vae.layers import Attention, EncoderStage, NormSiLU, ResidualBlock
+from cosmos3_fast.vae.live import check_modules, probe_against
+from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError, is_encoder_tensor
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class ConditioningEncoder(nn.Module):
+    """The encoder of a Wan-family VAE (the one of Cosmos3) for single frames.
+
+    `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std` for one
+    frame, computed without 3-D convolutions: a causal convolution sees only zeros before the
+    first frame, so its last temporal tap is all that acts (`cosmos3_fast.vae.fold` has the
+    algebra). The result is that of the *untiled* VAE: a VAE's tiling switch, which changes
+    results at tile borders, is ignored.
+
+    Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
+    initial weights, to receive a `state_dict()` of the same topology.
+
+    Parameters do not require gradients; gradients to the pixels flow.
+
+    Args:
+        topology: the structure.
+        dtype: of the parameters and of the latents; fp32, bf16, fp16 or fp64.
+        device: of the parameters.
+
+    Attributes:
+        topology: the `EncoderTopology`.
+        z_dim: latent channels.
+        spatial_factor: pixels per latent cell along height and width.
+    """
+
+    def __init__(
+        self,
+        topology: EncoderTopology,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if dtype not in _DTYPES:
+            raise ValueError(f"dtype is {dtype}, wanted one of {[str(d) for d in _DTYPES]}")
+        self.topology = topology
+        self.z_dim = topology.z_dim
+        self.spatial_factor = topology.spatial_factor
+        with torch.device(device or torch.get_default_device()):
+            width = topology.stages[0].in_channels
+            self.conv_in = nn.Conv2d(topology.in_channels, width, 3, padding=1)
+            self.stages = nn.ModuleList(
+                EncoderStage(stage, topology.residual) for stage in topology.stages
+            )
+            width = topology.stages[-1].out_channels
+            self.middle = nn.Sequential(
+                ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)
+            )
+            self.norm_out = NormSiLU(width)
+            self.conv_out = nn.Conv2d(width, topology.z_dim, 3, padding=1)
+        self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.requires_grad_(False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters and of the latents."""
+        return self.conv_in.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters and of the latents."""
+        return self.conv_in.weight.device
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode one frame per batch entry.
+
+        Args:
+            pixels: [B, 3, H, W] or [B, 3, 1, H, W] in [-1, 1], floating point (cast to `dtype`),
+                any strides, on the encoder's device; H and W are multiples of `spatial_factor`.
+                B may be 0.
+
+        Returns:
+            [B, z_dim, 1, H/spatial_factor, W/spatial_factor], normalised, contiguous, in `dtype`.
+
+        Raises:
+            ValueError: wrong rank, channels, frames, size, dtype or device.
+        """
+        frame = self._checked_frame(pixels).to(self.dtype)
+        x = F.pixel_unshuffle(frame, self.topology.patch_size)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+        for stage in self.stages:
+            x = stage(x)
+        x = self.conv_out(self.norm_out(self.middle(x)))
+        return x.contiguous(memory_format=torch.contiguous_format).unsqueeze(2)
+
+    def _checked_frame(self, pixels: Tensor) -> Tensor:
+        shape = list(pixels.shape)
+        if pixels.dim() not in (4, 5):
+            raise ValueError(f"pixels has shape {shape}, wanted [B, 3, H, W] or [B, 3, 1, H, W]")
+        channels = self.topology.image_channels
+        if shape[1] != channels:
+            raise ValueError(f"pixels has {shape[1]} channels in shape {shape}, wanted {channels}")
+        if pixels.dim() == 5:
+            if shape[2] != 1:
+                raise ValueError(
+                    f"pixels has {shape[2]} frames, wanted 1: clips are encoded in exact mode, "
+                    "through a VAE (cosmos3_fast.vae.exact.encode_exact)"
+                )
+            pixels = pixels[:, :, 0]
+        factor = self.spatial_factor
+        for name, size in (("height", shape[-2]), ("width", shape[-1])):
+            if size < factor or size % factor:
+                raise ValueError(
+                    f"pixels has {name} {size}, wanted a positive multiple of {factor}"
+                )
+        if not pixels.is_floating_point():
+            raise ValueError(f"pixels is {pixels.dtype}, wanted floating point in [-1, 1]")
+        if pixels.device != self.device:
+            raise ValueError(f"pixels is on {pixels.device}, the encoder on {self.device}")
+        return pixels
+
+    @classmethod
+    def from_vae(
+        cls,
+        vae: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        probe: bool = True,
+    ) -> ConditioningEncoder:
+        """Fold the encoder of a live VAE: diffusers', SGLang's or vLLM-Omni's, read by structure.
+
+        The weights are copied; the VAE can be changed or dropped afterwards.
+
+        Args:
+            vae: has `encoder`, `quant_conv`, `config`, `state_dict()` and, to probe, `encode`.
+            dtype: default: the VAE's.
+            device: default: the VAE's.
+            probe: also encode one tiny random frame with both and compare, so that a difference
+                that module attributes do not show is found.
+
+        Raises:
+            UnsupportedVAEError: the structure, a tensor, a module's setting or the probe differs
+                from what the 2-D encoder computes.
+        """
+        if not hasattr(vae, "encoder") or not hasattr(vae, "config"):
+            raise UnsupportedVAEError(f"{type(vae).__name__} has no encoder or no config")
+        tensors = vae.state_dict()
+        topology = _checked_topology(tensors, vae.config)
+        check_modules(vae, topology)
+        weight = tensors["encoder.conv_in.weight"]
+        encoder = cls._from_fold(
+            topology, _last_taps(tensors), dtype or weight.dtype, device or weight.device
+        )
+        if probe:
+            probe_against(vae, encoder)
+        return encoder
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | os.PathLike[str],
+        subfolder: str = "vae",
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
+    ) -> ConditioningEncoder:
+        """Fold the encoder of a checkpoint, reading only the tensors and temporal taps it needs.
+
+        Args:
+            path_or_repo: a folder with `config.json` and safetensors (one file or shards with an
+                index), or one that has them under `subfolder`; or the id of a repository, fetched
+                with huggingface_hub.
+            subfolder: looked into first.
+            dtype: of the parameters; weights are rounded to it once.
+            device: of the parameters; default: the CPU.
+
+        Raises:
+            CheckpointError: a file is missing, unreadable or truncated.
+            UnsupportedVAEError: the configuration or a tensor is not that of a supported encoder.
+        """
+        with open_checkpoint(path_or_repo, subfolder) as checkpoint:
+            return cls._from_fold(checkpoint.topology, checkpoint.read, dtype, device or "cpu")
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        tensors: Mapping[str, Tensor],
+        config: Any,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> ConditioningEncoder:
+        """Fold a 3-D VAE's state dict (not this module's own: that is `load_state_dict`).
+
+        Args:
+            tensors: names as in diffusers; entries outside `encoder.` and `quant_conv.` are
+                ignored.
+            config: the VAE's configuration, a mapping or an object.
+            dtype, device: default: those of `encoder.conv_in.weight`.
+
+        Raises:
+            UnsupportedVAEError: see `EncoderTopology.from_state_dict`.
+        """
+        topology = _checked_topology(tensors, config)
+        weight = tensors["encoder.conv_in.weight"]
+        return cls._from_fold(
+            topology, _last_taps(tensors), dtype or weight.dtype, device or weight.device
+        )
+
+    @classmethod
+    def _from_fold(
+        cls,
+        topology: EncoderTopology,
+        read: Read,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> ConditioningEncoder:
+        encoder = cls(topology, dtype, device="meta")
+        encoder.load_state_dict(fold_encoder(topology, read, dtype), assign=True)
+        encoder.requires_grad_(False)
+        return encoder.to(device)
+
+
+def _checked_topology(tensors: Mapping[str, Tensor], config: Any) -> EncoderTopology:
+    used = {name: tensor for name, tensor in tensors.items() if is_encoder_tensor(name)}
+    topology = EncoderTopology.from_state_dict(
+        {name: tuple(tensor.shape) for name, tensor in used.items()}, config
+    )
+    for name, tensor in used.items():
+        if tensor.is_meta:
+            raise UnsupportedVAEError(f"{name} is on the meta device: it has no values to fold")
+        if tensor.dtype not in _DTYPES:
+            raise UnsupportedVAEError(
+                f"{name} is {tensor.dtype}, wanted one of {[str(d) for d in _DTYPES]}"
+            )
+    return topology
+
+
+def _last_taps(tensors: Mapping[str, Tensor]) -> Read:
+    def read(name: str) -> Tensor:
+        tensor = tensors[name].detach()
+        return (tensor[:, :, -1:] if tensor.dim() == 5 else tensor).cpu()
+
+    return read

@@ -1,0 +1,170 @@
+"""The algebra that turns the 3-D VAE encoder, on one frame, into a 2-D network.
+
+Every fold is computed in fp64 on the CPU and rounded once, to the target dtype; tensors that only
+move keep their bits. `read(name)` returns a tensor of the 3-D state dict; a reader may return only
+the part that is used (the last temporal slice, the mean half of `quant_conv`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from cosmos3_fast.vae.topology import EncoderTopology
+
+Read = Callable[[str], Tensor]
+
+
+def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of `ConditioningEncoder(topology)`, on the CPU, in `dtype`."""
+    out: dict[str, Tensor] = {}
+
+    def put(name: str, tensor: Tensor) -> None:
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        out[name] = tensor.to(dtype, copy=True, memory_format=layout)
+
+    def conv(source: str, target: str) -> None:
+        put(f"{target}.weight", spatial_taps(read(f"{source}.weight")))
+        put(f"{target}.bias", read(f"{source}.bias"))
+
+    def residual_block(source: str, target: str, has_shortcut: bool) -> None:
+        for norm in ("norm1", "norm2"):
+            put(f"{target}.{norm}.weight", read(f"{source}.{norm}.gamma").flatten())
+        conv(f"{source}.conv1", f"{target}.conv1")
+        conv(f"{source}.conv2", f"{target}.conv2")
+        if has_shortcut:
+            weight = spatial_taps(read(f"{source}.conv_shortcut.weight"))
+            bias = read(f"{source}.conv_shortcut.bias").double()
+            put(f"{target}.shortcut.weight", weight)
+            put(f"{target}.conv2.bias", read(f"{source}.conv2.bias").double() + bias)
+
+    def attention_block(source: str, target: str) -> None:
+        weight, bias = attention(
+            read(f"{source}.norm.gamma"),
+            read(f"{source}.to_qkv.weight"),
+            read(f"{source}.to_qkv.bias"),
+            read(f"{source}.proj.weight"),
+            read(f"{source}.proj.bias"),
+        )
+        put(f"{target}.qkv.weight", weight)
+        put(f"{target}.qkv.bias", bias)
+
+    weight = spatial_taps(read("encoder.conv_in.weight"))
+    put("conv_in.weight", unshuffle_order(weight, topology.patch_size))
+    put("conv_in.bias", read("encoder.conv_in.bias"))
+    for i, (stage, (blocks, downsampler)) in enumerate(
+        zip(topology.stages, topology.block_names(), strict=True)
+    ):
+        for j, source in enumerate(blocks):
+            target = f"stages.{i}.blocks.{j}"
+            if stage.attention and j % 2:
+                attention_block(source, target)
+            else:
+                residual_block(source, target, j == 0 and stage.in_channels != stage.out_channels)
+        if downsampler is not None:
+            conv(f"{downsampler}.resample.1", f"stages.{i}.downsample.conv")
+    residual_block("encoder.mid_block.resnets.0", "middle.0", False)
+    attention_block("encoder.mid_block.attentions.0", "middle.1")
+    residual_block("encoder.mid_block.resnets.1", "middle.2", False)
+    put("norm_out.weight", read("encoder.norm_out.gamma").flatten())
+    weight, bias = head(
+        read("encoder.conv_out.weight"),
+        read("encoder.conv_out.bias"),
+        read("quant_conv.weight"),
+        read("quant_conv.bias"),
+        topology.latents_mean,
+        topology.latents_std,
+    )
+    put("conv_out.weight", weight)
+    put("conv_out.bias", bias)
+    return out
+
+
+def spatial_taps(weight: Tensor) -> Tensor:
+    """The 2-D kernel that a causal 3-D kernel is on the first frame.
+
+    A causal convolution computes `y[0] = Σ_τ W[τ] * x[τ - (kT-1)]`. Frames before the first are
+    zeros, so only τ = kT-1 remains: `y[0] = W[kT-1] * x[0]`.
+
+    Args:
+        weight: [Cout, Cin, kT, kH, kW]; a 2-D kernel [Cout, Cin, kH, kW] is returned as it is.
+
+    Returns:
+        [Cout, Cin, kH, kW], a view.
+    """
+    return weight[:, :, -1] if weight.dim() == 5 else weight
+
+
+def unshuffle_order(weight: Tensor, patch_size: int) -> Tensor:
+    """Reorder input channels for `torch.nn.functional.pixel_unshuffle`.
+
+    The VAE's patches are laid out (channel, column, row), pixel_unshuffle's (channel, row,
+    column); permuting the first convolution's input channels lets the latter serve.
+
+    Args:
+        weight: [Cout, C·p², kH, kW].
+    """
+    cells = weight.unflatten(1, (-1, patch_size, patch_size))
+    return cells.transpose(2, 3).flatten(1, 3)
+
+
+def attention(
+    gamma: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One linear layer in place of norm scale, to_qkv and proj.
+
+    With n = x/‖x‖, D = diag(√C·gamma) and softmax weights P whose rows sum to one:
+    `to_qkv(D n) = (W D) n + b`, and
+    `Wp (P (Wv D n + bv)) + bp = P ((Wp Wv D) n + (Wp bv + bp))`.
+
+    Args:
+        gamma: [C, 1, 1]; qkv_weight: [3C, C, 1, 1]; proj_weight: [C, C, 1, 1]; biases to match.
+
+    Returns:
+        Weight [3C, C] and bias [3C] in fp64.
+    """
+    scale = gamma.double().flatten()
+    weight = qkv_weight.double().flatten(1) * (scale * scale.numel() ** 0.5)
+    bias = qkv_bias.double()
+    channels = weight.shape[1]
+    proj = proj_weight.double().flatten(1)
+    value_weight = proj @ weight[2 * channels :]
+    value_bias = proj @ bias[2 * channels :] + proj_bias.double()
+    return (
+        torch.cat([weight[: 2 * channels], value_weight]),
+        torch.cat([bias[: 2 * channels], value_bias]),
+    )
+
+
+def head(
+    conv_weight: Tensor,
+    conv_bias: Tensor,
+    quant_weight: Tensor,
+    quant_bias: Tensor,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> tuple[Tensor, Tensor]:
+    """`conv_out`, the mean half of `quant_conv`, and `(z - mean) / std` as one convolution.
+
+    With Wq, bq the first `z_dim` rows of the 1x1x1 `quant_conv` and W, b the last temporal tap of
+    `conv_out`: weight `diag(1/std) Wq W`, bias `(Wq b + bq - mean) / std`. Exact at the borders
+    too: `conv_out` pads its input, which comes before all of this.
+
+    Args:
+        conv_weight: [2z, C, kT, 3, 3]; conv_bias: [2z].
+        quant_weight: [2z or z, 2z, 1, 1, 1]; quant_bias: [2z or z].
+        mean, std: z values each.
+
+    Returns:
+        Weight [z, C, 3, 3] and bias [z] in fp64.
+    """
+    z_dim = len(mean)
+    mean64 = torch.tensor(mean, dtype=torch.float64)
+    std64 = torch.tensor(std, dtype=torch.float64)
+    quant = quant_weight[:z_dim].double().flatten(1)
+    taps = spatial_taps(conv_weight).double()
+    weight = torch.einsum("zk,kchw->zchw", quant / std64[:, None], taps)
+    bias = (quant @ conv_bias.double() + quant_bias[:z_dim].double() - mean64) / std64
+    return weight, bias

@@ -1,0 +1,164 @@
+"""The layers of the 2-D encoder. Activations are [B, C, H, W] in channels_last memory."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos3_fast.vae.topology import Stage
+
+_NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
+
+
+def rms_norm_silu(x: Tensor, weight: Tensor | None, silu: bool) -> Tensor:
+    """`act(x / max(‖x‖₂, 1e-12) * (√C * weight))`, the norm taken over dim 1.
+
+    The VAE's RMS norm with `weight` its gamma. Everything is computed in fp32 (fp64 for fp64) and
+    rounded once to `x.dtype`; √C stays out of the stored weight because rounding their product to
+    bf16 would cost as much accuracy as rounding the result.
+
+    Args:
+        x: [B, C, ...] floating point.
+        weight: [C], or None: no weight and no √C, just `x / max(‖x‖₂, 1e-12)`.
+        silu: apply SiLU after the norm.
+
+    Returns:
+        `x`'s shape and dtype.
+    """
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=statistics)
+    y = x / norm.clamp_min(_NORM_EPS)
+    if weight is not None:
+        scale = weight.to(statistics) * x.shape[1] ** 0.5
+        y = y * scale.view(-1, *[1] * (x.dim() - 2))
+    return (F.silu(y) if silu else y).to(x.dtype)
+
+
+class NormSiLU(nn.Module):
+    """RMS norm over channels, then SiLU: [B, C, H, W] → the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm_silu(x, self.weight, silu=True)
+
+
+class ResidualBlock(nn.Module):
+    """norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input: [B, Cin, H, W] → [B, Cout, H, W].
+
+    A shortcut convolution has no bias of its own: it is part of `conv2`'s.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = NormSiLU(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = NormSiLU(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            if in_channels != out_channels
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(self.norm1(x))
+        y = self.conv2(self.norm2(y))
+        return y + (x if self.shortcut is None else self.shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all H·W positions, plus the input.
+
+    The norm's scale and the output projection live in `qkv` (`fold.attention`). In channels_last
+    memory, [B, H·W, C] is a view, so no copy is made on the way in or out.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(channels, 3 * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        tokens = rms_norm_silu(x, None, silu=False).flatten(2).transpose(1, 2)
+        q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
+        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + y.transpose(1, 2).unflatten(2, (height, width))
+
+
+class Downsample(nn.Module):
+    """3x3 convolution of stride 2 that pads below and to the right: H, W → H/2, W/2."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+def average_shortcut(x: Tensor, out_channels: int, factor_t: int, factor_s: int) -> Tensor:
+    """The VAE's `AvgDown3D` on one frame.
+
+    The 3-D layer lists, for each input channel, the `factor_t·factor_s²` values of a cell (time,
+    then row, then column) and averages equal groups of that list. With one frame, the
+    `factor_t - 1` earlier frames are zeros *in front*.
+
+    Args:
+        x: [B, C, H, W], H and W divisible by `factor_s`.
+        out_channels: divides C·factor_t·factor_s².
+
+    Returns:
+        [B, out_channels, H/factor_s, W/factor_s].
+    """
+    area = factor_s**2
+    cells = F.pixel_unshuffle(x, factor_s).unflatten(1, (x.shape[1], area))
+    cells = F.pad(cells, (0, 0, 0, 0, (factor_t - 1) * area, 0))
+    return cells.flatten(1, 2).unflatten(1, (out_channels, -1)).mean(2)
+
+
+def add_average_shortcut(y: Tensor, x: Tensor, factor_t: int, factor_s: int) -> Tensor:
+    """`y + average_shortcut(x)`; may write into `y`.
+
+    Where a group is exactly one cell (every stage of Cosmos3), the average is a pooling, and the
+    zero frames fill whole output channels: pooled channel c belongs to output channel
+    `c·factor_t + factor_t - 1` and nothing is added to the others.
+    """
+    if y.shape[1] == x.shape[1] * factor_t:
+        pooled = F.avg_pool2d(x, factor_s) if factor_s > 1 else x
+        if factor_t == 1:
+            return y + pooled
+        y[:, factor_t - 1 :: factor_t] += pooled
+        return y
+    return y + average_shortcut(x, y.shape[1], factor_t, factor_s)
+
+
+class EncoderStage(nn.Module):
+    """The residual (and attention) blocks of one resolution, its down-sampling and shortcut."""
+
+    def __init__(self, stage: Stage, residual: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        width = stage.in_channels
+        for _ in range(stage.num_blocks):
+            self.blocks.append(ResidualBlock(width, stage.out_channels))
+            if stage.attention:
+                self.blocks.append(Attention(stage.out_channels))
+            width = stage.out_channels
+        self.downsample = Downsample(width) if stage.downsample else None
+        self.residual = residual
+        self.factor_t = stage.factor_t
+        self.factor_s = 2 if stage.downsample else 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        if self.downsample is not None:
+            y = self.downsample(y)
+        if self.residual:
+            y = add_average_shortcut(y, x, self.factor_t, self.factor_s)
+        return y

@@ -1,0 +1,137 @@
+"""A VAE of a real topology with seeded random weights, for tests, demos and timings.
+
+It encodes to noise-like latents: right shapes, costs and value ranges, no meaning.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos3_fast.vae.topology import EncoderTopology
+
+COSMOS3_VAE_CONFIG: dict[str, Any] = {
+    "_class_name": "AutoencoderKLWan",
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_scales": [],
+    "temperal_downsample": [False, True, True],
+    "dropout": 0.0,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 16,
+}
+"""The configuration of the VAE that Cosmos3 uses, but for its latent statistics."""
+
+
+def synthetic_config(
+    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG, seed: int = 0
+) -> dict[str, Any]:
+    """`config` with seeded `latents_mean` (about ±0.5) and `latents_std` (0.5 to 1.5)."""
+    generator = torch.Generator().manual_seed(seed)
+    z_dim = config["z_dim"]
+    mean = torch.randn(z_dim, generator=generator) * 0.5
+    std = torch.rand(z_dim, generator=generator) + 0.5
+    return {
+        **config,
+        "latents_mean": [round(value, 4) for value in mean.tolist()],
+        "latents_std": [round(value, 4) for value in std.tolist()],
+    }
+
+
+def synthetic_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Encoder and `quant_conv` tensors of the 3-D VAE in fp32, with diffusers' names.
+
+    Gammas scatter around 1 and biases around 0, unlike at initialisation, so that folds are put
+    to the test. Kernels are normal with variance 1 / (Cin·kH·kW): one frame passes through one
+    temporal tap.
+
+    Args:
+        config: a complete VAE configuration (`synthetic_config`).
+        seed: the same seed gives the same tensors.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, shape in EncoderTopology.from_config(config).tensor_shapes().items():
+        values = torch.randn(shape, generator=generator)
+        if name.endswith(".gamma"):
+            tensors[name] = values.mul_(0.25).add_(1.0)
+        elif name.endswith(".bias"):
+            tensors[name] = values.mul_(0.25)
+        else:
+            taps = shape[1] * shape[-2] * shape[-1]
+            tensors[name] = values.mul_(taps**-0.5)
+    return tensors
+
+
+def synthetic_vae(
+    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG, seed: int = 0, decoder_base_dim: int = 16
+) -> Any:
+    """A diffusers `AutoencoderKLWan` in fp32 whose encoder has `synthetic_state_dict`'s weights.
+
+    Args:
+        config: latent statistics are added where it has none.
+        seed: of weights and statistics.
+        decoder_base_dim: a small decoder saves time and memory; it keeps its initial weights.
+    """
+    from diffusers import AutoencoderKLWan
+
+    if "latents_mean" not in config:
+        config = synthetic_config(config, seed)
+    vae = AutoencoderKLWan.from_config({**config, "decoder_base_dim": decoder_base_dim})
+    _, unexpected = vae.load_state_dict(synthetic_state_dict(config, seed), strict=False)
+    if unexpected:
+        raise RuntimeError(f"this diffusers' AutoencoderKLWan has no tensors {unexpected}")
+    return vae.eval().requires_grad_(False)
+
+
+def write_checkpoint(
+    folder: str | Path,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Tensor],
+    max_shard_bytes: int | None = None,
+) -> None:
+    """Write `config.json` and safetensors as diffusers' `save_pretrained` lays them out.
+
+    Args:
+        folder: created if missing.
+        max_shard_bytes: start a new shard (and write an index) where a file would exceed this.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
+    shards: list[dict[str, Tensor]] = [{}]
+    room = max_shard_bytes
+    for name, tensor in state_dict.items():
+        size = tensor.numel() * tensor.element_size()
+        if room is not None and max_shard_bytes is not None:
+            if size > room and shards[-1]:
+                shards.append({})
+                room = max_shard_bytes
+            room -= size
+        shards[-1][name] = tensor.contiguous()
+    stem = "diffusion_pytorch_model"
+    if len(shards) == 1:
+        save_file(shards[0], folder / f"{stem}.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards, start=1):
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file)
+        weight_map.update(dict.fromkeys(shard, file))
+    size = sum(t.numel() * t.element_size() for t in state_dict.values())
+    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))
