@@ -1,0 +1,184 @@
+"""Which code serves an op: the compiled library, Triton, or eager torch.
+
+If the compiled library loads, it defines the schemas and serves the devices it was built for;
+otherwise the same schemas are defined here. Whatever the library does not serve is served by
+Triton (on CUDA, where it can be imported) or by eager torch. Nothing falls back silently when a
+backend was asked for by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BACKENDS = ("cpp", "triton", "eager")
+DEVICES = ("cpu", "cuda")
+
+# As in csrc/ops.cpp, for installs without the library; tests/test_build.py compares the two.
+SCHEMAS = (
+    "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
+    "(Tensor latents, Tensor velocity_mask)",
+    "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
+    "(Tensor latents, Tensor velocity_mask)",
+    "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
+    "Tensor velocity_mask",
+)
+OPS = tuple(schema.split("(", maxsplit=1)[0] for schema in SCHEMAS)
+
+Kernel = Callable[..., Any]
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name and cannot serve here."""
+
+
+def build_info() -> dict[str, str]:
+    """How the op library was built; empty when this install has none."""
+    try:
+        module = importlib.import_module("cosmos3_fast._build_info")
+    except ImportError:
+        return {}
+    return dict(module.build_info())
+
+
+def _built_and_found() -> str:
+    built = build_info()
+    return (
+        f"built with torch {built.get('torch')} for torch >= {built.get('torch_abi_target')}, "
+        f"CUDA {built.get('cuda') or 'none'}; found torch {torch.__version__}, "
+        f"CUDA {torch.version.cuda or 'none'}"
+    )
+
+
+def _load_library() -> str | None:
+    """Loads the compiled library; returns None, or why there is none."""
+    folder = Path(__file__).parent
+    libraries = sorted(folder.glob("_C*.so"))
+    if not libraries:
+        reason = folder / "_not_built.txt"
+        return reason.read_text().strip() if reason.exists() else "this install has no library"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        return f"{libraries[0].name} does not load: {error} ({_built_and_found()})"
+    return None
+
+
+LIBRARY_ERROR = _load_library()
+_definitions = torch.library.Library("cosmos3", "DEF" if LIBRARY_ERROR else "FRAGMENT")
+if LIBRARY_ERROR:
+    for _schema in SCHEMAS:
+        _definitions.define(_schema)
+
+
+def _library_serves(op: str, device: str) -> bool:
+    return LIBRARY_ERROR is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"cosmos3::{op}", device.upper()
+    )
+
+
+LIBRARY_DEVICES = tuple(device for device in DEVICES if _library_serves(OPS[0], device))
+_python_kernels: dict[tuple[str, str], Kernel] = {}
+
+
+def register(op: str, check: Kernel, *, eager: Kernel, triton: str) -> None:
+    """Gives `op` its Python backends, for use by name and where the library does not serve.
+
+    Args:
+        op: name in the schema, with its overload.
+        check: takes the op's arguments; raises if they do not fit.
+        eager, triton: take the same arguments; `triton` as "module:function" below
+            `cosmos3_fast.kernels`, imported at the first call.
+    """
+
+    @functools.cache
+    def triton_kernel() -> Kernel:
+        module, function = triton.split(":")
+        return getattr(importlib.import_module(f"cosmos3_fast.kernels.{module}"), function)
+
+    def run_eager(*args: Any) -> Any:
+        check(*args)
+        with torch.no_grad():
+            return eager(*args)
+
+    def run_triton(*args: Any) -> Any:
+        check(*args)
+        return triton_kernel()(*args)
+
+    def run_cuda(*args: Any) -> Any:
+        # Chosen at the call: until then Triton is not imported.
+        return (run_triton if default_backend("cuda") == "triton" else run_eager)(*args)
+
+    _python_kernels[op, "eager"] = run_eager
+    _python_kernels[op, "triton"] = run_triton
+    if "cpu" not in LIBRARY_DEVICES:
+        _definitions.impl(op, run_eager, "CPU")
+    if "cuda" not in LIBRARY_DEVICES:
+        _definitions.impl(op, run_cuda, "CUDA")
+
+
+def register_autograd_kernel(op: str, kernel: Kernel) -> None:
+    """Registers what runs above every backend, for ops that autograd formulas cannot describe."""
+    _definitions.impl(op, kernel, "Autograd")
+
+
+@functools.cache
+def triton_error() -> str | None:
+    """None if Triton can be imported, else why not."""
+    try:
+        importlib.import_module("triton")
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def default_backend(device: torch.device | str = "cpu") -> str:
+    """The backend behind `torch.ops.cosmos3.*` for tensors on `device`: cpp, triton or eager."""
+    kind = torch.device(device).type
+    if kind in LIBRARY_DEVICES:
+        return "cpp"
+    return "triton" if kind == "cuda" and triton_error() is None else "eager"
+
+
+def backend_error(backend: str, device: torch.device | str = "cpu") -> str | None:
+    """None if `backend` can serve tensors on `device`, else the reason, with the original error.
+
+    Raises:
+        ValueError: `backend` is not one of `BACKENDS`.
+    """
+    kind = torch.device(device).type
+    if backend == "eager":
+        return None
+    if backend == "cpp":
+        if LIBRARY_ERROR is not None or kind in LIBRARY_DEVICES:
+            return LIBRARY_ERROR
+        return f"the library was built without {kind} kernels ({_built_and_found()})"
+    if backend == "triton":
+        if triton_error() is None and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton runs on the CPU only under TRITON_INTERPRET=1"
+        return triton_error()
+    raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
+
+
+def select(op: str, backend: str | None, device: torch.device) -> Kernel:
+    """What to call for `op` on `device`: the registered op, or a backend asked for by name.
+
+    Raises:
+        ValueError: `backend` is not None nor one of `BACKENDS`.
+        BackendUnavailableError: it cannot serve here; quotes the original error.
+    """
+    name, _, overload = op.partition(".")
+    registered = getattr(getattr(torch.ops.cosmos3, name), overload or "default")
+    if backend is None:
+        return registered
+    if (error := backend_error(backend, device)) is not None:
+        raise BackendUnavailableError(
+            f"cosmos3_fast backend {backend!r} cannot run {name} on {device}: {error}"
+        )
+    return registered if backend == default_backend(device) else _python_kernels[op, backend]

@@ -1,0 +1,76 @@
+"""What this install is and what serves each op, for `python -m cosmos3_fast info`."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from . import backends, ops  # noqa: F401 - ops registers the backends
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def info() -> dict[str, Any]:
+    """Facts about this install; never raises.
+
+    Returns a dict with the versions found (`package`, `python`, `torch`, `torch_cuda`, `triton`),
+    `build` (see `backends.build_info`), `library_error`, `default` (backend per device), and
+    `ops`: for each (op, device, backend), None if available or the error as text.
+    """
+    no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
+
+    def error(device: str, backend: str) -> str | None:
+        return backends.backend_error(backend, device) or (no_gpu if device == "cuda" else None)
+
+    return {
+        "package": _version("cosmos3-fast"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cuda": torch.version.cuda,
+        "triton": _version("triton"),
+        "build": backends.build_info(),
+        "library_error": backends.LIBRARY_ERROR,
+        "default": {device: backends.default_backend(device) for device in backends.DEVICES},
+        "ops": {
+            (op, device, backend): error(device, backend)
+            for op in backends.OPS
+            for device in backends.DEVICES
+            for backend in backends.BACKENDS
+        },
+    }
+
+
+def format_info() -> str:
+    """`info()` as text: versions found, versions built for, one line per op, device, backend."""
+    facts = info()
+    lines = [
+        f"cosmos3_fast {facts['package'] or '(not installed: run from its source)'}",
+        f"found:   Python {facts['python']}, torch {facts['torch']} "
+        f"(CUDA {facts['torch_cuda'] or 'none'}), Triton {facts['triton'] or 'none'}",
+    ]
+    if build := facts["build"]:
+        cuda = f"CUDA {build['cuda'] or 'none'}"
+        if build["cuda"]:
+            cuda += f" for sm_{build['cuda_architectures']}"
+        lines += [
+            f"built:   torch {build['torch']}, loads on torch >= {build['torch_abi_target']}, "
+            f"{build['compiler']}, {cuda}",
+            f"flags:   {build['cxx_flags']}",
+        ]
+        if build["nvcc_flags"]:
+            lines.append(f"nvcc:    {build['nvcc_flags']}")
+    lines += [f"library: {facts['library_error'] or 'loaded'}", ""]
+    width = max(len(op) for op in backends.OPS) + len("cosmos3::")
+    for (op, device, backend), error in facts["ops"].items():
+        serves = ", serves" if backend == facts["default"][device] else ""
+        state = f"not available: {error}" if error else f"available{serves}"
+        lines.append(f"{'cosmos3::' + op:<{width}}  {device:<4}  {backend:<6}  {state}")
+    return "\n".join(lines)

@@ -1,0 +1,236 @@
+"""Triton kernels of `cosmos3::prepare_latents`: one program per tile of one H x W plane.
+
+Importing this module imports Triton. The launchers take arguments that
+`cosmos3_fast.checks` has passed, on a CUDA device or, under TRITON_INTERPRET=1, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A launch carries which frames are conditioned as bits of two integers: no copy to the device,
+# and no new specialisation for another list. More frames than this take further launches.
+FRAMES_PER_LAUNCH = 128
+BLOCK = 1024
+
+
+@triton.jit
+def _is_condition(t, bits_low, bits_high):
+    word = tl.where(t < 64, bits_low, bits_high)
+    return (word >> (t % 64)) & 1
+
+
+@triton.jit
+def _cast(value, dtype: tl.constexpr):
+    # As torch converts: float64 reaches a 16-bit type through float32.
+    if dtype.primitive_bitwidth == 16:
+        return value.to(tl.float32).to(dtype)
+    else:
+        return value.to(dtype)
+
+
+@triton.jit(do_not_specialize=["bits_low", "bits_high", "first_frame"])
+def prepare_latents_kernel(
+    latents,  # [B, C, T, H, W], contiguous
+    velocity_mask,  # [T]
+    cond,
+    noise,
+    bits_low,
+    bits_high,
+    first_frame,
+    launch_frames,
+    C,
+    T,
+    H,
+    W,
+    cond_b, cond_c, cond_t, cond_h, cond_w,
+    noise_b, noise_c, noise_t, noise_h, noise_w,
+    DENSE: tl.constexpr,  # both operands hold each plane as one run of memory
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    local_t = row % launch_frames
+    t = first_frame + local_t
+    c = row // launch_frames % C
+    b = row // launch_frames // C
+    is_condition = _is_condition(local_t, bits_low, bits_high)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < H * W
+    if DENSE:
+        cond_plane = i
+        noise_plane = i
+    else:
+        cond_plane = i // W * cond_h + i % W * cond_w
+        noise_plane = i // W * noise_h + i % W * noise_w
+    dtype = latents.dtype.element_ty
+    # Only the operand that is taken is read.
+    if is_condition:
+        value = tl.load(cond + b * cond_b + c * cond_c + t * cond_t + cond_plane, mask=inside)
+        value = _cast(value, dtype)
+    else:
+        value = tl.load(noise + b * noise_b + c * noise_c + t * noise_t + noise_plane, mask=inside)
+    tl.store(latents + ((b * C + c) * T + t) * H * W + i, value, mask=inside)
+    if (b == 0) & (c == 0) & (tl.program_id(1) == 0):
+        tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
+
+
+@triton.jit(do_not_specialize=["bits_low", "bits_high", "first_frame"])
+def write_frames_kernel(
+    noise,  # [B, C, T, H, W], written in place
+    velocity_mask,  # [T]
+    cond,
+    bits_low,
+    bits_high,
+    first_frame,
+    launch_frames,
+    C,
+    H,
+    W,
+    cond_b, cond_c, cond_t, cond_h, cond_w,
+    noise_b, noise_c, noise_t, noise_h, noise_w,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    plane = tl.program_id(0).to(tl.int64)
+    c = plane % C
+    b = plane // C
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < H * W
+    dtype = noise.dtype.element_ty
+    for local_t in range(launch_frames):
+        is_condition = _is_condition(local_t, bits_low, bits_high)
+        t = first_frame + local_t
+        if is_condition:
+            value = tl.load(
+                cond + b * cond_b + c * cond_c + t * cond_t + i // W * cond_h + i % W * cond_w,
+                mask=inside,
+            )
+            to = noise + b * noise_b + c * noise_c + t * noise_t
+            tl.store(to + i // W * noise_h + i % W * noise_w, _cast(value, dtype), mask=inside)
+        if (plane == 0) & (tl.program_id(1) == 0):
+            tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
+
+
+@triton.jit
+def blend_kernel(
+    latents,  # [B, C, T, H, W], contiguous
+    velocity_mask,  # [Bm, T], contiguous
+    cond,
+    noise,
+    mask,
+    mask_batch,
+    C,
+    T,
+    H,
+    W,
+    cond_b, cond_c, cond_t, cond_h, cond_w,
+    noise_b, noise_c, noise_t, noise_h, noise_w,
+    mask_b, mask_t,
+    COMPUTE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    t = row % T
+    c = row // T % C
+    b = row // T // C
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < H * W
+    dtype = latents.dtype.element_ty
+    m = tl.load(mask + b * mask_b + t * mask_t).to(COMPUTE)
+    cond_at = cond + b * cond_b + c * cond_c + t * cond_t + i // W * cond_h + i % W * cond_w
+    noise_at = noise + b * noise_b + c * noise_c + t * noise_t + i // W * noise_h + i % W * noise_w
+    cond_value = tl.load(cond_at, mask=inside).to(COMPUTE)
+    noise_value = tl.load(noise_at, mask=inside).to(COMPUTE)
+    value = m * cond_value + (1.0 - m) * noise_value
+    tl.store(latents + row * H * W + i, value.to(dtype), mask=inside)
+    if (b < mask_batch) & (c == 0) & (tl.program_id(1) == 0):
+        tl.store(velocity_mask + b * T + t, (1.0 - m).to(dtype))
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    # Stride 0 along a dimension of size 1 lets one batch entry or frame serve them all.
+    return tuple(
+        0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)
+    )
+
+
+def _is_dense(x: Tensor) -> bool:
+    _, _, _, height, width = x.shape
+    return (width == 1 or x.stride(4) == 1) and (height == 1 or x.stride(3) == width)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _launches(
+    condition_frames: Sequence[int], num_frames: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """(low bits, high bits, first frame, frames) of each launch."""
+    for first in range(0, num_frames, FRAMES_PER_LAUNCH):
+        count = min(FRAMES_PER_LAUNCH, num_frames - first)
+        bits = sum(1 << (f - first) for f in condition_frames if first <= f < first + count)
+        yield _signed(bits & (1 << 64) - 1), _signed(bits >> 64), first, count
+
+
+def prepare_latents(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> tuple[Tensor, Tensor]:
+    latents = torch.empty(noise.shape, dtype=noise.dtype, device=noise.device)
+    if latents.numel() == 0:
+        return latents, prepare_latents_(cond_latent, latents, condition_frames)
+    velocity_mask = noise.new_empty(1, 1, noise.shape[2], 1, 1)
+    batch, channels, frames, height, width = noise.shape
+    tiles = triton.cdiv(height * width, BLOCK)
+    for low, high, first, count in _launches(condition_frames, frames):
+        prepare_latents_kernel[(batch * channels * count, tiles)](
+            latents, velocity_mask, cond_latent, noise, low, high, first, count,
+            channels, frames, height, width, *_strides(cond_latent), *_strides(noise),
+            DENSE=_is_dense(cond_latent) and _is_dense(noise), BLOCK=BLOCK,
+        )  # fmt: skip
+    return latents, velocity_mask
+
+
+def prepare_latents_(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> Tensor:
+    velocity_mask = noise.new_empty(1, 1, noise.shape[2], 1, 1)
+    batch, channels, frames, height, width = noise.shape
+    planes = batch * channels if height * width else 0
+    # A latent without elements still has a velocity mask: one plane of one masked-out tile.
+    grid = (max(planes, 1), max(triton.cdiv(height * width, BLOCK), 1))
+    for low, high, first, count in _launches(condition_frames, frames):
+        write_frames_kernel[grid](
+            noise, velocity_mask, cond_latent, low, high, first, count,
+            max(channels, 1), height if planes else 0, max(width, 1),
+            *_strides(cond_latent), *_strides(noise), BLOCK=BLOCK,
+        )  # fmt: skip
+    return velocity_mask
+
+
+def prepare_latents_mask(
+    cond_latent: Tensor, noise: Tensor, condition_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    latents = torch.empty(noise.shape, dtype=noise.dtype, device=noise.device)
+    mask_batch = condition_mask.shape[0]
+    velocity_mask = noise.new_empty(mask_batch, 1, noise.shape[2], 1, 1)
+    batch, channels, frames, height, width = noise.shape
+    if latents.numel() == 0:
+        # A latent without elements still has a velocity mask: planes of one masked-out tile.
+        batch, channels, height, width = mask_batch, 1, 0, 1
+    grid = (batch * channels * frames, max(triton.cdiv(height * width, BLOCK), 1))
+    if grid[0]:
+        mask_b, _, mask_t, _, _ = _strides(condition_mask)
+        blend_kernel[grid](
+            latents, velocity_mask, cond_latent, noise, condition_mask, mask_batch,
+            channels, frames, height, width, *_strides(cond_latent), *_strides(noise),
+            mask_b, mask_t, BLOCK=BLOCK,
+            COMPUTE=tl.float64 if noise.dtype == torch.float64 else tl.float32,
+            # As the formula: no fused multiply-add, so that float32 agrees to the bit.
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    return latents, velocity_mask

@@ -1,0 +1,15 @@
+// The schema of every op in the library. Each backend registers its kernels beside their code:
+// cpu/<op>.cpp and cuda/<op>.cu; cosmos3_fast/ops.py adds the fake kernels, autograd and Triton.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(cosmos3, m) {
+  m.def(
+      "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
+      "(Tensor latents, Tensor velocity_mask)");
+  m.def(
+      "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
+      "(Tensor latents, Tensor velocity_mask)");
+  m.def(
+      "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
+      "Tensor velocity_mask");
+}

@@ -1,0 +1,108 @@
+"""Latents of every shape, stride and dtype that the op tests share."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LAYOUTS = (
+    "contiguous",
+    "channels_last_3d",
+    "sliced",
+    "stepped",
+    "offset",
+    "permuted",
+    "expanded",
+    "flipped_channels_frames",
+)
+
+
+def latent(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    device: str = "cpu",
+    seed: int = 0,
+) -> Tensor:
+    """A random latent [B, C, T, H, W] whose memory is laid out as `layout` says."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    b, c, t, h, w = shape
+    match layout:
+        case "contiguous":
+            return randn(*shape)
+        case "channels_last_3d":
+            return randn(*shape).contiguous(memory_format=torch.channels_last_3d)
+        case "sliced":  # planes stay dense, every outer stride is odd
+            return randn(b + 1, c + 2, t + 1, h, w)[1:, 1 : c + 1, 1:]
+        case "stepped":
+            return randn(b, c, 2 * t, h, 2 * w + 1)[:, :, ::2, :, 1 : 2 * w + 1 : 2]
+        case "offset":  # contiguous, but its first element is not on a 16-byte boundary
+            size = b * c * t * h * w
+            return randn(size + 1)[1:].view(*shape)
+        case "permuted":
+            return randn(w, t, b, h, c).permute(2, 4, 1, 3, 0)
+        case "expanded":
+            return randn(b, c, 1, h, 1).expand(*shape)
+        case "flipped_channels_frames":
+            return randn(b, t, c, h, w).transpose(1, 2)
+    raise ValueError(layout)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Arguments of one call; `frames` is also what the condition mask of `mask()` marks."""
+
+    cond_latent: Tensor
+    noise: Tensor
+    frames: tuple[int, ...]
+
+    def mask(self) -> Tensor:
+        batch, _, frames, _, _ = self.noise.shape
+        generator = torch.Generator().manual_seed(frames)
+        mask = torch.rand(batch, 1, frames, 1, 1, generator=generator)
+        mask[:, :, list(self.frames)] = 1.0
+        return mask.to(self.noise.device)
+
+    def __str__(self) -> str:
+        return (
+            f"cond {tuple(self.cond_latent.shape)} {self.cond_latent.dtype} "
+            f"noise {tuple(self.noise.shape)} {self.noise.dtype} frames {self.frames}"
+        )
+
+
+# (batch of cond, frames of cond, noise shape, condition frames)
+SHAPES = (
+    (1, 1, (1, 16, 7, 6, 10), (0,)),
+    (1, 1, (1, 3, 4, 8, 8), (0,)),  # planes of whole 16-byte vectors
+    (2, 1, (2, 3, 4, 5, 7), (0, 2)),
+    (1, 3, (2, 4, 5, 3, 1), (2, 0)),
+    (2, 5, (2, 2, 5, 1, 9), (0, 1, 2, 3, 4)),
+    (1, 7, (3, 1, 4, 2, 2), (1,)),  # more conditioning frames than noise has
+    (1, 1, (1, 2, 3, 4, 4), ()),
+    (1, 1, (1, 1, 1, 1, 1), (0,)),
+    (1, 1, (1, 2, 140, 1, 3), (0, 63, 64, 127, 128, 139)),  # more than one launch in Triton
+)
+
+
+def sample_inputs(device: str = "cpu", layouts: Sequence[str] = LAYOUTS) -> Iterator[Sample]:
+    """Every shape in several layouts and dtype pairs; each layout and pair occurs often."""
+    pairs = itertools.cycle(itertools.product(DTYPES, DTYPES))
+    for seed, ((batch, frames, shape, which), layout) in enumerate(
+        itertools.product(SHAPES, layouts)
+    ):
+        cond_dtype, noise_dtype = next(pairs)
+        cond_layout = layouts[(seed + shape[1]) % len(layouts)]
+        yield Sample(
+            latent((batch, shape[1], frames, *shape[3:]), cond_dtype, cond_layout, device, seed),
+            latent(shape, noise_dtype, layout, device, seed + 1),
+            which,
+        )

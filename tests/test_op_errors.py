@@ -1,0 +1,253 @@
+"""One message per fault, the same from each backend and from the fake kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from op_inputs import latent
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from cosmos3_fast import backends, ops
+
+COND = (1, 3, 1, 4, 6)
+NOISE = (2, 3, 5, 4, 6)
+
+
+def frames_call(
+    cond: tuple[int, ...] = COND,
+    noise: tuple[int, ...] = NOISE,
+    frames: tuple[int, ...] = (0,),
+    cond_dtype: torch.dtype = torch.float32,
+    noise_dtype: torch.dtype = torch.float32,
+) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (
+        torch.zeros(cond, dtype=cond_dtype),
+        torch.zeros(noise, dtype=noise_dtype),
+        list(frames),
+    )
+
+
+FRAME_FAULTS = {
+    "noise rank": (
+        frames_call(noise=(3, 5, 4, 6)),
+        "noise must have 5 dimensions [B, C, T, H, W], got shape [3, 5, 4, 6]",
+    ),
+    "noise dtype": (
+        frames_call(noise_dtype=torch.int32),
+        "noise must be float32, bfloat16, float16 or float64, got torch.int32",
+    ),
+    "cond rank": (
+        frames_call(cond=(1, 3, 4, 6)),
+        "cond_latent must have 5 dimensions [B, C, T, H, W], got shape [1, 3, 4, 6]",
+    ),
+    "cond dtype": (
+        frames_call(cond_dtype=torch.uint8),
+        "cond_latent must be float32, bfloat16, float16 or float64, got torch.uint8",
+    ),
+    "complex": (
+        frames_call(cond_dtype=torch.complex64),
+        "cond_latent must be float32, bfloat16, float16 or float64, got torch.complex64",
+    ),
+    "channels": (
+        frames_call(cond=(1, 4, 1, 4, 6)),
+        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 4, 1, 4, 6] "
+        "for noise [2, 3, 5, 4, 6]",
+    ),
+    "height": (
+        frames_call(cond=(1, 3, 1, 5, 6)),
+        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 3, 1, 5, 6] "
+        "for noise [2, 3, 5, 4, 6]",
+    ),
+    "width": (
+        frames_call(cond=(1, 3, 1, 4, 1)),
+        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 3, 1, 4, 1] "
+        "for noise [2, 3, 5, 4, 6]",
+    ),
+    "batch": (
+        frames_call(cond=(3, 3, 1, 4, 6)),
+        "cond_latent must have batch size 1 or that of noise (2), got 3",
+    ),
+    "no batch": (
+        frames_call(cond=(0, 3, 1, 4, 6)),
+        "cond_latent must have batch size 1 or that of noise (2), got 0",
+    ),
+    "negative frame": (
+        frames_call(frames=(0, -1)),
+        "condition_frames must lie in [0, 5), got [0, -1]",
+    ),
+    "frame too large": (
+        frames_call(frames=(5,)),
+        "condition_frames must lie in [0, 5), got [5]",
+    ),
+    "frame of 2**40": (
+        frames_call(frames=(1 << 40,)),
+        "condition_frames must lie in [0, 5), got [1099511627776]",
+    ),
+    "repeated frame": (
+        frames_call(frames=(1, 2, 1)),
+        "condition_frames must not repeat a frame, got [1, 2, 1]",
+    ),
+    "clip too short": (
+        frames_call(cond=(1, 3, 2, 4, 6), frames=(0, 2)),
+        "cond_latent must have 1 frame or more than max(condition_frames) = 2, got 2",
+    ),
+    "no frame": (
+        frames_call(cond=(1, 3, 0, 4, 6)),
+        "cond_latent must have 1 frame or more than max(condition_frames) = 0, got 0",
+    ),
+}
+
+
+def mask_call(
+    mask: tuple[int, ...] = (1, 1, 5, 1, 1),
+    cond: tuple[int, ...] = COND,
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.zeros(cond), torch.zeros(NOISE), torch.zeros(mask, dtype=dtype))
+
+
+MASK_FAULTS = {
+    "mask rank": (
+        mask_call((5,)),
+        "condition_mask must have 5 dimensions [B, C, T, H, W], got shape [5]",
+    ),
+    "mask dtype": (
+        mask_call(dtype=torch.bool),
+        "condition_mask must be float32, bfloat16, float16 or float64, got torch.bool",
+    ),
+    **{
+        f"mask shape {shape}": (
+            mask_call(shape),
+            "condition_mask must have shape [1 or B, 1, T, 1, 1] for noise [2, 3, 5, 4, 6], "
+            f"got {list(shape)}",
+        )
+        for shape in [
+            (3, 1, 5, 1, 1),
+            (2, 3, 5, 1, 1),
+            (1, 1, 4, 1, 1),
+            (1, 1, 1, 1, 1),
+            (1, 1, 5, 4, 1),
+            (1, 1, 5, 1, 6),
+        ]
+    },
+    "clip too short for a mask": (
+        mask_call(cond=(1, 3, 3, 4, 6)),
+        "cond_latent must have 1 frame or at least those of noise (5), got 3",
+    ),
+    "mask with wrong channels": (
+        mask_call(cond=(1, 2, 1, 4, 6)),
+        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 2, 1, 4, 6] "
+        "for noise [2, 3, 5, 4, 6]",
+    ),
+}
+
+CALLS = {
+    **{
+        (op, fault): (arguments, f"{op}: {message}")
+        for op in ("prepare_latents", "prepare_latents_")
+        for fault, (arguments, message) in FRAME_FAULTS.items()
+    },
+    **{
+        ("prepare_latents.mask", fault): (arguments, f"prepare_latents: {message}")
+        for fault, (arguments, message) in MASK_FAULTS.items()
+    },
+    ("prepare_latents_", "expanded noise"): (
+        lambda: (torch.zeros(COND), torch.zeros(2, 3, 5, 1, 6).expand(NOISE), [0]),
+        "prepare_latents_: noise must not be expanded: dimension 3 has size 4 and stride 0",
+    ),
+}
+parametrize_faults = pytest.mark.parametrize(
+    ("op", "fault"), list(CALLS), ids=[f"{op}: {fault}" for op, fault in CALLS]
+)
+
+
+@parametrize_faults
+@pytest.mark.parametrize("backend", [None, *backends.BACKENDS])
+def test_each_backend_says_the_same(op: str, fault: str, backend: str | None, device: str):
+    if backend and (error := backends.backend_error(backend, device)) is not None:
+        pytest.skip(error)
+    make_arguments, message = CALLS[op, fault]
+    arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in make_arguments()]
+    with pytest.raises(RuntimeError) as raised:
+        backends.select(op, backend, torch.device(device))(*arguments)
+    assert str(raised.value) == message
+    if op.endswith("_"):
+        assert not arguments[1].any(), "nothing may have been written"
+
+
+@parametrize_faults
+@pytest.mark.parametrize("fake_device", ["cpu", "cuda"])
+def test_the_fake_says_the_same(op: str, fault: str, fake_device: str):
+    make_arguments, message = CALLS[op, fault]
+    arguments = make_arguments()
+    with FakeTensorMode():
+        fakes = [
+            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=fake_device)
+            if isinstance(a, torch.Tensor)
+            else a
+            for a in arguments
+        ]
+        with pytest.raises(RuntimeError) as raised:
+            backends.select(op, None, torch.device(fake_device))(*fakes)
+    assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_devices_must_agree(op: str):
+    third = torch.zeros(1, 1, 5, 1, 1, device="meta") if op.endswith(".mask") else [0]
+    with FakeTensorMode():
+        noise = torch.empty(NOISE, device="cuda")
+        cond = torch.empty(COND, device="cpu")
+        if isinstance(third, torch.Tensor):
+            third = torch.empty(1, 1, 5, 1, 1, device="cuda")
+        with pytest.raises(RuntimeError) as raised:
+            backends.select(op, None, noise.device)(cond, noise, third)
+    name = op.partition(".")[0]
+    assert f"{name}: cond_latent must be on the device of noise (cuda:0), got cpu" in str(
+        raised.value
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_devices_must_agree_on_a_gpu():
+    with pytest.raises(
+        RuntimeError, match=r"cond_latent must be on the device of noise \(cuda:0\), got cpu"
+    ):
+        ops.prepare_latents(latent(COND), latent(NOISE, device="cuda"))
+
+
+def test_gradients_in_place_are_refused():
+    cond, noise = latent(COND).requires_grad_(), latent(NOISE)
+    with pytest.raises(RuntimeError, match="prepare_latents_: .* must not require a gradient"):
+        ops.prepare_latents_(cond, noise)
+    with torch.no_grad():
+        ops.prepare_latents_(cond, noise)
+    assert torch.equal(noise[:1, :, :1], cond)
+
+
+def test_an_unknown_backend_is_a_value_error():
+    with pytest.raises(ValueError, match="backend must be None or one of .*, got 'cudnn'"):
+        ops.prepare_latents(latent(COND), latent(NOISE), backend="cudnn")
+
+
+def test_frames_and_mask_exclude_each_other():
+    with pytest.raises(ValueError, match="condition_frames or condition_mask, not both"):
+        ops.prepare_latents(
+            latent(COND), latent(NOISE), (1,), condition_mask=torch.zeros(1, 1, 5, 1, 1)
+        )
+
+
+def test_a_named_backend_that_is_absent_raises_the_original_error(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(backends, "triton_error", lambda: "ImportError: libtriton.so is broken")
+    with pytest.raises(
+        backends.BackendUnavailableError,
+        match="backend 'triton' cannot run prepare_latents on cpu: ImportError: libtriton.so is",
+    ):
+        ops.prepare_latents(latent(COND), latent(NOISE), backend="triton")
+    monkeypatch.setattr(backends, "LIBRARY_ERROR", "undefined symbol: aoti_x (built with torch 2.9)")
+    with pytest.raises(backends.BackendUnavailableError, match="undefined symbol: aoti_x"):
+        ops.prepare_latents(latent(COND), latent(NOISE), backend="cpp")
