@@ -1,0 +1,5 @@
+import sys
+
+from cosmos3_fast.cli import main
+
+sys.exit(main())

@@ -1,0 +1,452 @@
+"""``python -m cosmos3_fast``: prepare latents, verify the encoder, show the build."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from cosmos3_fast.latents import Mode
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+SYNTHETIC_SEED = 0
+FP32_BOUND = 1e-5
+
+
+class UserError(Exception):
+    """A fault of the command line or its inputs: one line, no traceback, exit status 2."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; None takes ``sys.argv``.
+
+    Returns:
+        0 on success, 1 where ``verify`` finds an error out of bounds, 2 for faulty arguments or
+        inputs (one ``error:`` line on stderr).
+    """
+    parser = _parser()
+    try:
+        args = parser.parse_args(argv)
+    except SystemExit as stop:  # --help and, below, _Parser.error
+        return int(stop.code or 0)
+    try:
+        return args.run(args)
+    except (UserError, ValueError, RuntimeError, OSError, SafetensorError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m cosmos3_fast",
+        description="Conditioning image to NVIDIA Cosmos3 latents.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    prepare = commands.add_parser(
+        "prepare",
+        help="image and seed to conditioned latents",
+        description="Encode an image and write the conditioned latents, the velocity mask and the "
+        "condition latents to a safetensors file.",
+    )
+    prepare.add_argument("image", metavar="IMAGE", help="an image file")
+    prepare.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
+    prepare.add_argument("--num-frames", type=int, default=81, help="pixel frames (default 81)")
+    prepare.add_argument("--seed", type=_seed, default=42, help="seed of the noise (default 42)")
+    prepare.add_argument(
+        "--condition-frames",
+        type=_frames,
+        default=(0,),
+        metavar="T[,T...]",
+        help="latent frames to condition (default 0); others than 0 need --mode exact",
+    )
+    prepare.add_argument(
+        "--dtype", type=_dtype, default="bfloat16", help="dtype of the results (default bfloat16)"
+    )
+    prepare.add_argument(
+        "--mode",
+        choices=("fast", "exact"),
+        help="fast: the folded encoder; exact: the VAE itself (default: fast where it serves)",
+    )
+    prepare.add_argument("--preview", metavar="PNG", help="also draw a picture of the result")
+    prepare.set_defaults(run=_prepare)
+
+    verify = commands.add_parser(
+        "verify",
+        help="compare the folded encoder with the VAE on this machine",
+        description="Encode one image with the folded encoder and with diffusers' VAE. fp32: the "
+        f"largest difference must be within {FP32_BOUND:g} of the largest latent. bf16, fp16: the "
+        "error (rms) against a float64 run of the same weights must not exceed the VAE's own.",
+    )
+    verify.add_argument("--image", metavar="IMAGE", help="an image file (default: seeded noise)")
+    verify.add_argument(
+        "--dtypes",
+        type=lambda text: [_dtype(part) for part in text.split(",")],
+        metavar="DTYPE[,...]",
+        help="of fp32,bf16,fp16 (default all, but on a CPU not fp16: torch's 3-D convolution takes "
+        "many minutes there)",
+    )
+    verify.set_defaults(run=_verify)
+
+    for command, size in ((prepare, (480, 832)), (verify, (256, 448))):
+        command.add_argument(
+            "--size",
+            type=_size,
+            default=size,
+            metavar="HxW",
+            help=f"pixel height and width (default {size[0]}x{size[1]})",
+        )
+        command.add_argument(
+            "--vae",
+            metavar="DIR_OR_REPO",
+            help="a Cosmos3 checkpoint: a folder with vae/ in it, or a Hugging Face repository "
+            "(default: random weights of the same topology, which make meaningless latents)",
+        )
+        command.add_argument("--device", type=_device, default="cpu", help="default cpu")
+    prepare.add_argument(
+        "--vae-dtype",
+        type=_dtype,
+        help="dtype the encoder computes in (default float32 on cpu, bfloat16 elsewhere)",
+    )
+
+    info = commands.add_parser("info", help="list every op and backend as available or not")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"want HEIGHTxWIDTH such as 480x832, got {text!r}")
+    return int(match[1]), int(match[2])
+
+
+def _seed(text: str) -> int:
+    try:
+        seed = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"want an integer, got {text!r}") from None
+    if not -(2**63) <= seed < 2**64:
+        raise argparse.ArgumentTypeError(f"want an integer in [-2^63, 2^64), got {seed}")
+    return seed
+
+
+def _frames(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"want integers such as 0,1, got {text!r}") from None
+
+
+def _dtype(text: str) -> str:
+    name = _SHORT_DTYPES.get(text.strip().lower(), text.strip().lower())
+    if name not in DTYPES:
+        raise argparse.ArgumentTypeError(f"want one of {', '.join(DTYPES)}, got {text!r}")
+    return name
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
+    return device
+
+
+class _Progress:
+    """One line on stderr per finished step, with the seconds it took."""
+
+    @contextlib.contextmanager
+    def step(self, text: str) -> Iterator[None]:
+        start = time.perf_counter()
+        print(f"{text} ...", file=sys.stderr, end="", flush=True)
+        try:
+            yield
+        except BaseException:
+            print(file=sys.stderr)
+            raise
+        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class _VaeSource:
+    """Where VAE weights come from: a checkpoint, or random weights of the Cosmos3 topology."""
+
+    checkpoint: str | None
+
+    def __str__(self) -> str:
+        return self.checkpoint or f"synthetic (random weights, seed {SYNTHETIC_SEED})"
+
+    def warn(self) -> None:
+        if self.checkpoint is None:
+            print(
+                "NOTE: no --vae given. Using RANDOM weights of the Cosmos3 VAE's topology (seed "
+                f"{SYNTHETIC_SEED}): the latents are MEANINGLESS to a Cosmos3 model.",
+                file=sys.stderr,
+            )
+
+    def encoder(self, dtype: torch.dtype, device: torch.device) -> Any:
+        from cosmos3_fast.vae import ConditioningEncoder
+
+        if self.checkpoint is not None:
+            return ConditioningEncoder.from_pretrained(self.checkpoint, dtype=dtype, device=device)
+        from cosmos3_fast.vae import synthetic
+
+        config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
+        tensors = synthetic.synthetic_state_dict(config, SYNTHETIC_SEED)
+        return ConditioningEncoder.from_state_dict(tensors, config, dtype, device)
+
+    def vae(self, dtype: torch.dtype, device: torch.device) -> Any:
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise UserError(
+                f"the VAE itself needs diffusers, which cannot be imported ({error}): "
+                "pip install 'cosmos3-fast[diffusers]'"
+            ) from error
+        if self.checkpoint is not None:
+            bare = (Path(self.checkpoint) / "config.json").is_file()
+            vae = AutoencoderKLWan.from_pretrained(
+                self.checkpoint, subfolder=None if bare else "vae", torch_dtype=dtype
+            )
+        else:
+            from cosmos3_fast.vae import synthetic
+
+            vae = synthetic.synthetic_vae(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
+        # diffusers' own `to` warns of modules to keep in float32, of which this VAE has none.
+        return torch.nn.Module.to(vae, device, dtype).eval()
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from cosmos3_fast.latents import LatentPreparation, check_request
+    from cosmos3_fast.pixels import load_pixels
+
+    start = time.perf_counter()
+    out = _writable(args.out, "--out")
+    preview = _writable(args.preview, "--preview") if args.preview else None
+    if preview is not None:
+        if preview == out:
+            raise UserError(f"--out and --preview are the same file: {out}")
+        if preview.suffix.lower() != ".png":
+            raise UserError(f"--preview must end in .png, got {args.preview!r}")
+    height, width = args.size
+    source = _VaeSource(args.vae)
+    progress = _Progress()
+    # Before the weights are loaded, which takes seconds; the stage checks again with their factors.
+    factor = 16 if args.vae is None else 1
+    check_request(args.num_frames, height, width, args.condition_frames, spatial_factor=factor)
+    mode: Mode = args.mode or ("fast" if args.condition_frames == (0,) else "exact")
+    vae_dtype = DTYPES[args.vae_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
+
+    with progress.step(f"reading {args.image}"):
+        pixels = load_pixels(args.image, height, width)
+    source.warn()
+    with progress.step(f"loading the {'encoder' if mode == 'fast' else 'VAE'}"):
+        stage = (
+            LatentPreparation(source.encoder(vae_dtype, args.device))
+            if mode == "fast"
+            else LatentPreparation(vae=source.vae(vae_dtype, args.device))
+        )
+    with progress.step(f"preparing {args.num_frames} frames of {height}x{width}, {mode} mode"):
+        prepared = stage(
+            pixels,
+            args.num_frames,
+            height,
+            width,
+            args.condition_frames,
+            seed=args.seed,
+            dtype=DTYPES[args.dtype],
+            mode=mode,
+        )
+    metadata = {
+        "cosmos3_fast": _version(),
+        "torch": torch.__version__,
+        "image": Path(args.image).name,
+        "height": str(height),
+        "width": str(width),
+        "num_frames": str(args.num_frames),
+        "condition_frames": ",".join(str(frame) for frame in prepared.condition_frames),
+        "seed": str(args.seed),
+        "dtype": args.dtype,
+        "mode": prepared.mode,
+        "vae": str(source),
+        "vae_dtype": str(vae_dtype).removeprefix("torch."),
+        "device": args.device.type,
+    }
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: getattr(prepared, name).contiguous().cpu()
+        for name in ("latents", "velocity_mask", "condition_latents")
+    }
+    with contextlib.ExitStack() as stack:
+        partial = stack.enter_context(_partial_file(out))
+        save_file(tensors, partial, metadata)
+        if preview is not None:
+            from cosmos3_fast.preview import render_preview
+
+            with progress.step("drawing the preview"):
+                picture = render_preview(
+                    pixels,
+                    prepared,
+                    title=f"{Path(args.image).name} as Cosmos3 latents",
+                    notes=(
+                        f"{args.num_frames} frames of {width}x{height}, seed {args.seed}, "
+                        f"{args.dtype}, {prepared.mode} mode",
+                        f"VAE: {Path(args.vae).name}"
+                        if args.vae
+                        else f"VAE: {source}; the latents mean nothing to a model",
+                    ),
+                )
+                partial_preview = stack.enter_context(_partial_file(preview))
+                picture.save(partial_preview, format="PNG")
+            os.replace(partial_preview, preview)
+        os.replace(partial, out)
+
+    print(f"{out}: {prepared.mode} mode, {time.perf_counter() - start:.1f} s in all")
+    for name, tensor in tensors.items():
+        print(f"  {name:<18}{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
+    if preview is not None:
+        print(f"{preview}: {picture.width}x{picture.height} picture")
+    return 0
+
+
+def _writable(path: str, option: str) -> Path:
+    target = Path(path)
+    if target.is_dir():
+        raise UserError(f"{option} {path!r} is a folder")
+    if not target.parent.is_dir():
+        raise UserError(f"{option} {path!r}: the folder {str(target.parent)!r} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise UserError(f"{option} {path!r}: the folder {str(target.parent)!r} is not writable")
+    return target
+
+
+@contextlib.contextmanager
+def _partial_file(target: Path) -> Iterator[Path]:
+    """A path beside ``target`` to write to and rename from; nothing is left of it afterwards."""
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _version() -> str:
+    import cosmos3_fast
+
+    return str(getattr(cosmos3_fast, "__version__", "unknown"))
+
+
+@torch.no_grad()
+def _verify(args: argparse.Namespace) -> int:
+    from cosmos3_fast.pixels import load_pixels
+    from cosmos3_fast.vae import ConditioningEncoder
+    from cosmos3_fast.vae.exact import encode_exact
+
+    height, width = args.size
+    source = _VaeSource(args.vae)
+    progress = _Progress()
+    if args.image is not None:
+        pixels = load_pixels(args.image, height, width)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        pixels = torch.rand(1, 3, height, width, generator=generator) * 2 - 1
+    source.warn()
+    rows: list[_VerifyRow] = []
+    dtypes = args.dtypes or list(DTYPES)
+    if args.dtypes is None and args.device.type == "cpu":
+        dtypes.remove("float16")
+        print("float16 is left out on a CPU; ask for it with --dtypes fp16", file=sys.stderr)
+    for name in dtypes:
+        dtype = DTYPES[name]
+        with progress.step(f"{name}: loading the VAE and folding it"):
+            vae = source.vae(dtype, args.device)
+            encoder = ConditioningEncoder.from_vae(vae, dtype=dtype)
+        factor = encoder.spatial_factor
+        if height % factor or width % factor:
+            raise UserError(f"--size must be multiples of {factor}, got {height}x{width}")
+        rounded = pixels.to(args.device, dtype)
+        with progress.step(f"{name}: folded encoder"):
+            fast = encoder(rounded).double()
+        with progress.step(f"{name}: reference VAE"):
+            reference = encode_exact(vae, rounded[:, :, None]).double()
+        largest = reference.abs().max().item()
+        difference = (fast - reference).abs().max().item() / largest
+        if dtype == torch.float32:
+            rows.append(_VerifyRow(name, "max |fast-ref| / max |ref|", difference, FP32_BOUND))
+            continue
+        with progress.step(f"{name}: reference VAE in float64"):
+            truth = encode_exact(vae.double(), rounded[:, :, None].double())
+        scale = _rms(truth)
+        rows.append(
+            _VerifyRow(
+                name,
+                "rms error against float64",
+                _rms(fast - truth) / scale,
+                _rms(reference - truth) / scale,
+            )
+        )
+    print(f"folded encoder against diffusers' VAE, {height}x{width}, {args.device}, VAE: {source}")
+    print(f"{'dtype':<10}{'measure':<28}{'ours':>11}{'bound':>11}{'ratio':>8}")
+    for row in rows:
+        verdict = "ok" if row.passed else "OUT OF BOUNDS"
+        print(
+            f"{row.dtype:<10}{row.measure:<28}{row.value:>11.2e}{row.bound:>11.2e}"
+            f"{row.value / row.bound:>8.2f}  {verdict}"
+        )
+    return 0 if all(row.passed for row in rows) else 1
+
+
+@dataclass(frozen=True)
+class _VerifyRow:
+    dtype: str
+    measure: str
+    value: float
+    bound: float
+
+    @property
+    def passed(self) -> bool:
+        return math.isfinite(self.value) and self.value <= self.bound
+
+
+def _rms(values: torch.Tensor) -> float:
+    return values.double().square().mean().sqrt().item()
+
+
+def _info(args: argparse.Namespace) -> int:
+    from cosmos3_fast.info import format_info
+
+    print(format_info())
+    return 0
