@@ -96,6 +96,9 @@ class ConditioningEncoder(nn.Module):
             ValueError: wrong rank, channels, frames, size, dtype or device.
         """
         frame = self._checked_frame(pixels).to(self.dtype)
+        if frame.shape[0] == 0:
+            height, width = (size // self.spatial_factor for size in frame.shape[2:])
+            return frame.new_empty(0, self.z_dim, 1, height, width)
         x = F.pixel_unshuffle(frame, self.topology.patch_size)
         x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:

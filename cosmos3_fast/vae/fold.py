@@ -33,12 +33,13 @@ def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> d
         for norm in ("norm1", "norm2"):
             put(f"{target}.{norm}.weight", read(f"{source}.{norm}.gamma").flatten())
         conv(f"{source}.conv1", f"{target}.conv1")
-        conv(f"{source}.conv2", f"{target}.conv2")
+        put(f"{target}.conv2.weight", spatial_taps(read(f"{source}.conv2.weight")))
+        bias = read(f"{source}.conv2.bias")
         if has_shortcut:
             weight = spatial_taps(read(f"{source}.conv_shortcut.weight"))
-            bias = read(f"{source}.conv_shortcut.bias").double()
             put(f"{target}.shortcut.weight", weight)
-            put(f"{target}.conv2.bias", read(f"{source}.conv2.bias").double() + bias)
+            bias = bias.double() + read(f"{source}.conv_shortcut.bias").double()
+        put(f"{target}.conv2.bias", bias)
 
     def attention_block(source: str, target: str) -> None:
         weight, bias = attention(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.vae.topology import EncoderTopology
+from cosmos3_fast.vae.topology import EncoderTopology, Shape
 
 COSMOS3_VAE_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",
@@ -62,17 +62,17 @@ def synthetic_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
         seed: the same seed gives the same tensors.
     """
     generator = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for name, shape in EncoderTopology.from_config(config).tensor_shapes().items():
-        values = torch.randn(shape, generator=generator)
-        if name.endswith(".gamma"):
-            tensors[name] = values.mul_(0.25).add_(1.0)
-        elif name.endswith(".bias"):
-            tensors[name] = values.mul_(0.25)
-        else:
-            taps = shape[1] * shape[-2] * shape[-1]
-            tensors[name] = values.mul_(taps**-0.5)
-    return tensors
+    shapes = EncoderTopology.from_config(config).tensor_shapes()
+    return {name: _random_tensor(name, shape, generator) for name, shape in shapes.items()}
+
+
+def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
+    values = torch.randn(shape, generator=generator)
+    if name.endswith(".gamma"):
+        return values.mul_(0.25).add_(1.0)
+    if name.endswith(".bias"):
+        return values.mul_(0.25)
+    return values.mul_((shape[1] * shape[-2] * shape[-1]) ** -0.5)
 
 
 def synthetic_vae(
@@ -83,16 +83,21 @@ def synthetic_vae(
     Args:
         config: latent statistics are added where it has none.
         seed: of weights and statistics.
-        decoder_base_dim: a small decoder saves time and memory; it keeps its initial weights.
+        decoder_base_dim: a small decoder saves time and memory.
     """
     from diffusers import AutoencoderKLWan
 
     if "latents_mean" not in config:
         config = synthetic_config(config, seed)
-    vae = AutoencoderKLWan.from_config({**config, "decoder_base_dim": decoder_base_dim})
-    _, unexpected = vae.load_state_dict(synthetic_state_dict(config, seed), strict=False)
-    if unexpected:
-        raise RuntimeError(f"this diffusers' AutoencoderKLWan has no tensors {unexpected}")
+    # The initialisation that the meta device skips takes longer than all the rest.
+    with torch.device("meta"):
+        vae = AutoencoderKLWan.from_config({**config, "decoder_base_dim": decoder_base_dim})
+    state = synthetic_state_dict(config, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    for name, tensor in vae.state_dict().items():
+        if name not in state:
+            state[name] = _random_tensor(name, tuple(tensor.shape), generator)
+    vae.load_state_dict(state, assign=True)
     return vae.eval().requires_grad_(False)
 
 
