@@ -24,7 +24,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 PACKAGE = "cosmos3_fast"
-VERSION = re.findall(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[0]
+VERSION = re.findall(r'__version__ = "(.+)"', (ROOT / PACKAGE / "__init__.py").read_text())[0]
 # The oldest torch that the library loads on: the stable ABI is versioned by feature.
 TORCH_TARGET = "2.10"
 TORCH_TARGET_MACRO = "0x020A000000000000"

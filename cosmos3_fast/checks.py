@@ -128,7 +128,7 @@ def check_frames_in_place(
     check_frames(cond_latent, noise, condition_frames, op)
     for dim, (size, stride) in enumerate(zip(noise.shape, noise.stride(), strict=True)):
         torch._check(
-            size <= 1 or stride != 0,
+            noise.numel() == 0 or size <= 1 or stride != 0,
             lambda: (
                 f"{op}: noise must not be expanded: dimension {dim} has size {size} and stride 0"  # noqa: B023
             ),

@@ -189,7 +189,7 @@ inline void check_mask(const char* op,
 // A tensor written in place must not hold one element at two indices (torch's own rule).
 inline void check_writable(const char* op, const Tensor& noise) {
   for (int64_t dim = 0; dim < 5; ++dim) {
-    if (noise.size(dim) > 1 && noise.stride(dim) == 0) {
+    if (noise.numel() > 0 && noise.size(dim) > 1 && noise.stride(dim) == 0) {
       fail(op,
            ": noise must not be expanded: dimension ",
            dim,

@@ -10,9 +10,7 @@ from cosmos3_fast import reference
 
 OPS = torch.ops.cosmos3
 SAMPLES = list(sample_inputs(layouts=("contiguous", "sliced", "permuted")))
-MASKABLE = [
-    s for s in SAMPLES if not 1 < s.cond_latent.shape[2] < s.noise.shape[2]
-]
+MASKABLE = [s for s in SAMPLES if not 1 < s.cond_latent.shape[2] < s.noise.shape[2]]
 
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
@@ -24,7 +22,7 @@ def test_gradients_equal_the_formula_s(sample: Sample, device: str, poison: None
         )
 
     ours, theirs = leaves(), leaves()
-    latents, velocity = OPS.prepare_latents(*ours, sample.frames)
+    latents, _velocity = OPS.prepare_latents(*ours, sample.frames)
     wanted, _ = reference.formula(*theirs, sample.frames)
     upstream = latent(latents.shape, latents.dtype, device=device, seed=9)
     latents.backward(upstream)

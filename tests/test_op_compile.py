@@ -88,7 +88,7 @@ def test_compiled_mutation_of_an_argument_is_seen(device: str):
     cond = latent((1, 3, 1, 4, 6), device=device)
     noise = latent((2, 3, 5, 4, 6), device=device, seed=1)
     wanted, _ = reference.prepare_latents(cond, noise, (0,))
-    torch.compile(lambda c, n: ops.prepare_latents_(c, n), fullgraph=True)(cond, noise)
+    torch.compile(ops.prepare_latents_, fullgraph=True)(cond, noise)
     assert torch.equal(noise, wanted)
 
 
@@ -116,9 +116,7 @@ def test_export_save_load_run(tmp_path, device: str):
     cond = latent((1, 3, 1, 4, 6), device=device)
     noise = latent((2, 3, 5, 4, 6), device=device, seed=1)
     frames = torch.export.Dim("frames", min=3, max=64)
-    program = torch.export.export(
-        Prepare(), (cond, noise), dynamic_shapes=({}, {2: frames})
-    )
+    program = torch.export.export(Prepare(), (cond, noise), dynamic_shapes=({}, {2: frames}))
     torch.export.save(program, tmp_path / "prepare.pt2")
     loaded = torch.export.load(tmp_path / "prepare.pt2").module()
     longer = latent((2, 3, 9, 4, 6), device=device, seed=2)

@@ -222,7 +222,7 @@ def test_devices_must_agree_on_a_gpu():
 
 def test_gradients_in_place_are_refused():
     cond, noise = latent(COND).requires_grad_(), latent(NOISE)
-    with pytest.raises(RuntimeError, match="prepare_latents_: .* must not require a gradient"):
+    with pytest.raises(RuntimeError, match=r"prepare_latents_: .* must not require a gradient"):
         ops.prepare_latents_(cond, noise)
     with torch.no_grad():
         ops.prepare_latents_(cond, noise)
@@ -230,7 +230,7 @@ def test_gradients_in_place_are_refused():
 
 
 def test_an_unknown_backend_is_a_value_error():
-    with pytest.raises(ValueError, match="backend must be None or one of .*, got 'cudnn'"):
+    with pytest.raises(ValueError, match=r"backend must be None or one of .*, got 'cudnn'"):
         ops.prepare_latents(latent(COND), latent(NOISE), backend="cudnn")
 
 
@@ -245,9 +245,11 @@ def test_a_named_backend_that_is_absent_raises_the_original_error(monkeypatch: p
     monkeypatch.setattr(backends, "triton_error", lambda: "ImportError: libtriton.so is broken")
     with pytest.raises(
         backends.BackendUnavailableError,
-        match="backend 'triton' cannot run prepare_latents on cpu: ImportError: libtriton.so is",
+        match=r"backend 'triton' cannot run prepare_latents on cpu: ImportError: libtriton\.so is",
     ):
         ops.prepare_latents(latent(COND), latent(NOISE), backend="triton")
-    monkeypatch.setattr(backends, "LIBRARY_ERROR", "undefined symbol: aoti_x (built with torch 2.9)")
+    monkeypatch.setattr(
+        backends, "LIBRARY_ERROR", "undefined symbol: aoti_x (built with torch 2.9)"
+    )
     with pytest.raises(backends.BackendUnavailableError, match="undefined symbol: aoti_x"):
         ops.prepare_latents(latent(COND), latent(NOISE), backend="cpp")

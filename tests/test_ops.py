@@ -23,7 +23,7 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
 
 
 def assert_equal(actual: torch.Tensor, wanted: torch.Tensor, inexact_cast: bool = False) -> None:
-    """Equality (==, NaN equal to NaN); one unit in the last place where the interpreter truncates."""
+    """Equality (==, NaN equals NaN); to one unit in the last place for a truncating cast."""
     assert actual.shape == wanted.shape
     assert actual.dtype == wanted.dtype
     assert actual.is_contiguous()
@@ -70,7 +70,9 @@ def test_mask_equals_the_reference(sample: Sample, backend: str, device: str, po
 def test_in_place_writes_only_the_conditioned_frames(
     sample: Sample, backend: str, device: str, poison: None
 ):
-    if any(n > 1 and s == 0 for n, s in zip(sample.noise.shape, sample.noise.stride(), strict=True)):
+    if any(
+        n > 1 and s == 0 for n, s in zip(sample.noise.shape, sample.noise.stride(), strict=True)
+    ):
         pytest.skip("expanded noise is refused: tests/test_op_errors.py")
     # The latent is a view into a guard zone of the same strides, all around it.
     guard = 64
@@ -110,7 +112,9 @@ def test_frames_select_so_nothing_leaks(dtype: torch.dtype, backend: str, device
     latents, _ = ops.prepare_latents(cond, noise, (0,), backend=backend)
     assert torch.equal(latents[:, :, 0], cond[:, :, 0])
     assert latents[0, 0, 1, 0, 0] == float("inf")
-    latents, _ = ops.prepare_latents(torch.full_like(cond, float("nan")), noise, (), backend=backend)
+    latents, _ = ops.prepare_latents(
+        torch.full_like(cond, float("nan")), noise, (), backend=backend
+    )
     assert_equal(latents, noise)
     leaked, _ = reference.formula(cond, noise, (0,))
     assert leaked[:, :, 0].isnan().all(), "the engines' formula is what leaks"
@@ -150,7 +154,10 @@ def test_latents_without_elements(shape: tuple[int, ...], backend: str, device: 
 def test_default_frames_are_the_first(device: str):
     cond, noise = latent((1, 2, 1, 2, 2), device=device), latent((1, 2, 3, 2, 2), device=device)
     explicit = ops.prepare_latents(cond, noise, (0,))
-    for implicit in (ops.prepare_latents(cond, noise), torch.ops.cosmos3.prepare_latents(cond, noise)):
+    for implicit in (
+        ops.prepare_latents(cond, noise),
+        torch.ops.cosmos3.prepare_latents(cond, noise),
+    ):
         assert all(torch.equal(a, b) for a, b in zip(explicit, implicit, strict=True))
 
 
@@ -162,7 +169,7 @@ def test_the_output_never_aliases_the_noise(backend: str, device: str):
 
 def _free_bytes() -> int:
     with open("/proc/meminfo") as meminfo:
-        return next(int(l.split()[1]) for l in meminfo if l.startswith("MemAvailable")) * 1024
+        return next(int(x.split()[1]) for x in meminfo if x.startswith("MemAvailable")) * 1024
 
 
 @pytest.mark.skipif(_free_bytes() < 7 << 30, reason="needs 7 GiB of free memory")

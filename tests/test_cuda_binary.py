@@ -1,0 +1,54 @@
+"""Properties of the compiled CUDA and Triton kernels that can be read from the binaries."""
+
+from __future__ import annotations
+
+import re
+
+import cuda_binary
+import pytest
+
+from cosmos3_fast import backends
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
+
+if (error := cuda_binary.tools_error()) is not None:
+    pytest.skip(error, allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> list[cuda_binary.Kernel]:
+    if not backends.build_info().get("cuda"):
+        pytest.skip("the installed library was built without CUDA")
+    library = cuda_binary.installed_library()
+    assert library is not None
+    return cuda_binary.kernels(library)
+
+
+def test_every_architecture_has_every_kernel(kernels: list[cuda_binary.Kernel]):
+    built = backends.build_info()["cuda_architectures"].split(";")
+    names = {k.name for k in kernels}
+    assert len(names) >= 12
+    for name in names:
+        assert {k.architecture for k in kernels if k.name == name} == {f"sm_{a}" for a in built}
+
+
+def test_no_kernel_spills(kernels: list[cuda_binary.Kernel]):
+    assert [k for k in kernels if k.stack] == []
+
+
+def test_dense_rows_move_16_bytes_at_a_time(kernels: list[cuda_binary.Kernel]):
+    for kernel in kernels:
+        if kernel.name.startswith(
+            ("prepare_latents_kernel", "blend_kernel", "write_frames_kernel")
+        ):
+            where = f"{kernel.name} on {kernel.architecture}"
+            assert re.search(r"LDG\.E\.128", kernel.sass), where
+            assert re.search(r"STG\.E\.128", kernel.sass), where
+
+
+def test_float32_blends_without_fused_multiply_add(kernels: list[cuda_binary.Kernel]):
+    for kernel in kernels:
+        if kernel.name == "blend_kernel<float>":
+            assert "FMUL" in kernel.sass
+            # The remaining FFMA-free arithmetic is what makes it equal to the eager formula.
+            assert "FFMA" not in kernel.sass, kernel.architecture
