@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from encoder_cases import RESIDUAL, TINY, WAN21, WAN21_ATTENTION, image, peak
 
 from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae.fold import fold_encoder
 from cosmos3_fast.vae.layers import add_average_shortcut, average_shortcut, rms_norm_silu
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 from cosmos3_fast.vae.topology import EncoderTopology
@@ -72,6 +73,15 @@ def test_batch_entries_are_independent(encoder: ConditioningEncoder) -> None:
     together = encoder(pixels)
     alone = torch.cat([encoder(entry[None]) for entry in pixels])
     assert peak(together - alone) <= 1e-5 * peak(alone)
+
+
+def test_fold_takes_the_last_of_all_temporal_taps(encoder: ConditioningEncoder) -> None:
+    """The loaders hand over single taps; the fold itself takes whole 3-D tensors too."""
+    whole = synthetic_state_dict(RESIDUAL)
+    folded = fold_encoder(encoder.topology, whole.__getitem__, torch.float32)
+    wanted = encoder.state_dict()
+    assert folded.keys() == wanted.keys()
+    assert all(torch.equal(folded[name], wanted[name]) for name in wanted)
 
 
 def test_empty_batch(encoder: ConditioningEncoder) -> None:
