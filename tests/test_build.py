@@ -78,7 +78,7 @@ def test_a_library_that_does_not_load_is_reported_and_replaced(tmp_path: Path):
         pytest.skip("this install has no library")
     copy_package(tmp_path, library=True)
     library = next((tmp_path / "cosmos3_fast").glob("_C*.so"))
-    library.write_bytes(library.read_bytes()[:5000])
+    library.write_bytes(b"not an ELF file " * 100)
     info = run(sys.executable, "-m", "cosmos3_fast", "info", cwd=tmp_path)
     assert info.returncode == 0, info.stderr
     assert f"{library.name} does not load: " in info.stdout
@@ -103,7 +103,7 @@ import sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in BLOCKED:
-            raise ImportError(f"{name} is not here, as this test says")
+            raise ModuleNotFoundError(f"{name} is not here, as this test says")
 sys.meta_path.insert(0, Block())
 """
 
@@ -123,7 +123,7 @@ def test_import_needs_only_torch(tmp_path: Path):
     )
     result = run(sys.executable, "-c", script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "not available: ImportError: triton is not here, as this test says" in result.stdout
+    assert "not available: ModuleNotFoundError: triton is not here, as this test says" in result.stdout
 
 
 def test_import_does_not_load_optional_packages():
@@ -210,7 +210,7 @@ def test_the_library_uses_only_the_stable_abi():
 @pytest.mark.skipif(not backends.build_info(), reason="this install has no library")
 def test_build_info_tells_what_it_was_built_with():
     build = backends.build_info()
-    assert build["version"] in (ROOT / "pyproject.toml").read_text()
+    assert build["version"] == cosmos3_fast.__version__
     assert build["torch"].split(".")[0].isdigit()
     assert "-DTORCH_STABLE_ONLY" in build["cxx_flags"]
     assert bool(build["cuda"]) == bool(build["cuda_architectures"]) == bool(build["nvcc_flags"])
