@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
 
 Mode = Literal["exact", "fast", "off"]
 MODES: tuple[Mode, ...] = ("exact", "fast", "off")
@@ -41,20 +43,36 @@ def mode_from_environment() -> Mode:
     return check_mode(value or "exact", MODE_VARIABLE)
 
 
+def uncompiled(module: Any) -> Any:
+    """The module that `torch.compile(module)` wraps, or the module itself."""
+    return getattr(module, "_orig_mod", module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether the module or one below it runs through torch.compile."""
+    return any(
+        "_orig_mod" in each._modules
+        or getattr(each, "_compiled_call_impl", None) is not None
+        or hasattr(vars(each).get("forward"), "_torchdynamo_orig_callable")
+        for each in module.modules()
+    )
+
+
 class FoldedVAE:
     """The `ConditioningEncoder` of one VAE, folded when first used and again after a change.
 
     A change of weights is seen by the identity and version of the parameters and by a sample of
     their values (writes through `.data` leave no other trace). The sample is `_SAMPLES` evenly
     spaced elements of every tensor: a write that touches only others needs `refresh()`.
-    The encoder stays on the device it is used on, wherever the VAE is moved meanwhile.
+    The encoder stays on the device it is used on, wherever the VAE is moved meanwhile. Folding
+    neither moves the VAE (as the offload hooks of accelerate would) nor compiles it.
 
     Args:
         vae: see `ConditioningEncoder.from_vae`.
     """
 
     def __init__(self, vae: Any) -> None:
-        self._vae = vae
+        self._vae = uncompiled(vae)
         self._lock = threading.Lock()
         self._encoder: ConditioningEncoder | None = None
         self._seen: tuple[Any, ...] | None = None
@@ -82,8 +100,9 @@ class FoldedVAE:
                 or not torch.equal(sample, self._sample)
             )
             if stale:
-                # The probe inside may move the VAE; what was sampled is what is folded.
-                self._encoder = ConditioningEncoder.from_vae(self._vae, device=device)
+                # What was sampled is what is folded, also if the weights change meanwhile.
+                with _bare(self._vae) as vae:
+                    self._encoder = ConditioningEncoder.from_vae(vae, device=device)
                 self._seen, self._sample = seen, sample
             assert self._encoder is not None
             if self._encoder.device != torch.empty(0, device=device).device:
@@ -96,7 +115,36 @@ class FoldedVAE:
             return self.encoder(pixels.device)(pixels)
 
     def _parameters(self) -> list[nn.Parameter]:
-        return [*self._vae.encoder.parameters(), *self._vae.quant_conv.parameters()]
+        parameters = [*self._vae.encoder.parameters(), *self._vae.quant_conv.parameters()]
+        if any(p.is_meta for p in parameters):
+            raise UnsupportedVAEError(
+                "the VAE's weights are on the meta device: they are offloaded layer by layer, "
+                "and there is nothing to fold"
+            )
+        return parameters
+
+
+@contextmanager
+def _bare(vae: Any) -> Iterator[Any]:
+    """The VAE without its offload hook and with its encoder uncompiled, inside the block."""
+    undo: list[tuple[Any, str, Any]] = []
+    try:
+        for name in ("_hf_hook", "encode", "_encode"):
+            if name in vars(vae):
+                undo.append((vars(vae), name, vars(vae).pop(name)))
+        for name in ("encoder", "quant_conv"):
+            module = getattr(vae, name)
+            if uncompiled(module) is not module:
+                undo.append((vae._modules, name, module))
+                vae._modules[name] = uncompiled(module)
+            for each in uncompiled(module).modules():
+                if vars(each).get("_compiled_call_impl") is not None:
+                    undo.append((vars(each), "_compiled_call_impl", each._compiled_call_impl))
+                    each._compiled_call_impl = None
+        yield vae
+    finally:
+        for attributes, name, value in reversed(undo):
+            attributes[name] = value
 
 
 def _sample(parameters: list[nn.Parameter]) -> Tensor:
