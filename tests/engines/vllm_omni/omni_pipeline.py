@@ -1,0 +1,135 @@
+"""Real Cosmos3 pipelines of vLLM-Omni around a small VAE, and what they are asked to prepare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from encoder_cases import RESIDUAL
+from torch import Tensor, nn
+from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import (
+    DistributedAutoencoderKLWan,
+)
+from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import Cosmos3OmniDiffusersPipeline
+
+from cosmos3_fast.vae.synthetic import synthetic_vae
+
+EnginePipeline = Cosmos3OmniDiffusersPipeline
+HEIGHT, WIDTH, FRAMES = 64, 96, 17
+
+
+def make_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> DistributedAutoencoderKLWan:
+    """The engine's VAE class in Cosmos3's topology, narrow, with seeded weights."""
+    source = synthetic_vae(RESIDUAL, seed, decoder_base_dim=4)
+    with torch.device("meta"):
+        vae = DistributedAutoencoderKLWan.from_config(source.config)
+    vae.load_state_dict(source.state_dict(), assign=True)
+    # What from_pretrained adds where torch.distributed runs; here one rank.
+    vae.distributed_executor = SimpleNamespace(parallel_size=1)
+    return vae.to(dtype).eval().requires_grad_(False)
+
+
+def make_pipeline(cls: type, vae: Any, dtype: torch.dtype | None = None) -> Any:
+    """A pipeline of `cls` with what latent preparation reads, and no checkpoint behind it."""
+    pipeline = cls.__new__(cls)
+    nn.Module.__init__(pipeline)
+    pipeline.device = torch.device("cpu")
+    pipeline.dtype = vae.dtype if dtype is None else dtype
+    pipeline.vae = vae
+    pipeline.vae_scale_factor_temporal = vae.config.scale_factor_temporal
+    pipeline.vae_scale_factor_spatial = vae.config.scale_factor_spatial
+    pipeline.transformer = SimpleNamespace(latent_channel_size=vae.config.z_dim)
+    return pipeline
+
+
+def clip(frames: int, seed: int = 0, height: int = HEIGHT, width: int = WIDTH) -> Tensor:
+    """Pixels [1, 3, frames, H, W] uniform in [-1, 1], fp32 as the engine's preprocessing gives."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    return torch.rand(1, 3, frames, height, width, generator=generator) * 2 - 1
+
+
+Prepared = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of request.
+
+    Attributes:
+        prepare: pipeline, pixels [1, 3, T, H, W], generator → latents, velocity mask, condition.
+        pixel_frames: T of the pixels.
+        encoded: leading pixel frames that the engine's VAE encodes.
+        folded: the fast pipeline encodes them without the VAE.
+    """
+
+    prepare: Callable[[Any, Tensor, torch.Generator], Prepared]
+    pixel_frames: int
+    encoded: int
+    folded: bool
+
+
+def _image_to_video(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prepared:
+    return pipeline._prepare_latents_i2v(pixels[:, :, 0], HEIGHT, WIDTH, FRAMES, generator)
+
+
+def _video_to_video(indexes: list[int]) -> Callable[..., Prepared]:
+    def prepare(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prepared:
+        return pipeline._prepare_latents_v2v(pixels, HEIGHT, WIDTH, FRAMES, generator, indexes)
+
+    return prepare
+
+
+def _action(mode: str, image_size: list[int] | None = None) -> Callable[..., Prepared]:
+    def prepare(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prepared:
+        return pipeline._prepare_latents_action_video(
+            pixels, mode, HEIGHT, WIDTH, FRAMES, generator, image_size
+        )
+
+    return prepare
+
+
+def _transfer(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prepared:
+    return pipeline._prepare_transfer_latents(pixels, 1, generator)
+
+
+CASES = {
+    "image to video": Case(_image_to_video, 1, 1, folded=True),
+    "video, latent frame 0": Case(_video_to_video([0]), FRAMES, 1, folded=True),
+    "video, latent frames 0 and 1": Case(_video_to_video([0, 1]), FRAMES, 5, folded=False),
+    "video, latent frame 2": Case(_video_to_video([2]), FRAMES, 9, folded=False),
+    "video, shorter than its prefix": Case(_video_to_video([0, 1]), 3, 5, folded=False),
+    "policy": Case(_action("policy"), FRAMES, 1, folded=True),
+    "policy, one image": Case(_action("policy"), 1, 1, folded=True),
+    "forward dynamics, cropped": Case(
+        _action("forward_dynamics", [HEIGHT, WIDTH, 40, 64]), FRAMES, 1, folded=True
+    ),
+    "inverse dynamics": Case(_action("inverse_dynamics"), FRAMES, FRAMES, folded=False),
+    "transfer, one frame": Case(_transfer, 1, 1, folded=True),
+    "transfer, a chunk": Case(_transfer, 5, 5, folded=False),
+}
+
+
+def prepared(case: Case, pipeline: Any, pixels: Tensor, seed: int = 7) -> Prepared:
+    with torch.no_grad():
+        return case.prepare(pipeline, pixels, torch.Generator().manual_seed(seed))
+
+
+@contextmanager
+def frames_through(vae: Any) -> Iterator[list[int]]:
+    """The number of pixel frames of each call of the VAE's `encode`, in order."""
+    calls: list[int] = []
+    encode = vae.encode
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(x.shape[2])
+        return encode(x, *args, **kwargs)
+
+    vae.encode = counted
+    try:
+        yield calls
+    finally:
+        del vae.encode
