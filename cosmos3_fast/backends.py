@@ -28,6 +28,11 @@ SCHEMAS = (
     "(Tensor latents, Tensor velocity_mask)",
     "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
     "Tensor velocity_mask",
+    "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor",
+    "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor",
+    "winograd_pack(Tensor weight) -> Tensor",
+    "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
+    "-> Tensor",
 )
 OPS = tuple(schema.split("(", maxsplit=1)[0] for schema in SCHEMAS)
 
@@ -77,49 +82,54 @@ if LIBRARY_ERROR:
         _definitions.define(_schema)
 
 
+_python_kernels: dict[tuple[str, str], Kernel] = {}
+
+
 def _library_serves(op: str, device: str) -> bool:
     return LIBRARY_ERROR is None and torch._C._dispatch_has_kernel_for_dispatch_key(
         f"cosmos3::{op}", device.upper()
     )
 
 
-LIBRARY_DEVICES = tuple(device for device in DEVICES if _library_serves(OPS[0], device))
-_python_kernels: dict[tuple[str, str], Kernel] = {}
+LIBRARY_KERNELS = {(op, device) for op in OPS for device in DEVICES if _library_serves(op, device)}
 
 
-def register(op: str, check: Kernel, *, eager: Kernel, triton: str) -> None:
+def register(op: str, check: Kernel, *, eager: Kernel, triton: str | None = None) -> None:
     """Gives `op` its Python backends, for use by name and where the library does not serve.
 
     Args:
         op: name in the schema, with its overload.
         check: takes the op's arguments; raises if they do not fit.
         eager, triton: take the same arguments; `triton` as "module:function" below
-            `cosmos3_fast.kernels`, imported at the first call.
+            `cosmos3_fast.kernels`, imported at the first call, or None if there is none.
     """
-
-    @functools.cache
-    def triton_kernel() -> Kernel:
-        module, function = triton.split(":")
-        return getattr(importlib.import_module(f"cosmos3_fast.kernels.{module}"), function)
 
     def run_eager(*args: Any) -> Any:
         check(*args)
         with torch.no_grad():
             return eager(*args)
 
-    def run_triton(*args: Any) -> Any:
-        check(*args)
-        return triton_kernel()(*args)
+    _python_kernels[op, "eager"] = run_eager
+    if triton is not None:
+        module, function = triton.split(":")
+
+        @functools.cache
+        def triton_kernel() -> Kernel:
+            return getattr(importlib.import_module(f"cosmos3_fast.kernels.{module}"), function)
+
+        def run_triton(*args: Any) -> Any:
+            check(*args)
+            return triton_kernel()(*args)
+
+        _python_kernels[op, "triton"] = run_triton
 
     def run_cuda(*args: Any) -> Any:
         # Chosen at the call: until then Triton is not imported.
-        return (run_triton if default_backend("cuda") == "triton" else run_eager)(*args)
+        return _python_kernels[op, default_backend("cuda", op)](*args)
 
-    _python_kernels[op, "eager"] = run_eager
-    _python_kernels[op, "triton"] = run_triton
-    if "cpu" not in LIBRARY_DEVICES:
+    if (op, "cpu") not in LIBRARY_KERNELS:
         _definitions.impl(op, run_eager, "CPU")
-    if "cuda" not in LIBRARY_DEVICES:
+    if (op, "cuda") not in LIBRARY_KERNELS:
         _definitions.impl(op, run_cuda, "CUDA")
 
 
@@ -138,16 +148,19 @@ def triton_error() -> str | None:
     return None
 
 
-def default_backend(device: torch.device | str = "cpu") -> str:
-    """The backend behind `torch.ops.cosmos3.*` for tensors on `device`: cpp, triton or eager."""
+def default_backend(device: torch.device | str = "cpu", op: str = "prepare_latents") -> str:
+    """The backend behind `torch.ops.cosmos3.<op>` on `device`: "cpp", "triton" or "eager"."""
     kind = torch.device(device).type
-    if kind in LIBRARY_DEVICES:
+    if (op, kind) in LIBRARY_KERNELS:
         return "cpp"
-    return "triton" if kind == "cuda" and triton_error() is None else "eager"
+    has_triton = (op, "triton") in _python_kernels
+    return "triton" if kind == "cuda" and has_triton and triton_error() is None else "eager"
 
 
-def backend_error(backend: str, device: torch.device | str = "cpu") -> str | None:
-    """None if `backend` can serve tensors on `device`, else the reason, with the original error.
+def backend_error(
+    backend: str, device: torch.device | str = "cpu", op: str = "prepare_latents"
+) -> str | None:
+    """None if `backend` can serve `op` on `device`, else the reason, with the original error.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -156,10 +169,12 @@ def backend_error(backend: str, device: torch.device | str = "cpu") -> str | Non
     if backend == "eager":
         return None
     if backend == "cpp":
-        if LIBRARY_ERROR is not None or kind in LIBRARY_DEVICES:
+        if LIBRARY_ERROR is not None or (op, kind) in LIBRARY_KERNELS:
             return LIBRARY_ERROR
-        return f"the library was built without {kind} kernels ({_built_and_found()})"
+        return f"the library was built without a {kind} kernel of {op} ({_built_and_found()})"
     if backend == "triton":
+        if (op, "triton") not in _python_kernels:
+            return f"there is no Triton kernel of {op}"
         if triton_error() is None and kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             return "Triton runs on the CPU only under TRITON_INTERPRET=1"
         return triton_error()
@@ -177,8 +192,8 @@ def select(op: str, backend: str | None, device: torch.device) -> Kernel:
     registered = getattr(getattr(torch.ops.cosmos3, name), overload or "default")
     if backend is None:
         return registered
-    if (error := backend_error(backend, device)) is not None:
+    if (error := backend_error(backend, device, op)) is not None:
         raise BackendUnavailableError(
             f"cosmos3_fast backend {backend!r} cannot run {name} on {device}: {error}"
         )
-    return registered if backend == default_backend(device) else _python_kernels[op, backend]
+    return registered if backend == default_backend(device, op) else _python_kernels[op, backend]

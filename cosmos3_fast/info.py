@@ -22,13 +22,14 @@ def info() -> dict[str, Any]:
     """Facts about this install; never raises.
 
     Returns a dict with the versions found (`package`, `python`, `torch`, `torch_cuda`, `triton`),
-    `build` (see `backends.build_info`), `library_error`, `default` (backend per device), and
+    `build` (see `backends.build_info`), `library_error`, `default` (backend per op and device), and
     `ops`: for each (op, device, backend), None if available or the error as text.
     """
     no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
 
-    def error(device: str, backend: str) -> str | None:
-        return backends.backend_error(backend, device) or (no_gpu if device == "cuda" else None)
+    def error(op: str, device: str, backend: str) -> str | None:
+        without_gpu = no_gpu if device == "cuda" else None
+        return backends.backend_error(backend, device, op) or without_gpu
 
     return {
         "package": _version("cosmos3-fast"),
@@ -38,9 +39,13 @@ def info() -> dict[str, Any]:
         "triton": _version("triton"),
         "build": backends.build_info(),
         "library_error": backends.LIBRARY_ERROR,
-        "default": {device: backends.default_backend(device) for device in backends.DEVICES},
+        "default": {
+            (op, device): backends.default_backend(device, op)
+            for op in backends.OPS
+            for device in backends.DEVICES
+        },
         "ops": {
-            (op, device, backend): error(device, backend)
+            (op, device, backend): error(op, device, backend)
             for op in backends.OPS
             for device in backends.DEVICES
             for backend in backends.BACKENDS
@@ -70,7 +75,7 @@ def format_info() -> str:
     lines += [f"library: {facts['library_error'] or 'loaded'}", ""]
     width = max(len(op) for op in backends.OPS) + len("cosmos3::")
     for (op, device, backend), error in facts["ops"].items():
-        serves = ", serves" if backend == facts["default"][device] else ""
+        serves = ", serves" if backend == facts["default"][op, device] else ""
         state = f"not available: {error}" if error else f"available{serves}"
         lines.append(f"{'cosmos3::' + op:<{width}}  {device:<4}  {backend:<6}  {state}")
     return "\n".join(lines)

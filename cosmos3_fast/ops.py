@@ -20,7 +20,16 @@ from .backends import (
     select,
 )
 
-__all__ = ["BackendUnavailableError", "default_backend", "prepare_latents", "prepare_latents_"]
+__all__ = [
+    "BackendUnavailableError",
+    "default_backend",
+    "pack_pixels",
+    "prepare_latents",
+    "prepare_latents_",
+    "rms_norm_silu",
+    "winograd_conv3x3",
+    "winograd_pack",
+]
 
 register(
     "prepare_latents",
@@ -40,6 +49,20 @@ register(
     eager=reference.prepare_latents_,
     triton="prepare_latents:prepare_latents_",
 )
+register(
+    "rms_norm_silu",
+    checks.check_norm,
+    eager=reference.rms_norm_silu,
+    triton="rms_norm_silu:rms_norm_silu",
+)
+register(
+    "pack_pixels",
+    checks.check_pixels,
+    eager=reference.pack_pixels,
+    triton="pack_pixels:pack_pixels",
+)
+register("winograd_pack", checks.check_winograd_weight, eager=reference.winograd_pack)
+register("winograd_conv3x3", checks.check_winograd, eager=reference.winograd_conv3x3)
 
 
 def prepare_latents(
@@ -52,8 +75,8 @@ def prepare_latents(
 ) -> tuple[Tensor, Tensor]:
     """Conditioned latents and their velocity mask, in one pass over the noise.
 
-    Equivalent to `cosmos3_fast.reference.formula`: with m = 1 at the conditioned frames,
-    `latents = m * cond_latent + (1 - m) * noise` and `velocity_mask = 1 - m`.
+    With m = 1 at the conditioned frames, `latents = m * cond_latent + (1 - m) * noise` and
+    `velocity_mask = 1 - m` (`cosmos3_fast.reference.prepare_latents_formula`).
 
     Args:
         cond_latent: [1 or B, C, Tc, H, W], float32, bfloat16, float16 or float64; rounded to the
@@ -222,3 +245,183 @@ def _refuse_gradients(
 
 
 register_autograd_kernel("prepare_latents_", _refuse_gradients)
+
+
+def rms_norm_silu(
+    x: Tensor, weight: Tensor | None, silu: bool = True, *, backend: str | None = None
+) -> Tensor:
+    """`act(x / max(‖x‖₂, 1e-12) * (√C * weight))` over the channels, in one pass.
+
+    The RMS norm of the Wan VAEs (`weight` is its gamma), followed by SiLU.
+
+    Args:
+        x: [B, C, H, W] float32, bfloat16, float16 or float64; read fastest in channels-last memory.
+        weight: [C], any of those dtypes, or None: just `x / max(‖x‖₂, 1e-12)`.
+        silu: apply SiLU.
+        backend: as in `prepare_latents`.
+
+    Returns:
+        `x`'s shape and dtype, channels-last; computed in float32 (float64 for float64) and
+        rounded once.
+
+    Raises:
+        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
+    """
+    return select("rms_norm_silu", backend, x.device)(x, weight, silu)
+
+
+@torch.library.register_fake("cosmos3::rms_norm_silu")
+def _(x: Tensor, weight: Tensor | None, silu: bool = True) -> Tensor:
+    checks.check_norm(x, weight, silu)
+    return torch.empty_like(x, memory_format=torch.channels_last)
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.silu = inputs
+    ctx.save_for_backward(*((x,) if weight is None else (x, weight)))
+
+
+def _norm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    # With n = x/‖x‖, y = s n, z = y sigmoid(y): dz/dy = sigmoid(y) (1 + y (1 - sigmoid(y))) and,
+    # for g = s dz/dy dz, dx = (g - n Σ g n) / ‖x‖ (no second term where the norm is clamped).
+    x, *rest = ctx.saved_tensors
+    weight = rest[0] if rest else None
+    statistics = torch.promote_types(x.dtype, torch.float32)
+    value, slope = x.to(statistics), gradient.to(statistics)
+    norm = torch.linalg.vector_norm(value, dim=1, keepdim=True)
+    divisor = norm.clamp_min(reference.NORM_EPS)
+    unit = value / divisor
+    scale = None
+    if weight is not None:
+        scale = (weight.to(statistics) * x.shape[1] ** 0.5).view(-1, 1, 1)
+    if ctx.silu:
+        y = unit if scale is None else unit * scale
+        gate = torch.sigmoid(y)
+        slope = slope * gate * (1 + y * (1 - gate))
+    grad_x = grad_weight = None
+    if ctx.needs_input_grad[0]:
+        inner = slope if scale is None else slope * scale
+        along = unit * (inner * unit).sum(1, keepdim=True)
+        grad_x = ((inner - torch.where(norm > reference.NORM_EPS, along, 0)) / divisor).to(x.dtype)
+    if ctx.needs_input_grad[1] and weight is not None:
+        grad_weight = ((slope * unit).sum((0, 2, 3)) * x.shape[1] ** 0.5).to(weight.dtype)
+    return grad_x, grad_weight, None
+
+
+torch.library.register_autograd("cosmos3::rms_norm_silu", _norm_backward, setup_context=_norm_setup)
+
+
+def pack_pixels(
+    pixels: Tensor, patch_size: int, dtype: torch.dtype, *, backend: str | None = None
+) -> Tensor:
+    """What the first convolution reads, from pixels, in one pass.
+
+    Args:
+        pixels: uint8 [B, H, W, 3], normalised here to [-1, 1] as the engines do
+            (`2 (x / 255) - 1` in float32), or floating [B, 3, H, W], normalised already; any
+            strides.
+        patch_size: divides H and W.
+        dtype: of the result.
+        backend: as in `prepare_latents`.
+
+    Returns:
+        [B, 3·p², H/p, W/p] channels-last, channels ordered as `pixel_unshuffle` orders them.
+
+    Raises:
+        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
+    """
+    return select("pack_pixels", backend, pixels.device)(pixels, patch_size, dtype)
+
+
+@torch.library.register_fake("cosmos3::pack_pixels")
+def _(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
+    checks.check_pixels(pixels, patch_size, dtype)
+    batch, *sizes = pixels.shape
+    height, width = sizes[:2] if pixels.dtype == torch.uint8 else sizes[1:]
+    shape = (batch, 3 * patch_size**2, height // patch_size, width // patch_size)
+    return torch.empty(shape, dtype=dtype, device=pixels.device, memory_format=torch.channels_last)
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pixels, ctx.patch_size, _ = inputs
+    ctx.dtype = pixels.dtype
+
+
+def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    # Bytes have no gradient, so the pixels were floating.
+    return torch.nn.functional.pixel_shuffle(gradient, ctx.patch_size).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd("cosmos3::pack_pixels", _pack_backward, setup_context=_pack_setup)
+
+
+def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """Transform float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
+
+    Cout must be a multiple of 32 and Cin of 16. Returns [36, Cout/32, Cin, 32], four times the
+    size of `weight`. Not differentiable.
+    """
+    return select("winograd_pack", backend, weight.device)(weight)
+
+
+@torch.library.register_fake("cosmos3::winograd_pack")
+def _(weight: Tensor) -> Tensor:
+    checks.check_winograd_weight(weight)
+    return weight.new_empty(36, weight.shape[0] // 32, weight.shape[1], 32)
+
+
+def winograd_conv3x3(
+    x: Tensor,
+    packed_weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`conv2d(x, weight, bias, padding=1) + residual` in float32 with a quarter of the products.
+
+    Winograd's F(4x4, 3x3). Its rounding error is a few times that of direct convolution (the tests
+    state it). Not differentiable.
+
+    Args:
+        x: [B, Cin, H, W] float32; read fastest in channels-last memory.
+        packed_weight: `winograd_pack(weight)`.
+        bias: [Cout] float32.
+        residual: [B, Cout, H, W] float32, added to the result.
+        backend: as in `prepare_latents`.
+
+    Returns:
+        [B, Cout, H, W] float32, channels-last.
+
+    Raises:
+        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
+    """
+    return select("winograd_conv3x3", backend, x.device)(x, packed_weight, bias, residual)
+
+
+@torch.library.register_fake("cosmos3::winograd_conv3x3")
+def _(
+    x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    checks.check_winograd(x, packed_weight, bias, residual)
+    batch, _, height, width = x.shape
+    return torch.empty(
+        (batch, packed_weight.shape[1] * 32, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _refuse_winograd_gradients(op: str) -> Any:
+    def kernel(*args: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
+            raise RuntimeError(f"{op}: no argument may require a gradient; use conv2d")
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.cosmos3, op)(*args)
+
+    return kernel
+
+
+for _op in ("winograd_pack", "winograd_conv3x3"):
+    register_autograd_kernel(_op, _refuse_winograd_gradients(_op))

@@ -12,4 +12,10 @@ STABLE_TORCH_LIBRARY(cosmos3, m) {
   m.def(
       "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
       "Tensor velocity_mask");
+  m.def("rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor");
+  m.def("pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor");
+  m.def("winograd_pack(Tensor weight) -> Tensor");
+  m.def(
+      "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
+      "-> Tensor");
 }

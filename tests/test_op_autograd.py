@@ -23,7 +23,7 @@ def test_gradients_equal_the_formula_s(sample: Sample, device: str, poison: None
 
     ours, theirs = leaves(), leaves()
     latents, _velocity = OPS.prepare_latents(*ours, sample.frames)
-    wanted, _ = reference.formula(*theirs, sample.frames)
+    wanted, _ = reference.prepare_latents_formula(*theirs, sample.frames)
     upstream = latent(latents.shape, latents.dtype, device=device, seed=9)
     latents.backward(upstream)
     wanted.backward(upstream)

@@ -144,6 +144,130 @@ MASK_FAULTS = {
     ),
 }
 
+
+def norm_call(
+    x: tuple[int, ...] = (2, 3, 4, 5),
+    weight: tuple[int, ...] = (3,),
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.zeros(x, dtype=dtype), torch.zeros(weight), True)
+
+
+def pixels_call(
+    pixels: tuple[int, ...],
+    dtype: torch.dtype = torch.float32,
+    patch_size: int = 2,
+    out: torch.dtype = torch.float32,
+) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (torch.zeros(pixels, dtype=dtype), patch_size, out)
+
+
+def winograd_call(
+    x: tuple[int, ...] = (2, 16, 5, 7),
+    packed: tuple[int, ...] = (36, 2, 16, 32),
+    bias: tuple[int, ...] = (64,),
+    residual: tuple[int, ...] = (2, 64, 5, 7),
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[], tuple[Any, ...]]:
+    return lambda: (
+        torch.zeros(x, dtype=dtype),
+        *(torch.zeros(shape) for shape in (packed, bias, residual)),
+    )
+
+
+ENCODER_FAULTS = {
+    "rms_norm_silu": {
+        "x rank": (norm_call((3, 4)), "x must have shape [B, C, H, W], got [3, 4]"),
+        "x dtype": (
+            norm_call(dtype=torch.int64),
+            "x must be float32, bfloat16, float16 or float64, got torch.int64",
+        ),
+        "weight rank": (norm_call(weight=(3, 1)), "weight must have shape [C], got [3, 1]"),
+        "weight length": (
+            norm_call(weight=(4,)),
+            "weight must have the C = 3 elements of x, got 4",
+        ),
+    },
+    "pack_pixels": {
+        "rank": (
+            pixels_call((3, 4, 4)),
+            "pixels must have shape [B, 3, H, W], or [B, H, W, 3] in uint8, got [3, 4, 4]",
+        ),
+        "dtype": (
+            pixels_call((1, 3, 4, 4), torch.int16),
+            "pixels must be uint8, float32, bfloat16, float16 or float64, got torch.int16",
+        ),
+        "colours": (
+            pixels_call((1, 4, 4, 4)),
+            "pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
+            "got [1, 4, 4, 4]",
+        ),
+        "colours of bytes": (
+            pixels_call((1, 3, 4, 4), torch.uint8),
+            "pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
+            "got [1, 3, 4, 4]",
+        ),
+        "target dtype": (
+            pixels_call((1, 3, 4, 4), out=torch.uint8),
+            "dtype must be float32, bfloat16, float16 or float64, got torch.uint8",
+        ),
+        "patch size": (
+            pixels_call((1, 3, 4, 4), patch_size=0),
+            "patch_size must be at least 1, got 0",
+        ),
+        "height": (
+            pixels_call((1, 3, 5, 4)),
+            "pixels must have height and width divisible by patch_size = 2, got [1, 3, 5, 4]",
+        ),
+        "width of bytes": (
+            pixels_call((1, 4, 5, 3), torch.uint8),
+            "pixels must have height and width divisible by patch_size = 2, got [1, 4, 5, 3]",
+        ),
+    },
+    "winograd_pack": {
+        "rank": (
+            lambda: (torch.zeros(32, 16, 3),),
+            "weight must have shape [Cout, Cin, 3, 3], got [32, 16, 3]",
+        ),
+        "dtype": (
+            lambda: (torch.zeros(32, 16, 3, 3, dtype=torch.float64),),
+            "weight must be float32, got torch.float64",
+        ),
+        **{
+            f"shape {shape}": (
+                lambda shape=shape: (torch.zeros(shape),),
+                "weight must have shape [Cout, Cin, 3, 3] with Cout a multiple of 32 and Cin of "
+                f"16, got {list(shape)}",
+            )
+            for shape in [(48, 16, 3, 3), (32, 12, 3, 3), (32, 16, 5, 3), (32, 16, 3, 1)]
+        },
+    },
+    "winograd_conv3x3": {
+        "x rank": (
+            winograd_call(x=(16, 5, 7)),
+            "x must have shape [B, Cin, H, W], got [16, 5, 7]",
+        ),
+        "x dtype": (winograd_call(dtype=torch.bfloat16), "x must be float32, got torch.bfloat16"),
+        "packed rank": (
+            winograd_call(packed=(36, 32, 32)),
+            "packed_weight must have shape [36, Cout/32, Cin, 32], got [36, 32, 32]",
+        ),
+        **{
+            f"packed {shape}": (
+                winograd_call(packed=shape),
+                "packed_weight must have shape [36, Cout/32, Cin, 32] for x [2, 16, 5, 7], "
+                f"got {list(shape)}",
+            )
+            for shape in [(16, 2, 16, 32), (36, 2, 32, 32), (36, 2, 16, 16)]
+        },
+        "bias": (winograd_call(bias=(32,)), "bias must have shape [64], got [32]"),
+        "residual": (
+            winograd_call(residual=(1, 64, 5, 7)),
+            "residual must have shape [2, 64, 5, 7], got [1, 64, 5, 7]",
+        ),
+    },
+}
+
 CALLS = {
     **{
         (op, fault): (arguments, f"{op}: {message}")
@@ -153,6 +277,11 @@ CALLS = {
     **{
         ("prepare_latents.mask", fault): (arguments, f"prepare_latents: {message}")
         for fault, (arguments, message) in MASK_FAULTS.items()
+    },
+    **{
+        (op, fault): (arguments, f"{op}: {message}")
+        for op, faults in ENCODER_FAULTS.items()
+        for fault, (arguments, message) in faults.items()
     },
     ("prepare_latents_", "expanded noise"): (
         lambda: (torch.zeros(COND), torch.zeros(2, 3, 5, 1, 6).expand(NOISE), [0]),
@@ -167,7 +296,7 @@ parametrize_faults = pytest.mark.parametrize(
 @parametrize_faults
 @pytest.mark.parametrize("backend", [None, *backends.BACKENDS])
 def test_each_backend_says_the_same(op: str, fault: str, backend: str | None, device: str):
-    if backend and (error := backends.backend_error(backend, device)) is not None:
+    if backend and (error := backends.backend_error(backend, device, op)) is not None:
         pytest.skip(error)
     make_arguments, message = CALLS[op, fault]
     arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in make_arguments()]
@@ -195,7 +324,7 @@ def test_the_fake_says_the_same(op: str, fault: str, fake_device: str):
     assert str(raised.value) == message
 
 
-@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("op", ["prepare_latents", "prepare_latents.mask", "prepare_latents_"])
 def test_devices_must_agree(op: str):
     third = torch.zeros(1, 1, 5, 1, 1, device="meta") if op.endswith(".mask") else [0]
     with FakeTensorMode():
@@ -209,6 +338,20 @@ def test_devices_must_agree(op: str):
     assert f"{name}: cond_latent must be on the device of noise (cuda:0), got cpu" in str(
         raised.value
     )
+
+
+def test_devices_of_the_encoder_ops_must_agree():
+    with FakeTensorMode():
+        x = torch.empty(1, 16, 4, 4, device="cuda")
+        packed = torch.empty(36, 1, 16, 32, device="cuda")
+        on_cpu = torch.empty(32)
+        for call, message in [
+            (lambda: ops.rms_norm_silu(x, on_cpu[:16]), "rms_norm_silu: weight must be on the dev"),
+            (lambda: ops.winograd_conv3x3(x, packed.cpu()), "conv3x3: packed_weight must be on"),
+            (lambda: ops.winograd_conv3x3(x, packed, on_cpu), "conv3x3: bias must be on the dev"),
+        ]:
+            with pytest.raises(RuntimeError, match=message):
+                call()
 
 
 @pytest.mark.gpu

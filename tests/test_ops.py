@@ -48,7 +48,7 @@ def test_frames_equal_the_reference(sample: Sample, backend: str, device: str, p
     assert_equal(latents, wanted, truncates(backend, device, noise.dtype))
     assert_equal(velocity, wanted_velocity)
     assert torch.equal(noise, before)
-    seed_latents, seed_velocity = reference.formula(cond, noise, sample.frames)
+    seed_latents, seed_velocity = reference.prepare_latents_formula(cond, noise, sample.frames)
     assert_equal(wanted, seed_latents.contiguous())
     assert_equal(wanted_velocity, seed_velocity)
 
@@ -116,7 +116,7 @@ def test_frames_select_so_nothing_leaks(dtype: torch.dtype, backend: str, device
         torch.full_like(cond, float("nan")), noise, (), backend=backend
     )
     assert_equal(latents, noise)
-    leaked, _ = reference.formula(cond, noise, (0,))
+    leaked, _ = reference.prepare_latents_formula(cond, noise, (0,))
     assert leaked[:, :, 0].isnan().all(), "the engines' formula is what leaks"
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from cosmos3_fast.vae.checkpoint import open_checkpoint
 from cosmos3_fast.vae.fold import Read, fold_encoder
-from cosmos3_fast.vae.layers import Attention, EncoderStage, NormSiLU, ResidualBlock
+from cosmos3_fast.vae.layers import Attention, Conv3x3, EncoderStage, NormSiLU, ResidualBlock
 from cosmos3_fast.vae.live import check_modules, probe_against
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError, is_encoder_tensor
 
@@ -58,7 +58,7 @@ class ConditioningEncoder(nn.Module):
         self.spatial_factor = topology.spatial_factor
         with torch.device(device or torch.get_default_device()):
             width = topology.stages[0].in_channels
-            self.conv_in = nn.Conv2d(topology.in_channels, width, 3, padding=1)
+            self.conv_in = Conv3x3(topology.in_channels, width)
             self.stages = nn.ModuleList(
                 EncoderStage(stage, topology.residual) for stage in topology.stages
             )
@@ -67,7 +67,7 @@ class ConditioningEncoder(nn.Module):
                 ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)
             )
             self.norm_out = NormSiLU(width)
-            self.conv_out = nn.Conv2d(width, topology.z_dim, 3, padding=1)
+            self.conv_out = Conv3x3(width, topology.z_dim)
         self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
 

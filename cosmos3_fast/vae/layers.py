@@ -2,37 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos3_fast.backends import LIBRARY_KERNELS
+from cosmos3_fast.ops import rms_norm_silu
 from cosmos3_fast.vae.topology import Stage
 
-_NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
+# Below this many 4x4 output tiles, streaming the four times larger packed weights costs what the
+# saved products gain; it also keeps them to 270 MB for Cosmos3 at 480x832.
+_WINOGRAD_TILES = 256
 
 
-def rms_norm_silu(x: Tensor, weight: Tensor | None, silu: bool) -> Tensor:
-    """`act(x / max(‖x‖₂, 1e-12) * (√C * weight))`, the norm taken over dim 1.
+class Conv3x3(nn.Conv2d):
+    """3x3 convolution of stride 1 and padding 1, plus an optional residual.
 
-    The VAE's RMS norm with `weight` its gamma. Everything is computed in fp32 (fp64 for fp64) and
-    rounded once to `x.dtype`; √C stays out of the stored weight because rounding their product to
-    bf16 would cost as much accuracy as rounding the result.
-
-    Args:
-        x: [B, C, ...] floating point.
-        weight: [C], or None: no weight and no √C, just `x / max(‖x‖₂, 1e-12)`.
-        silu: apply SiLU after the norm.
-
-    Returns:
-        `x`'s shape and dtype.
+    In float32 on the CPU, large images go through `cosmos3::winograd_conv3x3`; the transformed
+    weights are made at the first such call and again after the weights have changed.
     """
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=statistics)
-    y = x / norm.clamp_min(_NORM_EPS)
-    if weight is not None:
-        scale = weight.to(statistics) * x.shape[1] ** 0.5
-        y = y * scale.view(-1, *[1] * (x.dim() - 2))
-    return (F.silu(y) if silu else y).to(x.dtype)
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self._packed: tuple[tuple[int, int], Tensor] | None = None
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self._takes_winograd(x):
+            return torch.ops.cosmos3.winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
+        y = super().forward(x)
+        return y if residual is None else y + residual
+
+    def _takes_winograd(self, x: Tensor) -> bool:
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+            return False
+        tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+        return (
+            tiles >= _WINOGRAD_TILES
+            and x.dtype == self.weight.dtype == torch.float32
+            and self.in_channels % 16 == 0
+            and self.out_channels % 32 == 0
+            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+            and ("winograd_conv3x3", "cpu") in LIBRARY_KERNELS
+        )
+
+    def _packed_weight(self) -> Tensor:
+        version = 0 if self.weight.is_inference() else self.weight._version
+        key = (self.weight.data_ptr(), version)
+        if self._packed is None or self._packed[0] != key:
+            with torch.no_grad():
+                self._packed = key, torch.ops.cosmos3.winograd_pack(self.weight)
+        return self._packed[1]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv3x3:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
 
 
 class NormSiLU(nn.Module):
@@ -55,9 +84,9 @@ class ResidualBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.norm1 = NormSiLU(in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels)
         self.norm2 = NormSiLU(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels)
         self.shortcut = (
             nn.Conv2d(in_channels, out_channels, 1, bias=False)
             if in_channels != out_channels
@@ -66,8 +95,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv1(self.norm1(x))
-        y = self.conv2(self.norm2(y))
-        return y + (x if self.shortcut is None else self.shortcut(x))
+        return self.conv2(self.norm2(y), x if self.shortcut is None else self.shortcut(x))
 
 
 class Attention(nn.Module):

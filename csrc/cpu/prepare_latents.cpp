@@ -120,8 +120,7 @@ int64_t grain_rows(const Shape& shape, int64_t element_size) {
   return row_bytes == 0 ? kGrainBytes : std::max<int64_t>(1, kGrainBytes / row_bytes);
 }
 
-std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent,
-                                           Tensor noise,
+std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
                                            std::vector<int64_t> condition_frames) {
   check_frames("prepare_latents", cond_latent, noise, condition_frames);
   const Shape shape = shape_of(noise);
@@ -165,13 +164,8 @@ std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent,
 // m * cond + (1 - m) * noise with one rounding at the end. The build forbids contraction to
 // fused multiply-adds, so that float32 equals the eager formula to the bit.
 template <typename Compute, typename T, typename Cond>
-void blend_row(T* out,
-               const T* noise,
-               const Cond* cond,
-               Compute m,
-               const Source& base,
-               const Source& source,
-               const Shape& shape) {
+void blend_row(T* out, const T* noise, const Cond* cond, Compute m, const Source& base,
+               const Source& source, const Shape& shape) {
   const Compute keep = Compute{1} - m;
   auto blend = [&](const Cond& c, const T& n) {
     return convert<T>(m * convert<Compute>(c) + keep * convert<Compute>(n));
@@ -190,8 +184,7 @@ void blend_row(T* out,
   }
 }
 
-std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent,
-                                                Tensor noise,
+std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise,
                                                 Tensor condition_mask) {
   check_mask("prepare_latents", cond_latent, noise, condition_mask);
   const Shape shape = shape_of(noise);
@@ -228,10 +221,7 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent,
               blend_row<Compute>(out + row * shape.plane(),
                                  reinterpret_cast<const T*>(base.row(b, c, t)),
                                  reinterpret_cast<const decltype(cond_tag)*>(cond.row(b, c, t)),
-                                 mask_at(b, t),
-                                 base,
-                                 cond,
-                                 shape);
+                                 mask_at(b, t), base, cond, shape);
             });
           }
         });
@@ -250,10 +240,8 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
   dispatch(noise.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     T* data = static_cast<T*>(noise.mutable_data_ptr());
-    torch::stable::parallel_for(0,
-                                shape.plane() == 0 ? 0 : shape.b * shape.c * num_condition,
-                                grain_rows(shape, sizeof(T)),
-                                [&](int64_t begin, int64_t end) {
+    torch::stable::parallel_for(0, shape.plane() == 0 ? 0 : shape.b * shape.c * num_condition,
+                                grain_rows(shape, sizeof(T)), [&](int64_t begin, int64_t end) {
                                   std::vector<T> staged(dense ? 0 : shape.plane());
                                   for (int64_t row = begin; row < end; ++row) {
                                     const int64_t t = condition_frames[row % num_condition];

@@ -97,13 +97,9 @@ __device__ void copy_row(T* out, const Source& source, int64_t offset, const Sha
 }
 
 template <typename T>
-__global__ void prepare_latents_kernel(T* __restrict__ latents,
-                                       T* __restrict__ velocity_mask,
-                                       const Source cond,
-                                       const Source noise,
-                                       const Shape shape,
-                                       const int64_t first_frame,
-                                       const int64_t num_frames,
+__global__ void prepare_latents_kernel(T* __restrict__ latents, T* __restrict__ velocity_mask,
+                                       const Source cond, const Source noise, const Shape shape,
+                                       const int64_t first_frame, const int64_t num_frames,
                                        const FrameSet frames) {
   const int64_t row = blockIdx.x;
   const int64_t local_t = row % num_frames;
@@ -124,13 +120,9 @@ __global__ void prepare_latents_kernel(T* __restrict__ latents,
 }
 
 template <typename T>
-__global__ void write_frames_kernel(T* __restrict__ noise,
-                                    const Strides to,
-                                    const Source cond,
-                                    const Shape shape,
-                                    const int64_t first_frame,
-                                    const int64_t num_frames,
-                                    const FrameSet frames,
+__global__ void write_frames_kernel(T* __restrict__ noise, const Strides to, const Source cond,
+                                    const Shape shape, const int64_t first_frame,
+                                    const int64_t num_frames, const FrameSet frames,
                                     T* __restrict__ velocity_mask) {
   // One block per (batch, channel) and one more for the velocity mask; each walks the frames.
   if (blockIdx.x == shape.b * shape.c) {
@@ -186,13 +178,9 @@ __device__ Compute<T> widen(T value) {
 }
 
 template <typename T>
-__global__ void blend_kernel(T* __restrict__ latents,
-                             T* __restrict__ velocity_mask,
-                             const Source cond,
-                             const Source noise,
-                             const Source mask,
-                             const int64_t mask_batch,
-                             const Shape shape) {
+__global__ void blend_kernel(T* __restrict__ latents, T* __restrict__ velocity_mask,
+                             const Source cond, const Source noise, const Source mask,
+                             const int64_t mask_batch, const Shape shape) {
   constexpr int64_t kLanes = sizeof(uint4) / sizeof(T);
   const int64_t t = blockIdx.x % shape.t;
   const int64_t c = blockIdx.x / shape.t % shape.c;
@@ -221,8 +209,7 @@ __global__ void blend_kernel(T* __restrict__ latents,
   } else {
     for (int64_t i = threadIdx.x; i < plane; i += blockDim.x) {
       out[i] = blend<T>(
-          m,
-          load_as<Compute<T>>(cond, cond_offset + plane_offset(cond.strides, i, shape.w)),
+          m, load_as<Compute<T>>(cond, cond_offset + plane_offset(cond.strides, i, shape.w)),
           load_as<Compute<T>>(noise, noise_offset + plane_offset(noise.strides, i, shape.w)));
     }
   }
@@ -283,8 +270,7 @@ unsigned grid_size(const char* op, int64_t blocks) {
   return static_cast<unsigned>(blocks);
 }
 
-std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent,
-                                           Tensor noise,
+std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
                                            std::vector<int64_t> condition_frames) {
   check_frames("prepare_latents", cond_latent, noise, condition_frames);
   const torch::stable::accelerator::DeviceGuard guard(noise.get_device_index());
@@ -300,25 +286,19 @@ std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent,
     const int64_t planes = std::max<int64_t>(1, shape.b * shape.c);
     for (int64_t first = 0; first < shape.t; first += kMaxFrames) {
       const int64_t count = std::min(kMaxFrames, shape.t - first);
-      prepare_latents_kernel<T><<<grid_size("prepare_latents", planes * count),
-                                  threads_for(shape, sizeof(T)),
-                                  0,
-                                  stream>>>(static_cast<T*>(latents.mutable_data_ptr()),
-                                            static_cast<T*>(velocity_mask.mutable_data_ptr()),
-                                            cond,
-                                            base,
-                                            shape.rows() ? shape : Shape{1, 1, shape.t, 0, 0},
-                                            first,
-                                            count,
-                                            frame_set(condition_frames, first, count));
+      prepare_latents_kernel<T>
+          <<<grid_size("prepare_latents", planes * count), threads_for(shape, sizeof(T)), 0,
+             stream>>>(static_cast<T*>(latents.mutable_data_ptr()),
+                       static_cast<T*>(velocity_mask.mutable_data_ptr()), cond, base,
+                       shape.rows() ? shape : Shape{1, 1, shape.t, 0, 0}, first, count,
+                       frame_set(condition_frames, first, count));
       check_launch("prepare_latents");
     }
   });
   return {latents, velocity_mask};
 }
 
-std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent,
-                                                Tensor noise,
+std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise,
                                                 Tensor condition_mask) {
   check_mask("prepare_latents", cond_latent, noise, condition_mask);
   const torch::stable::accelerator::DeviceGuard guard(noise.get_device_index());
@@ -326,10 +306,8 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent,
   const int64_t mask_batch = condition_mask.size(0);
   Tensor latents = torch::stable::new_empty(noise, {shape.b, shape.c, shape.t, shape.h, shape.w});
   Tensor velocity_mask = torch::stable::new_empty(noise, {mask_batch, 1, shape.t, 1, 1});
-  const Source mask{condition_mask.const_data_ptr(),
-                    condition_mask.scalar_type(),
-                    strides_of(condition_mask),
-                    false};
+  const Source mask{condition_mask.const_data_ptr(), condition_mask.scalar_type(),
+                    strides_of(condition_mask), false};
   // An empty latent still has a velocity mask: planes without elements.
   const Shape launched = shape.rows() ? shape : Shape{mask_batch, 1, shape.t, 0, 0};
   if (launched.b * launched.c * launched.t == 0) {
@@ -338,16 +316,11 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent,
   dispatch(noise.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     blend_kernel<T><<<grid_size("prepare_latents", launched.b * launched.c * launched.t),
-                      threads_for(shape, sizeof(T)),
-                      0,
-                      current_stream(noise.get_device_index())>>>(
+                      threads_for(shape, sizeof(T)), 0, current_stream(noise.get_device_index())>>>(
         static_cast<T*>(latents.mutable_data_ptr()),
         static_cast<T*>(velocity_mask.mutable_data_ptr()),
         source_of(cond_latent, shape, noise.scalar_type()),
-        source_of(noise, shape, noise.scalar_type()),
-        mask,
-        mask_batch,
-        launched);
+        source_of(noise, shape, noise.scalar_type()), mask, mask_batch, launched);
     check_launch("prepare_latents");
   });
   return {latents, velocity_mask};
@@ -369,16 +342,10 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
     for (int64_t first = 0; first < shape.t; first += kMaxFrames) {
       const int64_t count = std::min(kMaxFrames, shape.t - first);
       write_frames_kernel<T><<<grid_size("prepare_latents_", launched.b * launched.c + 1),
-                               threads_for(shape, sizeof(T)),
-                               0,
-                               stream>>>(static_cast<T*>(noise.mutable_data_ptr()),
-                                         to,
-                                         cond,
-                                         launched,
-                                         first,
-                                         count,
-                                         frame_set(condition_frames, first, count),
-                                         static_cast<T*>(velocity_mask.mutable_data_ptr()));
+                               threads_for(shape, sizeof(T)), 0, stream>>>(
+          static_cast<T*>(noise.mutable_data_ptr()), to, cond, launched, first, count,
+          frame_set(condition_frames, first, count),
+          static_cast<T*>(velocity_mask.mutable_data_ptr()));
       check_launch("prepare_latents_");
     }
   });

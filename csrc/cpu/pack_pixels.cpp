@@ -1,0 +1,116 @@
+// CPU kernel of cosmos3::pack_pixels: bytes or floats of an image to what the first convolution
+// reads, in one pass.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "../checks.h"
+#include "channels_last.h"
+#include "simd.h"
+
+namespace cosmos3 {
+namespace {
+
+using torch::headeronly::Half;
+
+// 2 (x / 255) - 1 in float32, as the engines normalise bytes.
+float normalized(int byte) {
+  return 2.0f * (static_cast<float>(byte) / 255.0f) - 1.0f;
+}
+
+template <typename Out, typename Read>
+void pack(Tensor& out, int64_t patch, const Read& read) {
+  const int64_t batch = out.size(0), channels = out.size(1), rows = out.size(2);
+  const int64_t columns = out.size(3);
+  Out* to = static_cast<Out*>(out.mutable_data_ptr());
+  torch::stable::parallel_for(0, batch * rows, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      Out* at = to + line * columns * channels;
+      for (int64_t x = 0; x < columns; ++x) {
+        // Channels in the order of torch.nn.functional.pixel_unshuffle: colour, row, column.
+        for (int64_t colour = 0; colour < 3; ++colour) {
+          for (int64_t dy = 0; dy < patch; ++dy) {
+            for (int64_t dx = 0; dx < patch; ++dx) {
+              *at++ = read(line / rows, colour, line % rows * patch + dy, x * patch + dx);
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+template <typename Out>
+void pack_bytes(Tensor& out, const Tensor& pixels, int64_t patch) {
+  Out table[256];
+  for (int byte = 0; byte < 256; ++byte) {
+    if constexpr (std::is_same_v<Out, double>) {
+      table[byte] = normalized(byte);
+    } else {
+      table[byte] = from_float<Out>(normalized(byte));
+    }
+  }
+  const auto* data = static_cast<const uint8_t*>(pixels.const_data_ptr());
+  const int64_t sb = pixels.stride(0), sh = pixels.stride(1), sw = pixels.stride(2);
+  const int64_t sc = pixels.stride(3);
+  pack<Out>(out, patch, [=, &table](int64_t b, int64_t c, int64_t y, int64_t x) {
+    return table[data[b * sb + y * sh + x * sw + c * sc]];
+  });
+}
+
+template <typename Out, typename In>
+void pack_floats(Tensor& out, const Tensor& pixels, int64_t patch) {
+  const auto* data = static_cast<const In*>(pixels.const_data_ptr());
+  const int64_t sb = pixels.stride(0), sc = pixels.stride(1), sh = pixels.stride(2);
+  const int64_t sw = pixels.stride(3);
+  pack<Out>(out, patch, [=](int64_t b, int64_t c, int64_t y, int64_t x) {
+    const In value = data[b * sb + c * sc + y * sh + x * sw];
+    if constexpr (std::is_same_v<Out, In>) {
+      return value;
+    } else if constexpr (std::is_same_v<In, double>) {
+      return from_float<Out>(static_cast<float>(value));
+    } else if constexpr (std::is_same_v<Out, double>) {
+      return static_cast<double>(to_float(value));
+    } else {
+      return from_float<Out>(to_float(value));
+    }
+  });
+}
+
+template <typename F>
+void dispatch(ScalarType dtype, F&& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(Bf16{});
+    default:
+      return f(Half{});
+  }
+}
+
+Tensor pack_pixels(Tensor pixels, int64_t patch_size, ScalarType dtype) {
+  check_pixels(pixels, patch_size, dtype);
+  const bool bytes = pixels.scalar_type() == ScalarType::Byte;
+  const int64_t height = pixels.size(bytes ? 1 : 2), width = pixels.size(bytes ? 2 : 3);
+  Tensor out = empty_channels_last(pixels, pixels.size(0), 3 * patch_size * patch_size,
+                                   height / patch_size, width / patch_size, dtype);
+  dispatch(dtype, [&](auto out_tag) {
+    using Out = decltype(out_tag);
+    if (bytes) {
+      pack_bytes<Out>(out, pixels, patch_size);
+      return;
+    }
+    dispatch(pixels.scalar_type(),
+             [&](auto in_tag) { pack_floats<Out, decltype(in_tag)>(out, pixels, patch_size); });
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace cosmos3
+
+STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
+  m.impl("pack_pixels", TORCH_BOX(&cosmos3::pack_pixels));
+}

@@ -1,0 +1,79 @@
+// Compiling one loop for several instruction sets, and the arithmetic those loops share.
+#pragma once
+
+#include <torch/headeronly/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+// GCC compiles the function once per set and picks at load time; elsewhere the base set serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define COSMOS3_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define COSMOS3_CLONES
+#endif
+// What is called from such a function has to be inlined into it to be compiled for its set.
+#define COSMOS3_INLINE inline __attribute__((always_inline))
+
+namespace cosmos3 {
+
+template <typename To, typename From>
+COSMOS3_INLINE To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From));
+  To out;
+  std::memcpy(&out, &value, sizeof(To));
+  return out;
+}
+
+// bfloat16 as its bits, in loops the compiler can vectorise.
+struct Bf16 {
+  uint16_t bits;
+};
+
+COSMOS3_INLINE float to_float(float value) {
+  return value;
+}
+COSMOS3_INLINE float to_float(Bf16 value) {
+  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
+}
+COSMOS3_INLINE float to_float(torch::headeronly::Half value) {
+  return static_cast<float>(value);
+}
+
+template <typename T>
+COSMOS3_INLINE T from_float(float value);
+template <>
+COSMOS3_INLINE float from_float<float>(float value) {
+  return value;
+}
+template <>
+COSMOS3_INLINE Bf16 from_float<Bf16>(float value) {
+  // To nearest even; a NaN stays one.
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  return {static_cast<uint16_t>(value != value ? 0x7fc0 : rounded)};
+}
+template <>
+COSMOS3_INLINE torch::headeronly::Half from_float<torch::headeronly::Half>(float value) {
+  return torch::headeronly::Half(value);
+}
+
+// e^x for |x| <= 87 (clamped to it), within 2 units in the last place: 2^n by the exponent's bits
+// times a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes' expf).
+COSMOS3_INLINE float exp_approx(float x) {
+  x = x > 87.0f ? 87.0f : x;
+  x = x < -87.0f ? -87.0f : x;
+  const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
+  const float n = shifted - 12582912.0f;
+  const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+}
+
+}  // namespace cosmos3

@@ -1,0 +1,356 @@
+// CPU kernels of cosmos3::winograd_conv3x3: a 3x3 convolution of stride 1 and zero padding 1 on
+// channels-last float32, as Winograd's F(4x4, 3x3): 36 instead of 144 products per 4x4 outputs.
+//
+// With tiles d of 6x6 inputs and kernels g, the outputs are A^T [(G g G^T) . (B^T d B)] A. The
+// interpolation points 0, +-3/4, +-3/2 and infinity are those of Lavin & Gray's scheme moved closer
+// together; with them the rounding error of the Cosmos3 encoder is that of direct convolution.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "../checks.h"
+#include "channels_last.h"
+#include "simd.h"
+
+namespace cosmos3 {
+namespace {
+
+constexpr int kPoints = 36;
+constexpr int kTile = 4;        // outputs along each edge of a tile
+constexpr int kPatch = 6;       // inputs along each edge
+constexpr int64_t kPanel = 32;  // output channels packed side by side
+constexpr int64_t kRows = 12;   // tiles that one register block takes
+constexpr int64_t kVectorLanes = 16;
+// Transformed inputs of one block of tiles: what stays in the last-level cache beside its outputs.
+constexpr int64_t kBlockBytes = 4 << 20;
+
+constexpr double kA = 0.75, kB = 1.5;
+constexpr float kAf = kA, kBf = kB;
+
+// Vectors pass between inlined functions only, so how they would be passed does not matter.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
+typedef float Vec __attribute__((vector_size(64)));
+typedef float Vec8 __attribute__((vector_size(32)));
+
+// Through memcpy: tensors need not start where a vector may.
+template <typename V>
+COSMOS3_INLINE V load(const float* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <typename V>
+COSMOS3_INLINE void store(float* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+// B^T x, one dimension.
+COSMOS3_INLINE void input_transform(const Vec* x, Vec* out, int stride) {
+  constexpr float a2 = kA * kA, b2 = kB * kB, a2b2 = kA * kA * kB * kB, sum = kA * kA + kB * kB;
+  const Vec even_a = x[4] - b2 * x[2], odd_a = kAf * (x[3] - b2 * x[1]);
+  const Vec even_b = x[4] - a2 * x[2], odd_b = kBf * (x[3] - a2 * x[1]);
+  out[0 * stride] = a2b2 * x[0] - sum * x[2] + x[4];
+  out[1 * stride] = even_a + odd_a;
+  out[2 * stride] = even_a - odd_a;
+  out[3 * stride] = even_b + odd_b;
+  out[4 * stride] = even_b - odd_b;
+  out[5 * stride] = a2b2 * x[1] - sum * x[3] + x[5];
+}
+
+// A^T x, one dimension.
+COSMOS3_INLINE void output_transform(const Vec* x, Vec* out, int stride) {
+  constexpr float a2 = kA * kA, b2 = kB * kB, a3 = kA * kA * kA, b3 = kB * kB * kB;
+  const Vec even_a = x[1] + x[2], odd_a = x[1] - x[2];
+  const Vec even_b = x[3] + x[4], odd_b = x[3] - x[4];
+  out[0 * stride] = x[0] + even_a + even_b;
+  out[1 * stride] = kAf * odd_a + kBf * odd_b;
+  out[2 * stride] = a2 * even_a + b2 * even_b;
+  out[3 * stride] = a3 * odd_a + b3 * odd_b + x[5];
+}
+
+struct Conv {
+  int64_t batch, height, width, in_channels, out_channels;
+  int64_t tiles_high, tiles_wide;
+
+  int64_t tiles() const {
+    return batch * tiles_high * tiles_wide;
+  }
+};
+
+struct TileOrigin {
+  int64_t b, y, x;  // of the tile's first output
+};
+
+COSMOS3_INLINE TileOrigin origin_of(const Conv& conv, int64_t tile) {
+  const int64_t tx = tile % conv.tiles_wide;
+  const int64_t ty = tile / conv.tiles_wide % conv.tiles_high;
+  return {tile / conv.tiles_wide / conv.tiles_high, ty * kTile, tx * kTile};
+}
+
+// V[point][tile - first][channel] for tiles [first, first + count).
+COSMOS3_CLONES void transform_inputs(float* v, const float* in, const Conv& conv, int64_t first,
+                                     int64_t count, int64_t padded) {
+  for (int64_t local = 0; local < count; ++local) {
+    const TileOrigin at = origin_of(conv, first + local);
+    for (int64_t c = 0; c < conv.in_channels; c += kVectorLanes) {
+      Vec columns[kPoints];
+      for (int x = 0; x < kPatch; ++x) {
+        const int64_t column = at.x + x - 1;
+        Vec patch[kPatch];
+        for (int y = 0; y < kPatch; ++y) {
+          const int64_t row = at.y + y - 1;
+          const bool inside = row >= 0 && row < conv.height && column >= 0 && column < conv.width;
+          patch[y] = inside ? load<Vec>(in +
+                                        ((at.b * conv.height + row) * conv.width + column) *
+                                            conv.in_channels +
+                                        c)
+                            : Vec{};
+        }
+        input_transform(patch, columns + x, kPatch);
+      }
+      for (int y = 0; y < kPatch; ++y) {
+        Vec row[kPatch];
+        input_transform(columns + y * kPatch, row, 1);
+        for (int x = 0; x < kPatch; ++x) {
+          store(v + ((y * kPatch + x) * padded + local) * conv.in_channels + c, row[x]);
+        }
+      }
+    }
+  }
+}
+
+COSMOS3_CLONES void transform_outputs(float* out, const float* m, const float* bias,
+                                      const float* residual, const Conv& conv, int64_t first,
+                                      int64_t count, int64_t padded) {
+  for (int64_t local = 0; local < count; ++local) {
+    const TileOrigin at = origin_of(conv, first + local);
+    for (int64_t c = 0; c < conv.out_channels; c += kVectorLanes) {
+      Vec columns[kTile * kPatch];
+      for (int x = 0; x < kPatch; ++x) {
+        Vec points[kPatch];
+        for (int y = 0; y < kPatch; ++y) {
+          points[y] = load<Vec>(m + ((y * kPatch + x) * padded + local) * conv.out_channels + c);
+        }
+        output_transform(points, columns + x, kPatch);
+      }
+      for (int y = 0; y < kTile && at.y + y < conv.height; ++y) {
+        Vec row[kTile];
+        output_transform(columns + y * kPatch, row, 1);
+        for (int x = 0; x < kTile && at.x + x < conv.width; ++x) {
+          const int64_t offset =
+              ((at.b * conv.height + at.y + y) * conv.width + at.x + x) * conv.out_channels + c;
+          Vec value = row[x];
+          if (bias) {
+            value += load<Vec>(bias + c);
+          }
+          if (residual) {
+            value += load<Vec>(residual + offset);
+          }
+          store(out + offset, value);
+        }
+      }
+    }
+  }
+}
+
+// m[kRows][kPanel] = v[kRows][depth] * u[depth][kPanel], held in registers over the whole depth.
+template <typename V, int Rows>
+COSMOS3_INLINE void multiply_block(float* m, int64_t m_stride, const float* v, const float* u,
+                                   int64_t depth) {
+  constexpr int kLanes = sizeof(V) / sizeof(float);
+  constexpr int kVectors = kPanel / kLanes;
+  V sums[Rows][kVectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    V right[kVectors];
+    for (int j = 0; j < kVectors; ++j) {
+      right[j] = load<V>(u + k * kPanel + j * kLanes);
+    }
+    for (int i = 0; i < Rows; ++i) {
+      const float left = v[i * depth + k];
+      for (int j = 0; j < kVectors; ++j) {
+        sums[i][j] += left * right[j];
+      }
+    }
+  }
+  for (int i = 0; i < Rows; ++i) {
+    for (int j = 0; j < kVectors; ++j) {
+      store(m + i * m_stride + j * kLanes, sums[i][j]);
+    }
+  }
+}
+
+// The product of one point: m[padded][out] = v[padded][in] * u, `u` packed in panels.
+template <typename V, int Rows>
+COSMOS3_INLINE void multiply_point(float* m, const float* v, const float* u, int64_t padded,
+                                   int64_t in, int64_t out) {
+  for (int64_t panel = 0; panel < out / kPanel; ++panel) {
+    for (int64_t row = 0; row < padded; row += Rows) {
+      multiply_block<V, Rows>(m + row * out + panel * kPanel, out, v + row * in,
+                              u + panel * in * kPanel, in);
+    }
+  }
+}
+
+using Multiply = void (*)(float*, const float*, const float*, int64_t, int64_t, int64_t);
+
+// Rows x vectors fill the register file of each set: 32 of 64 bytes, 16 of 32, 16 of 16.
+#if defined(__x86_64__)
+__attribute__((target("avx512f,fma"), optimize("fp-contract=fast"))) void multiply_avx512(
+    float* m, const float* v, const float* u, int64_t padded, int64_t in, int64_t out) {
+  multiply_point<Vec, 12>(m, v, u, padded, in, out);
+}
+__attribute__((target("avx2,fma"), optimize("fp-contract=fast"))) void multiply_avx2(
+    float* m, const float* v, const float* u, int64_t padded, int64_t in, int64_t out) {
+  multiply_point<Vec8, 3>(m, v, u, padded, in, out);
+}
+#endif
+void multiply_base(float* m, const float* v, const float* u, int64_t padded, int64_t in,
+                   int64_t out) {
+  multiply_point<Vec8, 1>(m, v, u, padded, in, out);
+}
+
+Multiply best_multiply() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f")) {
+    return multiply_avx512;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    return multiply_avx2;
+  }
+#endif
+  return multiply_base;
+}
+
+struct Free {
+  void operator()(float* pointer) const {
+    std::free(pointer);
+  }
+};
+using Buffer = std::unique_ptr<float[], Free>;
+
+Buffer allocate(int64_t floats) {
+  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+  auto* pointer = static_cast<float*>(std::aligned_alloc(64, bytes));
+  if (pointer == nullptr) {
+    throw std::bad_alloc();
+  }
+  return Buffer(pointer);
+}
+
+Tensor winograd_pack(Tensor weight) {
+  check_winograd_weight(weight);
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t out = weight.size(0), in = weight.size(1);
+  Tensor packed = torch::stable::new_empty(weight, {kPoints, out / kPanel, in, kPanel});
+  const float* g = static_cast<const float*>(dense.const_data_ptr());
+  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  constexpr double a2 = kA * kA, b2 = kB * kB;
+  constexpr double at_zero = a2 * b2, at_a = 2 * a2 * (a2 - b2), at_b = 2 * b2 * (b2 - a2);
+  constexpr double transform[kPatch][3] = {{1 / at_zero, 0, 0},
+                                           {1 / at_a, kA / at_a, a2 / at_a},
+                                           {1 / at_a, -kA / at_a, a2 / at_a},
+                                           {1 / at_b, kB / at_b, b2 / at_b},
+                                           {1 / at_b, -kB / at_b, b2 / at_b},
+                                           {0, 0, 1}};
+  torch::stable::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+      for (int64_t i = 0; i < in; ++i) {
+        const float* kernel = g + (o * in + i) * 9;
+        double half[kPatch][3];
+        for (int p = 0; p < kPatch; ++p) {
+          for (int x = 0; x < 3; ++x) {
+            half[p][x] = transform[p][0] * kernel[x] + transform[p][1] * kernel[3 + x] +
+                         transform[p][2] * kernel[6 + x];
+          }
+        }
+        for (int p = 0; p < kPatch; ++p) {
+          for (int q = 0; q < kPatch; ++q) {
+            const double value = half[p][0] * transform[q][0] + half[p][1] * transform[q][1] +
+                                 half[p][2] * transform[q][2];
+            const int64_t panel = (p * kPatch + q) * (out / kPanel) + o / kPanel;
+            to[(panel * in + i) * kPanel + o % kPanel] = static_cast<float>(value);
+          }
+        }
+      }
+    }
+  });
+  return packed;
+}
+
+Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual) {
+  check_winograd(x, packed_weight, bias, residual);
+  const Conv conv{x.size(0),
+                  x.size(2),
+                  x.size(3),
+                  x.size(1),
+                  packed_weight.size(1) * kPanel,
+                  (x.size(2) + kTile - 1) / kTile,
+                  (x.size(3) + kTile - 1) / kTile};
+  const Tensor input = channels_last(x);
+  const Tensor weight = torch::stable::contiguous(packed_weight);
+  std::optional<Tensor> dense_bias, dense_residual;
+  if (bias.has_value()) {
+    dense_bias = torch::stable::contiguous(*bias);
+  }
+  if (residual.has_value()) {
+    dense_residual = channels_last(*residual);
+  }
+  Tensor out = empty_channels_last(x, conv.batch, conv.out_channels, conv.height, conv.width,
+                                   ScalarType::Float);
+  auto data = [](const Tensor& tensor) {
+    return static_cast<const float*>(tensor.const_data_ptr());
+  };
+  const float* in = data(input);
+  const float* u = data(weight);
+  const float* bias_data = dense_bias ? data(*dense_bias) : nullptr;
+  const float* residual_data = dense_residual ? data(*dense_residual) : nullptr;
+  float* to = static_cast<float*>(out.mutable_data_ptr());
+  static const Multiply multiply = best_multiply();
+
+  const int64_t tiles = conv.tiles();
+  const int64_t row_bytes = kPoints * conv.in_channels * sizeof(float);
+  const int64_t fitting = std::max<int64_t>(4 * kRows, kBlockBytes / row_bytes / kRows * kRows);
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t share = (tiles + threads - 1) / threads;
+  const int64_t block = std::min(fitting, (share + kRows - 1) / kRows * kRows);
+  const int64_t blocks = block == 0 ? 0 : (tiles + block - 1) / block;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const Buffer v = allocate(kPoints * block * conv.in_channels);
+    const Buffer m = allocate(kPoints * block * conv.out_channels);
+    for (int64_t index = begin; index < end; ++index) {
+      const int64_t first = index * block;
+      const int64_t count = std::min(block, tiles - first);
+      // Rows past the last tile are multiplied too and never read.
+      const int64_t padded = (count + kRows - 1) / kRows * kRows;
+      if (padded != count) {
+        for (int point = 0; point < kPoints; ++point) {
+          std::fill_n(v.get() + (point * padded + count) * conv.in_channels,
+                      (padded - count) * conv.in_channels, 0.0f);
+        }
+      }
+      transform_inputs(v.get(), in, conv, first, count, padded);
+      for (int point = 0; point < kPoints; ++point) {
+        multiply(m.get() + point * padded * conv.out_channels,
+                 v.get() + point * padded * conv.in_channels,
+                 u + point * conv.in_channels * conv.out_channels, padded, conv.in_channels,
+                 conv.out_channels);
+      }
+      transform_outputs(to, m.get(), bias_data, residual_data, conv, first, count, padded);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace cosmos3
+
+STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
+  m.impl("winograd_pack", TORCH_BOX(&cosmos3::winograd_pack));
+  m.impl("winograd_conv3x3", TORCH_BOX(&cosmos3::winograd_conv3x3));
+}
