@@ -102,8 +102,7 @@ def _difference_from_known() -> str | None:
     files = _KNOWN_RELEASES.get(version)
     if files is None:
         return f"found sglang {version}"
-    spec = importlib.util.find_spec("sglang")
-    roots = list(spec.submodule_search_locations or ()) if spec is not None else []
+    roots = _source_roots()
     for name, digest in files.items():
         paths = [path for path in (Path(root, name) for root in roots) if path.is_file()]
         if not paths:
@@ -111,6 +110,11 @@ def _difference_from_known() -> str | None:
         if hashlib.sha256(paths[0].read_bytes()).hexdigest() != digest:
             return f"found sglang {version} with a modified {name}"
     return None
+
+
+def _source_roots() -> list[str]:
+    spec = importlib.util.find_spec("sglang")
+    return [] if spec is None else list(spec.submodule_search_locations or ())
 
 
 @dataclass(frozen=True)
@@ -143,17 +147,16 @@ class _StageHooks:
         self, original: Callable[..., Any], stage: Any, batch: Any, server_args: Any
     ) -> Any:
         """Around `Cosmos3LatentPreparationStage.forward`."""
+        if not _has_conditioning(batch):
+            result = original(stage, batch, server_args)
+            self._release(stage)
+            return result
         conditioning = self._conditioning(stage, batch)
         if conditioning is None:
-            result = original(stage, batch, server_args)
-        else:
-            prepare = functools.partial(self._prepare, stage, batch, conditioning)
-            original(stage, _view(batch, prepare), server_args)
-            result = batch
-        if self._mode == "fast":
-            # As the end of the stage does in exact mode, where the VAE's use begins at its entry.
-            stage.finish_unused_declared_component(component_name="vae", module=stage.vae)
-        return result
+            return original(stage, batch, server_args)
+        prepare = functools.partial(self._prepare, stage, batch, conditioning)
+        original(stage, _view(batch, prepare), server_args)
+        return batch
 
     def component_uses(
         self, original: Callable[..., Any], stage: Any, *args: Any, **kwargs: Any
@@ -163,22 +166,15 @@ class _StageHooks:
         return [replace(use, start_at_stage_entry=False) for use in uses]
 
     def _conditioning(self, stage: Any, batch: Any) -> _Conditioning | None:
-        """What the request conditions on; None where the stage is to be left whole."""
-        from sglang.multimodal_gen.configs.sample.sampling_params import DataType
+        """How to encode less than the whole; None where the stage is to be left as it is."""
         from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.cosmos3 import (  # noqa: E501
             Cosmos3ImagePreprocessStage,
         )
 
-        if batch.extra.get("transfer_plan") is not None:
-            return None
-        if batch.data_type not in (DataType.VIDEO, DataType.ACTION):
-            return None
         factor = getattr(stage.vae.config, "scale_factor_temporal", _TEMPORAL_FACTOR)
         if factor != _TEMPORAL_FACTOR:
             return None
         if batch.preprocessed_video is None:
-            if batch.preprocessed_image is None:
-                return None
             return _Conditioning([0], 1, 1, video=False)
         frames = Cosmos3ImagePreprocessStage._resolve_condition_indexes(batch)
         whole = max(batch.preprocessed_video.shape[2], batch.num_frames)
@@ -225,7 +221,9 @@ class _StageHooks:
             if self._mode == "fast" and conditioning.pixel_frames == 1:
                 encoder = self._encoder(stage, pixels.device)
                 if encoder is not None:
-                    return _encode_folded()(encoder, pixels), "fast"
+                    latents = _encode_folded()(encoder, pixels)
+                    self._release(stage)
+                    return latents, "fast"
             with (
                 stage.use_declared_component(component_name="vae", module=stage.vae),
                 _as_in_clip(stage.vae, conditioning),
@@ -245,6 +243,14 @@ class _StageHooks:
             if folded.error is not None:
                 self._warn_once(f"images are encoded in exact mode: {folded.error}")
         return folded.encoder
+
+    def _release(self, stage: Any) -> None:
+        """After a request that did not use the VAE: free the device of it, if it is there.
+
+        In exact mode the VAE's use begins at stage entry and its end does so.
+        """
+        if self._mode == "fast":
+            stage.finish_unused_declared_component(component_name="vae", module=stage.vae)
 
     def _warn_once(self, message: str) -> None:
         if message not in self._warned:
@@ -283,7 +289,11 @@ class _Folded:
         return (
             conditioning_weights_epoch(),
             weakref.ref(vae),
-            [(id(parameter), parameter.dtype) for parameter in vae.encoder.parameters()],
+            [
+                (id(parameter), parameter.dtype)
+                for part in (vae.encoder, vae.quant_conv)
+                for parameter in part.parameters()
+            ],
         )
 
 
@@ -329,6 +339,17 @@ def _view(batch: Any, prepare: Callable[[Tensor], Tensor]) -> Any:
     object.__setattr__(view, "__dict__", vars(batch))
     object.__setattr__(view, "prepare", prepare)
     return view
+
+
+def _has_conditioning(batch: Any) -> bool:
+    """Whether the stage, unpatched, would encode something."""
+    from sglang.multimodal_gen.configs.sample.sampling_params import DataType
+
+    if batch.extra.get("transfer_plan") is not None:
+        return False
+    if batch.data_type not in (DataType.VIDEO, DataType.ACTION):
+        return False
+    return batch.preprocessed_video is not None or batch.preprocessed_image is not None
 
 
 def _latent_frames(pixel_frames: int) -> int:

@@ -61,20 +61,25 @@ __all__ = [
 
 
 def make_vae(
-    dtype: torch.dtype = torch.bfloat16, base_dim: int = 16, seed: int = 0, **settings: Any
+    dtype: torch.dtype = torch.bfloat16,
+    base_dim: int = 16,
+    seed: int = 0,
+    arch: dict[str, Any] | None = None,
+    **settings: Any,
 ) -> AutoencoderKLWan:
     """SGLang's VAE in Cosmos3's topology with seeded random weights.
 
     Args:
         base_dim: width of the encoder; Cosmos3 has 160.
+        arch: what of the topology is not Cosmos3's.
         settings: of `WanVAEConfig`, such as `use_feature_cache`.
     """
-    config = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": base_dim}, seed)
+    config = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": base_dim, **(arch or {})}, seed)
     names = set(WanVAEArchConfig.__dataclass_fields__)
-    arch = {name: value for name, value in config.items() if name in names}
-    arch["decoder_base_dim"] = 8
+    values = {name: value for name, value in config.items() if name in names}
+    values["decoder_base_dim"] = 8
     with torch.device("meta"):
-        vae = AutoencoderKLWan(WanVAEConfig(arch_config=WanVAEArchConfig(**arch), **settings))
+        vae = AutoencoderKLWan(WanVAEConfig(arch_config=WanVAEArchConfig(**values), **settings))
     state = synthetic_state_dict(config, seed)
     for name, tensor in vae.state_dict().items():
         if name not in state:
@@ -101,6 +106,7 @@ def make_batch(
     video: Tensor | None = None,
     extra: dict[str, Any] | None = None,
     generator: torch.Generator | None = None,
+    is_warmup: bool = False,
     **sampling: Any,
 ) -> Req:
     """A request as the stages before this one leave it; 17 frames of 32x48 unless told."""
@@ -110,6 +116,7 @@ def make_batch(
     batch.preprocessed_video = None if video is None else video.clone()
     batch.extra.update(extra or {})
     batch.generator = generator
+    batch.is_warmup = is_warmup
     return batch
 
 

@@ -1,0 +1,265 @@
+"""Fast mode: single frames through the folded encoder, the VAE left where it is."""
+
+from __future__ import annotations
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from sglang.multimodal_gen.runtime.cache.conditioning import (
+    ConditioningCache,
+    invalidate_conditioning_caches,
+)
+from sglang.multimodal_gen.runtime.managers.memory_managers.component_manager import (
+    ComponentResidencyManager,
+)
+from sglang.multimodal_gen.runtime.managers.memory_managers.component_residency_strategies import (
+    ComponentResidencyStrategy,
+)
+from sglang_stage import (
+    SERVER_ARGS,
+    make_batch,
+    make_stage,
+    make_vae,
+    outputs,
+    patched,
+    pixel_frames_encoded,
+    run,
+)
+from torch import Tensor
+
+from cosmos3_fast.engines import sglang as engine
+
+
+def pixels(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator) * 2 - 1
+
+
+IMAGE = pixels(1, 3, 32, 48)
+CLIP = pixels(1, 3, 17, 32, 48)
+
+
+@pytest.fixture
+def stage():
+    return make_stage(make_vae(base_dim=8))
+
+
+def conditioned(stage, image: Tensor) -> Tensor:
+    """The conditioned latent frame, as it lies on the batch."""
+    batch = make_batch(image, height=image.shape[2], width=image.shape[3])
+    return run(stage, batch).latents[:, :, :1]
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def errors(vae, images: list[Tensor]) -> tuple[float, float]:
+    """Of fast and of exact mode, against the VAE with the same weights in float64."""
+    stage = make_stage(vae)
+    precise = make_stage(copy.deepcopy(vae).double())
+    with torch.inference_mode():
+        wanted = torch.cat([precise._vae_encode(i.bfloat16().double()[:, :, None]) for i in images])
+    found = []
+    for mode in ("fast", "exact"):
+        with patched(mode), pixel_frames_encoded(vae) as seen:
+            latents = torch.cat([conditioned(stage, image) for image in images])
+        if mode == "exact":
+            assert len(seen) == len(images)
+        found.append(rms(latents - wanted))
+    return found[0], found[1]
+
+
+def test_bf16_error_is_no_larger_than_the_engines_own():
+    images = [pixels(1, 3, 48, 64, seed=seed) for seed in range(4)]
+    fast, exact = errors(make_vae(base_dim=32), images)
+    assert 0 < fast <= exact
+
+
+def test_full_topology_is_accepted_and_within_bounds():
+    fast, exact = errors(make_vae(base_dim=160), [IMAGE, -IMAGE])
+    assert 0 < fast <= exact
+
+
+def test_fp32_vae_differs_by_rounding_to_bf16_alone():
+    stage = make_stage(make_vae(torch.float32))
+    with patched("exact"):
+        exact = conditioned(stage, IMAGE).double()
+    with patched("fast"), pixel_frames_encoded(stage.vae) as seen:
+        first = conditioned(stage, IMAGE)
+        seen.clear()  # folding probes the VAE
+        fast = conditioned(stage, IMAGE).double()
+    assert seen == []
+    assert torch.equal(first.double(), fast)
+    # 1e-5 of the largest value in float32, and one bf16 ulp where that crosses a tie.
+    bound = exact.abs() * 2**-7 + 1e-5 * exact.abs().max()
+    assert ((fast - exact).abs() <= bound).all()
+
+
+def test_all_but_the_conditioned_latents_is_as_in_exact_mode(stage):
+    def both(**case):
+        for mode in ("exact", "fast"):
+            with patched(mode):
+                yield outputs(run(stage, make_batch(**case)))
+
+    exact, fast = both(image=pixels(2, 3, 32, 48), sound_duration=0.5)
+    assert not torch.equal(exact["latents"], fast["latents"])
+    assert torch.equal(exact["latents"][:, :, 1:], fast["latents"][:, :, 1:])
+    assert torch.equal(fast["latents"][:, :, :1], fast["extra"]["condition_latents"][:, :, :1])
+    assert torch.equal(exact["extra"]["velocity_mask"], fast["extra"]["velocity_mask"])
+    assert torch.equal(exact["audio_latents"], fast["audio_latents"])
+    assert torch.equal(exact["generator"], fast["generator"])
+    assert fast["preprocessed_image"] is None
+
+
+def test_single_frames_are_fast_and_clips_exact(stage, monkeypatch):
+    lines: list[str] = []
+    monkeypatch.setattr(type(stage), "log_info", lambda _, message, *args: lines.append(message))
+    exact = run(stage, make_batch(video=CLIP)).latents
+    with patched("fast"):
+        clip = run(stage, make_batch(video=CLIP)).latents
+        run(stage, make_batch(IMAGE))
+        with pixel_frames_encoded(stage.vae) as seen:
+            run(stage, make_batch(video=CLIP, condition_frame_indexes=[0]))
+    assert torch.equal(clip, exact)
+    assert seen == []
+    assert [line for line in lines if "cosmos3_fast" in line] == [
+        "cosmos3_fast (exact) encoded 5 of 17 pixel frames",
+        "cosmos3_fast (fast) encoded 1 of 1 pixel frames",
+        "cosmos3_fast (fast) encoded 1 of 17 pixel frames",
+    ]
+
+
+def test_the_image_matters(stage):
+    with patched("fast"):
+        assert not torch.equal(conditioned(stage, IMAGE), conditioned(stage, -IMAGE))
+
+
+def test_new_weights_are_folded_again(stage):
+    # The seed also gives latent statistics, which are configuration, not weights.
+    new = make_vae(base_dim=8)
+    new.load_state_dict(make_vae(base_dim=8, seed=1).state_dict())
+    with patched("fast"):
+        before = conditioned(stage, IMAGE)
+        assert torch.equal(conditioned(stage, IMAGE), before)
+        # What SGLang's weight updates do: announce, then write in place.
+        invalidate_conditioning_caches()
+        for parameter, value in zip(stage.vae.parameters(), new.parameters(), strict=True):
+            parameter.data.copy_(value)
+        after = conditioned(stage, IMAGE)
+        replaced = make_stage(new)
+        assert torch.equal(conditioned(replaced, IMAGE), after)
+        stage.vae = make_vae(base_dim=8)
+        assert torch.equal(conditioned(stage, IMAGE), before)
+    assert not torch.equal(before, after)
+
+
+def test_the_weights_are_folded_once(stage, monkeypatch):
+    folds: list[object] = []
+    from_vae = engine.ConditioningEncoder.from_vae
+    monkeypatch.setattr(
+        engine.ConditioningEncoder,
+        "from_vae",
+        lambda vae, **options: folds.append(vae) or from_vae(vae, **options),
+    )
+    with patched("fast"):
+        conditioned(stage, IMAGE)
+        # As offloading does between uses: other storage for the same parameters.
+        stage.vae.float().bfloat16()
+        conditioned(stage, IMAGE)
+    assert len(folds) == 1
+
+
+def test_the_conditioning_cache_serves_fast_encodes(stage):
+    cache = ConditioningCache(64 * 1024**2)
+    with patched("fast"):
+        fresh = conditioned(stage, IMAGE)
+        with cache.scope():
+            first, again = conditioned(stage, IMAGE), conditioned(stage, IMAGE)
+            assert cache.stats()["hits"] == 1
+            assert not torch.equal(conditioned(stage, -IMAGE), first)
+    assert torch.equal(first, fresh)
+    assert torch.equal(again, fresh)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda vae: setattr(vae.encoder, "nonlinearity", torch.nn.ReLU()), "nonlinearity"),
+        (
+            lambda vae: setattr(vae, "layerwise_offload_managers", [SimpleNamespace(enabled=True)]),
+            "offloaded layer by layer",
+        ),
+    ],
+)
+def test_a_vae_that_cannot_be_folded_is_used_itself(stage, change, reason, caplog):
+    change(stage.vae)
+    exact = conditioned(stage, IMAGE)
+    with patched("fast"), pixel_frames_encoded(stage.vae) as seen:
+        assert torch.equal(conditioned(stage, IMAGE), exact)
+        seen.clear()
+        assert torch.equal(conditioned(stage, IMAGE), exact)
+    assert seen == [1]
+    warnings = [record for record in caplog.records if record.name == engine.logger.name]
+    assert len(warnings) == 1
+    assert reason in warnings[0].getMessage()
+
+
+def test_a_parallel_vae_is_used_itself(stage):
+    stage.vae.encoder.world_size = 2
+    stage._vae_encode = lambda image: torch.full((1, 48, 1, 2, 3), 2.0)
+    with patched("fast"):
+        assert (conditioned(stage, IMAGE) == 2).all()
+
+
+class Placement(ComponentResidencyStrategy):
+    """Records when a component is wanted on the device and when it may leave."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def prepare_for_use(self, module, use, state) -> None:
+        self.events.append("prepare")
+
+    def finish_use(self, module, use, state) -> None:
+        self.events.append("finish")
+
+
+def placements(stage, batch) -> list[str]:
+    """What SGLang's residency manager does with the VAE while the stage runs."""
+    strategy = Placement()
+    pipeline = SimpleNamespace(
+        modules={"vae": stage.vae},
+        _stage_name_mapping={"latents": stage},
+        component_residency_strategies={"vae": strategy},
+        get_module=lambda name: {"vae": stage.vae}[name],
+    )
+    manager = ComponentResidencyManager(pipeline, SERVER_ARGS)
+    manager.refresh_pipeline(pipeline)
+    stage.set_component_residency_manager(manager)
+    manager.begin_request([stage], batch, SERVER_ARGS)
+    manager.before_stage(stage, 0, batch, SERVER_ARGS)
+    manager.begin_stage()
+    run(stage, batch)
+    manager.end_stage()
+    stage.set_component_residency_manager(None)
+    return strategy.events
+
+
+@pytest.mark.parametrize("case", [{"image": IMAGE}, {"video": CLIP}, {}])
+def test_exact_mode_places_the_vae_as_the_engine_does(stage, case):
+    unpatched = placements(stage, make_batch(**case))
+    assert unpatched == ["prepare", "finish"]
+    with patched("exact"):
+        assert placements(stage, make_batch(**case)) == unpatched
+
+
+def test_fast_mode_leaves_the_vae_away_but_for_clips(stage):
+    with patched("fast"):
+        conditioned(stage, IMAGE)
+        # "finish" alone: weights that an earlier use left on the device are released.
+        assert placements(stage, make_batch(IMAGE)) == ["finish"]
+        assert placements(stage, make_batch()) == ["finish"]
+        assert placements(stage, make_batch(video=CLIP)) == ["prepare", "finish"]
