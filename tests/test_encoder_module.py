@@ -33,7 +33,6 @@ def test_attributes_at_cosmos3_topology() -> None:
     encoder = ConditioningEncoder(topology, torch.bfloat16, device="meta")
     assert (encoder.z_dim, encoder.spatial_factor) == (48, 16)
     assert (encoder.dtype, encoder.device.type) == (torch.bfloat16, "meta")
-    assert topology.image_channels == 3
     shapes = topology.tensor_shapes().values()
     assert sum(torch.Size(shape).numel() for shape in shapes) == 149_637_088
     assert sum(p.numel() for p in encoder.parameters()) == 53_180_368
@@ -107,8 +106,8 @@ def test_bad_shapes(encoder: ConditioningEncoder, shape: tuple[int, ...], messag
 
 
 def test_bad_dtype_and_device(encoder: ConditioningEncoder) -> None:
-    with pytest.raises(ValueError, match=r"pixels is torch\.uint8, wanted floating point"):
-        encoder(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"pixels is torch\.int64, wanted floating point"):
+        encoder(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"pixels is on meta, the encoder on cpu"):
         encoder(torch.zeros(1, 3, 32, 32, device="meta"))
     with pytest.raises(ValueError, match=r"dtype is torch\.int8, wanted one of"):
@@ -238,3 +237,29 @@ def test_average_shortcut_matches_the_3d_layer(
     assert peak(average_shortcut(x, out, factor_t, factor_s) - wanted) <= 1e-14
     y = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).double()
     assert peak(add_average_shortcut(y.clone(), x, factor_t, factor_s) - (y + wanted)) <= 1e-14
+
+
+def test_bytes_equal_their_normalised_floats() -> None:
+    """uint8 [B, H, W, 3] against SGLang's `2 (x / 255) - 1` in fp32, bit for bit."""
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=generator)
+    floats = 2.0 * (pixels.permute(0, 3, 1, 2).float() / 255.0) - 1.0
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = build(dtype=dtype)
+        assert torch.equal(encoder(pixels), encoder(floats))
+        assert encoder(pixels[:0]).shape == encoder(floats[:0]).shape
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 3, 32, 48), r"bytes of shape \[1, 3, 32, 48\], wanted \[B, H, W, 3\]"),
+        ((32, 48, 3), r"bytes of shape \[32, 48, 3\], wanted \[B, H, W, 3\]"),
+        ((1, 40, 48, 3), "height 40, wanted a positive multiple of 16"),
+    ],
+)
+def test_bytes_of_another_shape_are_refused(
+    encoder: ConditioningEncoder, shape: tuple[int, ...], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encoder(torch.zeros(shape, dtype=torch.uint8))

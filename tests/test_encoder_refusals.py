@@ -62,7 +62,7 @@ def test_many_faults_are_summarised() -> None:
     ("key", "value", "message"),
     [
         ("is_residual", False, "is missing, wanted"),
-        ("patch_size", 4, "in_channels=12 is no multiple of patch_size²=16"),
+        ("patch_size", 4, "in_channels=12, wanted 3·patch_size² = 48"),
         ("dim_mult", [], "dim_mult is empty"),
         ("dim_mult", 3, "dim_mult=3, wanted a list"),
         ("dim_mult", [1, 7, 4, 4], "average shortcut of stage 1 cannot spread"),

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.vae.checkpoint import open_checkpoint
@@ -86,8 +85,9 @@ class ConditioningEncoder(nn.Module):
 
         Args:
             pixels: [B, 3, H, W] or [B, 3, 1, H, W] in [-1, 1], floating point (cast to `dtype`),
-                any strides, on the encoder's device; H and W are multiples of `spatial_factor`.
-                B may be 0.
+                any strides; or bytes [B, H, W, 3], uint8, normalised here as the engines do
+                (`2 (x / 255) - 1`). On the encoder's device; H and W are multiples of
+                `spatial_factor`. B may be 0.
 
         Returns:
             [B, z_dim, 1, H/spatial_factor, W/spatial_factor], normalised, contiguous, in `dtype`.
@@ -95,39 +95,50 @@ class ConditioningEncoder(nn.Module):
         Raises:
             ValueError: wrong rank, channels, frames, size, dtype or device.
         """
-        frame = self._checked_frame(pixels).to(self.dtype)
+        frame = self._checked_frame(pixels)
         if frame.shape[0] == 0:
-            height, width = (size // self.spatial_factor for size in frame.shape[2:])
-            return frame.new_empty(0, self.z_dim, 1, height, width)
-        x = F.pixel_unshuffle(frame, self.topology.patch_size)
-        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))
+            sizes = frame.shape[1:3] if frame.dtype == torch.uint8 else frame.shape[2:]
+            height, width = (size // self.spatial_factor for size in sizes)
+            shape = (0, self.z_dim, 1, height, width)
+            return torch.empty(shape, dtype=self.dtype, device=frame.device)
+        x = self.conv_in(torch.ops.cosmos3.pack_pixels(frame, self.topology.patch_size, self.dtype))
         for stage in self.stages:
             x = stage(x)
         x = self.conv_out(self.norm_out(self.middle(x)))
         return x.contiguous(memory_format=torch.contiguous_format).unsqueeze(2)
 
     def _checked_frame(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] floating point or [B, H, W, 3] bytes."""
         shape = list(pixels.shape)
-        if pixels.dim() not in (4, 5):
-            raise ValueError(f"pixels has shape {shape}, wanted [B, 3, H, W] or [B, 3, 1, H, W]")
-        channels = self.topology.image_channels
-        if shape[1] != channels:
-            raise ValueError(f"pixels has {shape[1]} channels in shape {shape}, wanted {channels}")
-        if pixels.dim() == 5:
-            if shape[2] != 1:
+        is_bytes = pixels.dtype == torch.uint8
+        if is_bytes:
+            if pixels.dim() != 4 or shape[3] != 3:
+                raise ValueError(f"pixels are bytes of shape {shape}, wanted [B, H, W, 3]")
+        else:
+            if pixels.dim() not in (4, 5):
                 raise ValueError(
-                    f"pixels has {shape[2]} frames, wanted 1: clips are encoded in exact mode, "
-                    "through a VAE (cosmos3_fast.vae.exact.encode_exact)"
+                    f"pixels has shape {shape}, wanted [B, 3, H, W] or [B, 3, 1, H, W]"
                 )
-            pixels = pixels[:, :, 0]
+            if shape[1] != 3:
+                raise ValueError(f"pixels has {shape[1]} channels in shape {shape}, wanted 3")
+            if pixels.dim() == 5:
+                if shape[2] != 1:
+                    raise ValueError(
+                        f"pixels has {shape[2]} frames, wanted 1: clips are encoded in exact mode, "
+                        "through a VAE (cosmos3_fast.vae.exact.encode_exact)"
+                    )
+                pixels = pixels[:, :, 0]
         factor = self.spatial_factor
-        for name, size in (("height", shape[-2]), ("width", shape[-1])):
+        sizes = shape[1:3] if is_bytes else shape[-2:]
+        for name, size in zip(("height", "width"), sizes, strict=True):
             if size < factor or size % factor:
                 raise ValueError(
                     f"pixels has {name} {size}, wanted a positive multiple of {factor}"
                 )
-        if not pixels.is_floating_point():
-            raise ValueError(f"pixels is {pixels.dtype}, wanted floating point in [-1, 1]")
+        if not is_bytes and not pixels.is_floating_point():
+            raise ValueError(
+                f"pixels is {pixels.dtype}, wanted floating point in [-1, 1] or uint8 [B, H, W, 3]"
+            )
         if pixels.device != self.device:
             raise ValueError(f"pixels is on {pixels.device}, the encoder on {self.device}")
         return pixels

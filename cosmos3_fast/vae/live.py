@@ -116,7 +116,7 @@ def probe_against(vae: Any, encoder: Any) -> None:
     """
     weight = vae.encoder.conv_in.weight
     edge = 2 * encoder.spatial_factor
-    shape = (1, encoder.topology.image_channels, 1, edge, edge)
+    shape = (1, 3, 1, edge, edge)
     pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pixels = pixels.to(weight.device, weight.dtype)
     try:

@@ -91,11 +91,6 @@ class EncoderTopology:
     latents_std: tuple[float, ...]
 
     @property
-    def image_channels(self) -> int:
-        """Channels of the pixels that go in."""
-        return self.in_channels // self.patch_size**2
-
-    @property
     def spatial_factor(self) -> int:
         """Pixels per latent cell, along height and along width."""
         downsamplings = sum(stage.downsample for stage in self.stages)
@@ -118,9 +113,9 @@ class EncoderTopology:
             "in_channels",
             read_config(config, "in_channels", read_config(config, "input_channels", 3)),
         )
-        if in_channels % patch_size**2:
+        if in_channels != 3 * patch_size**2:
             raise UnsupportedVAEError(
-                f"config: in_channels={in_channels} is no multiple of patch_size²={patch_size**2}"
+                f"config: in_channels={in_channels}, wanted 3·patch_size² = {3 * patch_size**2}"
             )
         multipliers = _sequence("dim_mult", values["dim_mult"])
         if not multipliers:
