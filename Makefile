@@ -11,7 +11,10 @@ SOURCES := setup.py pyproject.toml cosmos3_fast/__init__.py $(wildcard csrc/*.* 
 # The tests also build and inspect the CUDA kernels wherever nvcc is found; no GPU is needed.
 TEST_CUDA := $(if $(shell command -v nvcc),1,)
 
-.PHONY: help demo test lint format verify clean
+# The engines' requirements exclude each other: each has an environment of its own.
+PACKAGE_FILES := $(wildcard cosmos3_fast/*.py cosmos3_fast/*/*.py)
+
+.PHONY: help demo test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -43,7 +46,34 @@ demo: $(VENV)/demo.stamp
 ## make test    set up, check style and types, inspect the CUDA kernels, run every test
 test: lint
 	$(BIN)/python tests/cuda_binary.py
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --ignore tests/engines
+
+build/wheel.stamp: $(VENV)/torch.stamp $(SOURCES) $(PACKAGE_FILES)
+	rm -rf build/wheels build/lib*
+	COSMOS3_FAST_BUILD=require COSMOS3_FAST_CUDA=0 $(BIN)/python -m pip wheel --quiet \
+		--no-build-isolation --no-deps --wheel-dir build/wheels .
+	@touch $@
+
+.venv-%/stamp: tests/engines/%/requirements.txt build/wheel.stamp
+	$(PYTHON) -m venv .venv-$*
+	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)"
+	if [ -f tests/engines/$*/requirements-nodeps.txt ]; then \
+		$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps -r tests/engines/$*/requirements-nodeps.txt; fi
+	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)" -r $<
+	if [ -f tests/engines/$*/unpack_vllm.py ]; then \
+		.venv-$*/bin/python tests/engines/$*/unpack_vllm.py; fi
+	$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps --force-reinstall build/wheels/*.whl
+	@touch $@
+
+## make test-engines    the tests against each engine, in an environment of its own; or only
+## make test-diffusers, make test-sglang, make test-vllm-omni
+test-engines: test-diffusers test-sglang test-vllm-omni
+test-diffusers: .venv-diffusers/stamp
+	.venv-diffusers/bin/pytest tests/engines/diffusers
+test-sglang: .venv-sglang/stamp
+	.venv-sglang/bin/pytest tests/engines/sglang
+test-vllm-omni: .venv-vllm_omni/stamp
+	.venv-vllm_omni/bin/pytest tests/engines/vllm_omni
 
 ## make lint    ruff, clang-format and mypy, as pre-commit runs them
 lint: $(VENV)/test.stamp
