@@ -313,19 +313,18 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bi
   float* to = static_cast<float*>(out.mutable_data_ptr());
   static const Multiply multiply = best_multiply();
 
+  // Threads share the tiles in units of one register block; each walks its share in blocks.
   const int64_t tiles = conv.tiles();
+  const int64_t units = (tiles + kRows - 1) / kRows;
   const int64_t row_bytes = kPoints * conv.in_channels * sizeof(float);
-  const int64_t fitting = std::max<int64_t>(4 * kRows, kBlockBytes / row_bytes / kRows * kRows);
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t share = (tiles + threads - 1) / threads;
-  const int64_t block = std::min(fitting, (share + kRows - 1) / kRows * kRows);
-  const int64_t blocks = block == 0 ? 0 : (tiles + block - 1) / block;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const Buffer v = allocate(kPoints * block * conv.in_channels);
-    const Buffer m = allocate(kPoints * block * conv.out_channels);
-    for (int64_t index = begin; index < end; ++index) {
-      const int64_t first = index * block;
-      const int64_t count = std::min(block, tiles - first);
+  const int64_t block = std::max<int64_t>(4, kBlockBytes / row_bytes / kRows) * kRows;
+  torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(end * kRows, tiles);
+    const int64_t held = std::min(block, (end - begin) * kRows);
+    const Buffer v = allocate(kPoints * held * conv.in_channels);
+    const Buffer m = allocate(kPoints * held * conv.out_channels);
+    for (int64_t first = begin * kRows; first < last; first += block) {
+      const int64_t count = std::min(block, last - first);
       // Rows past the last tile are multiplied too and never read.
       const int64_t padded = (count + kRows - 1) / kRows * kRows;
       if (padded != count) {
