@@ -34,6 +34,23 @@ def _cast(value, dtype: tl.constexpr):
         return value.to(dtype)
 
 
+@triton.jit
+def _row(b, c, t, stride_b, stride_c, stride_t, VECTOR: tl.constexpr):
+    # Strides come in vectors: a multiple of VECTOR is what Triton then knows the offset to be.
+    return (b * stride_b + c * stride_c + t * stride_t) * VECTOR
+
+
+@triton.jit
+def _plane(i, W, stride_h, stride_w, DENSE: tl.constexpr):
+    return i if DENSE else i // W * stride_h + i % W * stride_w
+
+
+@triton.jit
+def _tile(plane, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i, i < plane * VECTOR
+
+
 @triton.jit(do_not_specialize=["bits_low", "bits_high", "first_frame"])
 def prepare_latents_kernel(
     latents,  # [B, C, T, H, W], contiguous
@@ -46,11 +63,12 @@ def prepare_latents_kernel(
     launch_frames,
     C,
     T,
-    H,
+    plane,  # H * W, in vectors
     W,
     cond_b, cond_c, cond_t, cond_h, cond_w,
     noise_b, noise_c, noise_t, noise_h, noise_w,
-    DENSE: tl.constexpr,  # both operands hold each plane as one run of memory
+    DENSE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -59,22 +77,18 @@ def prepare_latents_kernel(
     c = row // launch_frames % C
     b = row // launch_frames // C
     is_condition = _is_condition(local_t, bits_low, bits_high)
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < H * W
-    if DENSE:
-        cond_plane = i
-        noise_plane = i
-    else:
-        cond_plane = i // W * cond_h + i % W * cond_w
-        noise_plane = i // W * noise_h + i % W * noise_w
+    i, inside = _tile(plane, BLOCK, VECTOR)
     dtype = latents.dtype.element_ty
     # Only the operand that is taken is read.
     if is_condition:
-        value = tl.load(cond + b * cond_b + c * cond_c + t * cond_t + cond_plane, mask=inside)
+        at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
+        value = tl.load(at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
         value = _cast(value, dtype)
     else:
-        value = tl.load(noise + b * noise_b + c * noise_c + t * noise_t + noise_plane, mask=inside)
-    tl.store(latents + ((b * C + c) * T + t) * H * W + i, value, mask=inside)
+        at = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+        value = tl.load(at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
+    to = latents + _row(b, c, t, C * T * plane, T * plane, plane, VECTOR)
+    tl.store(to + i, value, mask=inside)
     if (b == 0) & (c == 0) & (tl.program_id(1) == 0):
         tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
 
@@ -89,29 +103,28 @@ def write_frames_kernel(
     first_frame,
     launch_frames,
     C,
-    H,
+    plane,  # H * W, in vectors
     W,
     cond_b, cond_c, cond_t, cond_h, cond_w,
     noise_b, noise_c, noise_t, noise_h, noise_w,
+    DENSE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    plane = tl.program_id(0).to(tl.int64)
-    c = plane % C
-    b = plane // C
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < H * W
+    channel = tl.program_id(0).to(tl.int64)
+    c = channel % C
+    b = channel // C
+    i, inside = _tile(plane, BLOCK, VECTOR)
     dtype = noise.dtype.element_ty
     for local_t in range(launch_frames):
         is_condition = _is_condition(local_t, bits_low, bits_high)
         t = first_frame + local_t
         if is_condition:
-            value = tl.load(
-                cond + b * cond_b + c * cond_c + t * cond_t + i // W * cond_h + i % W * cond_w,
-                mask=inside,
-            )
-            to = noise + b * noise_b + c * noise_c + t * noise_t
-            tl.store(to + i // W * noise_h + i % W * noise_w, _cast(value, dtype), mask=inside)
-        if (plane == 0) & (tl.program_id(1) == 0):
+            at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
+            value = tl.load(at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
+            to = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+            tl.store(to + _plane(i, W, noise_h, noise_w, DENSE), _cast(value, dtype), mask=inside)
+        if (channel == 0) & (tl.program_id(1) == 0):
             tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
 
 
@@ -125,28 +138,30 @@ def blend_kernel(
     mask_batch,
     C,
     T,
-    H,
+    plane,  # H * W, in vectors
     W,
     cond_b, cond_c, cond_t, cond_h, cond_w,
     noise_b, noise_c, noise_t, noise_h, noise_w,
     mask_b, mask_t,
     COMPUTE: tl.constexpr,
+    DENSE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     t = row % T
     c = row // T % C
     b = row // T // C
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < H * W
+    i, inside = _tile(plane, BLOCK, VECTOR)
     dtype = latents.dtype.element_ty
     m = tl.load(mask + b * mask_b + t * mask_t).to(COMPUTE)
-    cond_at = cond + b * cond_b + c * cond_c + t * cond_t + i // W * cond_h + i % W * cond_w
-    noise_at = noise + b * noise_b + c * noise_c + t * noise_t + i // W * noise_h + i % W * noise_w
-    cond_value = tl.load(cond_at, mask=inside).to(COMPUTE)
-    noise_value = tl.load(noise_at, mask=inside).to(COMPUTE)
-    value = m * cond_value + (1.0 - m) * noise_value
-    tl.store(latents + row * H * W + i, value.to(dtype), mask=inside)
+    cond_at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
+    noise_at = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+    cond_value = tl.load(cond_at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside).to(COMPUTE)
+    noise_value = tl.load(noise_at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
+    value = m * cond_value + (1.0 - m) * noise_value.to(COMPUTE)
+    to = latents + _row(b, c, t, C * T * plane, T * plane, plane, VECTOR)
+    tl.store(to + i, value.to(dtype), mask=inside)
     if (b < mask_batch) & (c == 0) & (tl.program_id(1) == 0):
         tl.store(velocity_mask + b * T + t, (1.0 - m).to(dtype))
 
@@ -158,9 +173,27 @@ def _strides(x: Tensor) -> tuple[int, ...]:
     )
 
 
-def _is_dense(x: Tensor) -> bool:
-    _, _, _, height, width = x.shape
-    return (width == 1 or x.stride(4) == 1) and (height == 1 or x.stride(3) == width)
+def _access(cond_latent: Tensor, noise: Tensor) -> tuple[int, list[int], dict[str, int]]:
+    """How the kernels reach the elements: the plane, the strides, and their constants.
+
+    DENSE: each plane is one run of memory in both latents. VECTOR: the elements of 16 bytes, if
+    also every row of both starts on a 16-byte boundary, else 1; the plane's size and the strides
+    of batch, channel and frame are in vectors, since Triton by itself sees only multiples of 16.
+    """
+    _, _, _, height, width = noise.shape
+    latents = (cond_latent, noise)
+    dense = all(
+        (width == 1 or x.stride(4) == 1) and (height == 1 or x.stride(3) == width) for x in latents
+    )
+    vector = 16 // min(x.element_size() for x in latents)
+    steps = [height * width, *(stride for x in latents for stride in _strides(x)[:3])]
+    if not dense or any(step % vector for step in steps) or any(x.data_ptr() % 16 for x in latents):
+        vector = 1
+    strides = []
+    for x in latents:
+        b, c, t, h, w = _strides(x)
+        strides += [b // vector, c // vector, t // vector, h, w]
+    return height * width // vector, strides, {"DENSE": dense, "VECTOR": vector}
 
 
 def _signed(word: int) -> int:
@@ -186,11 +219,11 @@ def prepare_latents(
     velocity_mask = noise.new_empty(1, 1, noise.shape[2], 1, 1)
     batch, channels, frames, height, width = noise.shape
     tiles = triton.cdiv(height * width, BLOCK)
+    plane, strides, constants = _access(cond_latent, noise)
     for low, high, first, count in _launches(condition_frames, frames):
         prepare_latents_kernel[(batch * channels * count, tiles)](
             latents, velocity_mask, cond_latent, noise, low, high, first, count,
-            channels, frames, height, width, *_strides(cond_latent), *_strides(noise),
-            DENSE=_is_dense(cond_latent) and _is_dense(noise), BLOCK=BLOCK,
+            channels, frames, plane, width, *strides, **constants, BLOCK=BLOCK,
         )  # fmt: skip
     return latents, velocity_mask
 
@@ -203,11 +236,12 @@ def prepare_latents_(
     planes = batch * channels if height * width else 0
     # A latent without elements still has a velocity mask: one plane of one masked-out tile.
     grid = (max(planes, 1), max(triton.cdiv(height * width, BLOCK), 1))
+    plane, strides, constants = _access(cond_latent, noise)
     for low, high, first, count in _launches(condition_frames, frames):
         write_frames_kernel[grid](
             noise, velocity_mask, cond_latent, low, high, first, count,
-            max(channels, 1), height if planes else 0, max(width, 1),
-            *_strides(cond_latent), *_strides(noise), BLOCK=BLOCK,
+            max(channels, 1), plane if planes else 0, max(width, 1), *strides, **constants,
+            BLOCK=BLOCK,
         )  # fmt: skip
     return velocity_mask
 
@@ -225,10 +259,11 @@ def prepare_latents_mask(
     grid = (batch * channels * frames, max(triton.cdiv(height * width, BLOCK), 1))
     if grid[0]:
         mask_b, _, mask_t, _, _ = _strides(condition_mask)
+        plane, strides, constants = _access(cond_latent, noise)
         blend_kernel[grid](
             latents, velocity_mask, cond_latent, noise, condition_mask, mask_batch,
-            channels, frames, height, width, *_strides(cond_latent), *_strides(noise),
-            mask_b, mask_t, BLOCK=BLOCK,
+            channels, frames, plane if height else 0, width, *strides, mask_b, mask_t,
+            **constants, BLOCK=BLOCK,
             COMPUTE=tl.float64 if noise.dtype == torch.float64 else tl.float32,
             # As the formula: no fused multiply-add, so that float32 agrees to the bit.
             enable_fp_fusion=False,

@@ -1,0 +1,135 @@
+"""Compiles every Triton kernel for each GPU architecture, without a GPU, and prints what came out.
+
+Run in a process of its own, without TRITON_INTERPRET: prints a JSON list of kernel, architecture,
+registers, spilled bytes, shared memory and the widths of its global accesses in bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from cuda_binary import _tool
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from cosmos3_fast.kernels import pack_pixels, prepare_latents, rms_norm_silu
+
+ARCHITECTURES = (80, 90, 100, 120)
+LATENT_STRIDES = tuple(f"{x}_{d}" for x in ("cond", "noise") for d in "bcthw")
+INTEGERS = dict.fromkeys(("C", "T", "plane", "W", "launch_frames", *LATENT_STRIDES), "i32")
+BLENDED = {k: v for k, v in INTEGERS.items() if k != "launch_frames"}
+FRAMES = {"bits_low": "i64", "bits_high": "i64", "first_frame": "i32"}
+
+
+def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
+    """Name → (kernel, types of its arguments, constants), as a bf16 run specialises them."""
+    latents = {"latents": "*bf16", "velocity_mask": "*bf16", "cond": "*bf16", "noise": "*bf16"}
+    return {
+        "prepare_latents": (
+            prepare_latents.prepare_latents_kernel,
+            {**latents, **INTEGERS, **FRAMES},
+            {"DENSE": True, "VECTOR": 8, "BLOCK": prepare_latents.BLOCK},
+        ),
+        "write_frames": (
+            prepare_latents.write_frames_kernel,
+            {**latents, **INTEGERS, **FRAMES},
+            {"DENSE": True, "VECTOR": 8, "BLOCK": prepare_latents.BLOCK},
+        ),
+        "blend": (
+            prepare_latents.blend_kernel,
+            {
+                **latents, **BLENDED, "mask": "*fp32", "mask_batch": "i32", "mask_b": "i32",
+                "mask_t": "i32",
+            },
+            {
+                "COMPUTE": triton.language.float32, "DENSE": True, "VECTOR": 8,
+                "BLOCK": prepare_latents.BLOCK,
+            },
+        ),
+        "rms_norm_silu": (
+            rms_norm_silu.rms_norm_silu_kernel,
+            {
+                "out": "*bf16", "x": "*bf16", "weight": "*bf16", "pixels": "i32", "C": "i32",
+                "root": "fp32", "eps": "fp32",
+            },
+            {
+                "HAS_WEIGHT": True, "SILU": True, "COMPUTE": triton.language.float32,
+                "PIXELS": rms_norm_silu.ELEMENTS // 1024, "CHANNELS": 1024,
+            },
+        ),
+        "pack_pixels": (
+            pack_pixels.pack_pixels_kernel,
+            {
+                "out": "*bf16", "pixels": "*u8", "elements": "i32", "rows": "i32",
+                "columns": "i32", "stride_b": "i32", "stride_c": "i32", "stride_h": "i32",
+                "stride_w": "i32",
+            },
+            {"BYTES": True, "PATCH": 2, "BLOCK": pack_pixels.BLOCK},
+        ),
+    }  # fmt: skip
+
+
+# What Triton sees to be multiples of 16 at 480x832: the pointers, the encoder's channels and sizes;
+# not the latents' planes of 30x52 elements.
+ALIGNED = ("latents", "velocity_mask", "cond", "noise", "out", "x", "weight", "pixels", "C",
+           "elements", "columns")  # fmt: skip
+
+
+def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:
+    names = kernel.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in ALIGNED
+    }
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32))
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    tool = _tool("cuobjdump")
+    assert tool is not None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run(
+            [tool, "-res-usage", path], capture_output=True, text=True, check=True
+        ).stdout
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+
+
+def widths(ptx: str, instruction: str) -> list[int]:
+    """Bytes per thread of each `ld.global` or `st.global`."""
+    found = re.findall(rf"{instruction}\.global(?:\.[\w:]+)*?(?:\.v(\d))?\.[bfus](\d+)", ptx)
+    return sorted({int(lanes or 1) * int(bits) // 8 for lanes, bits in found})
+
+
+def main() -> None:
+    rows = []
+    for name, (kernel, types, constants) in cases().items():
+        for arch in ARCHITECTURES:
+            compiled = compile_case(kernel, types, constants, arch)
+            usage = resources(compiled.asm["cubin"])
+            rows.append(
+                {
+                    "kernel": name,
+                    "architecture": f"sm_{arch}",
+                    "registers": usage["REG"],
+                    "spilled": usage["STACK"] + usage["LOCAL"],
+                    "shared": usage["SHARED"],
+                    "loads": widths(compiled.asm["ptx"], "ld"),
+                    "stores": widths(compiled.asm["ptx"], "st"),
+                }
+            )
+            print(f"{name} for sm_{arch}", file=sys.stderr)
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
