@@ -55,7 +55,8 @@ class Capturer(Protocol):
 
 
 @contextmanager
-def _cudnn_benchmark(enabled: bool) -> Iterator[None]:
+def cudnn_benchmark(enabled: bool) -> Iterator[None]:
+    """`torch.backends.cudnn.benchmark`, process-wide as it is, on inside the block if `enabled`."""
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or enabled
     try:
@@ -156,7 +157,7 @@ class CudaCapturer:
             torch.cuda.device(pixels.device),
             torch.inference_mode(False),
             torch.no_grad(),
-            _cudnn_benchmark(autotune),
+            cudnn_benchmark(autotune),
         ):
             return _CudaGraph(run, pixels)
 
@@ -224,7 +225,9 @@ class EncoderRunner:
     stream: a replay is enqueued on the caller's current stream behind the previous replay.
     Weights changed in place are seen by the next replay. Weights replaced (`.to`,
     `load_state_dict(assign=True)`) are noticed by address and dtype, and their shapes start over.
-    Global settings (TF32, determinism) and module hooks count as they are at capture.
+    Global settings (TF32, determinism) and module hooks count as they are at capture. While one
+    thread captures, PyTorch refuses others random numbers from the device's default generator:
+    `warm_up` first, or give each request a generator of its own.
 
     The graphs of a device share the memory of their activations, which is that of the largest one
     and goes with the last one; their replays never overlap. Tuned convolutions may round

@@ -62,8 +62,8 @@ def run(op: str, arguments: tuple[Any, ...], backend: str | None) -> tuple[Tenso
     return (*outputs, arguments[1]) if op.endswith("_") else outputs
 
 
-def check(device: str) -> Counter[str]:
-    """Run everything that `device` serves.
+def check(device: str, which: tuple[str, ...] = ("cpp", "triton")) -> Counter[str]:
+    """Run everything that the backends `which` serve on `device`.
 
     Returns:
         Calls made per "op backend".
@@ -72,7 +72,7 @@ def check(device: str) -> Counter[str]:
         AssertionError: a result differs from the reference by more than its rounding.
     """
     made: Counter[str] = Counter()
-    for backend in ("cpp", "triton"):
+    for backend in which:
         for (op, arguments), (_, theirs) in zip(cases(device), cases("cpu"), strict=True):
             if backends.backend_error(backend, device, op) is not None:
                 continue

@@ -20,7 +20,7 @@ from encoder_cases import TINY, image
 from torch import Tensor, nn
 
 from cosmos3_fast.latents import LatentPreparation
-from cosmos3_fast.runner import CudaCapturer, EncoderRunner, _cudnn_benchmark
+from cosmos3_fast.runner import CudaCapturer, EncoderRunner, cudnn_benchmark
 from cosmos3_fast.vae import ConditioningEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 
@@ -431,11 +431,11 @@ def test_a_shape_is_captured_once_by_many_threads(network: Network, capturer: Fa
 def test_the_benchmark_switch_is_restored(monkeypatch: pytest.MonkeyPatch):
     for before in (False, True):
         monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
-        with contextlib.suppress(KeyError), _cudnn_benchmark(True):
+        with contextlib.suppress(KeyError), cudnn_benchmark(True):
             assert torch.backends.cudnn.benchmark
             raise KeyError
         assert torch.backends.cudnn.benchmark is before
-        with _cudnn_benchmark(False):
+        with cudnn_benchmark(False):
             assert torch.backends.cudnn.benchmark is before
 
 
@@ -463,7 +463,7 @@ class TestCuda:
     def test_replay_equals_eager_bit_for_bit(self, cuda_encoder: ConditioningEncoder):
         runner = EncoderRunner(cuda_encoder, capture_after=0)
         results = [runner(cuda_pixels(seed)) for seed in range(4)]
-        with _cudnn_benchmark(True):  # the convolutions that the capture chose
+        with cudnn_benchmark(True):  # the convolutions that the capture chose
             for seed, result in enumerate(results):
                 assert torch.equal(result, cuda_encoder(cuda_pixels(seed)))
         assert runner.stats().replayed == 3
@@ -474,7 +474,7 @@ class TestCuda:
             torch.manual_seed(seed)
             frame = torch.randint(0, 256, (1, 64, 96, 3), dtype=torch.uint8, device="cuda")
             result = runner(frame)
-            with _cudnn_benchmark(True):
+            with cudnn_benchmark(True):
                 assert torch.equal(result, cuda_encoder(frame))
 
     def test_streams_are_ordered(self, cuda_encoder: ConditioningEncoder):
@@ -489,7 +489,7 @@ class TestCuda:
                 torch.cuda._sleep(3_000_000 * (i % 3))
                 results.append(runner(frame * 1.0))
         torch.cuda.synchronize()
-        with _cudnn_benchmark(True):
+        with cudnn_benchmark(True):
             for frame, result in zip(frames, results, strict=True):
                 assert torch.equal(result, cuda_encoder(frame))
 
@@ -511,7 +511,7 @@ class TestCuda:
 
         with ThreadPoolExecutor(4) as pool:
             done = [pair for pairs in pool.map(work, range(4)) for pair in pairs]
-        with _cudnn_benchmark(True):
+        with cudnn_benchmark(True):
             for frame, result in done:
                 torch.testing.assert_close(result, cuda_encoder(frame), rtol=0.1, atol=0.1)
         assert not any("failed" in reason for reason in runner.stats().eager)
@@ -542,7 +542,7 @@ class TestCuda:
             torch.cuda.empty_cache()
             torch.full((64 << 20,), float("nan"), device="cuda")
         torch.cuda.synchronize()
-        with _cudnn_benchmark(True):
+        with cudnn_benchmark(True):
             assert torch.equal(result, cuda_encoder(frame))
 
     def test_an_outer_capture_records_the_encoder_itself(self, cuda_encoder: ConditioningEncoder):
@@ -557,7 +557,7 @@ class TestCuda:
         for seed in range(3):
             static.copy_(cuda_pixels(seed))
             outer.replay()
-            with _cudnn_benchmark(True):
+            with cudnn_benchmark(True):
                 torch.testing.assert_close(latents, cuda_encoder(static), rtol=0.1, atol=0.1)
 
     def test_weights(self, cuda_encoder: ConditioningEncoder):

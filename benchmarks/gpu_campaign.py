@@ -1,0 +1,238 @@
+"""Everything that is claimed about a GPU, checked and measured in one run into one JSON file.
+
+    python benchmarks/gpu_campaign.py --out benchmarks/results/<device>.json
+
+On a bare machine: torch with CUDA, nvcc, ninja and pybind11; Triton, pytest, hypothesis,
+compute-sanitizer and Pillow for the steps that name them; no network. The 3-D VAE that the encoder
+is compared with comes from diffusers: installed, or as a folder of wheels with --wheels. What
+cannot run is named in the file, with the reason.
+
+Each step is a process of its own with a time limit; the file is rewritten after each. With
+--dry-run, everything that a CPU can run is run there at tiny sizes, and nothing is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from datetime import datetime, timezone
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+DRY_RUN_NOTE = "dry run on a CPU at tiny sizes: nothing here is a figure about a GPU"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a file as a whole: a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def without_numbers(value: Any) -> Any:
+    """The same with a word in place of each number, for files that must not look measured."""
+    if isinstance(value, dict):
+        return {key: without_numbers(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [without_numbers(each) for each in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return "not measured: dry run"
+    return value
+
+
+def all_steps() -> dict[str, Any]:
+    import gpu_checks
+    import gpu_figures
+
+    # The ceilings come first of what is measured: shares of them follow.
+    return {**gpu_checks.STEPS, **gpu_figures.STEPS}
+
+
+def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
+    for key, value in part.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def run_step(name: str, result_file: Path, dry_run: bool, earlier: dict[str, Any]) -> int:
+    """Run one step in this process, writing its result so far after each part."""
+    import torch
+    from gpu_timing import Context, Skipped
+
+    outcome: dict[str, Any] = {"status": "running", "result": {}}
+    context = Context(dry_run, result_file.parent, earlier)
+
+    def write() -> None:
+        kept = without_numbers(outcome["result"]) if dry_run else outcome["result"]
+        write_json(result_file, {**outcome, "result": kept})
+
+    try:
+        with torch.no_grad():
+            for part in all_steps()[name].run(context):
+                merge(outcome["result"], part)
+                write()
+        outcome["status"] = "done"
+    except Skipped as reason:
+        outcome.update(status="skipped", reason=str(reason))
+    except (Exception, SystemExit) as error:
+        outcome.update(status="failed", reason=f"{type(error).__name__}: {error}")
+    write()
+    return 0
+
+
+def run_step_in_child(
+    name: str, limit_s: float, scratch: Path, options: argparse.Namespace, earlier: dict[str, Any]
+) -> dict[str, Any]:
+    """One step under its time limit. Its whole process group ends with it."""
+    result_file, earlier_file = scratch / f"{name}.json", scratch / "earlier.json"
+    write_json(earlier_file, earlier)
+    command = [sys.executable, str(Path(__file__).resolve()), "--step", name]
+    command += ["--out", str(result_file), "--earlier", str(earlier_file)]
+    command += ["--dry-run"] if options.dry_run else []
+    search = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(scratch / "wheels")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
+    log = scratch / f"{name}.log"
+    with log.open("w") as output:
+        child = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        problem = None
+        try:
+            if status := child.wait(limit_s):
+                problem = f"the step's process ended with status {status}"
+        except subprocess.TimeoutExpired:
+            problem = f"stopped at its time limit of {limit_s:.0f} s"
+        finally:
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+    outcome = json.loads(result_file.read_text()) if result_file.exists() else {"result": {}}
+    if problem is not None:
+        tail = log.read_text(errors="replace")[-2000:]
+        outcome.update(status="failed", reason=f"{problem}; last output: {tail}")
+    return outcome
+
+
+def unpack_wheels(folder: Path, into: Path) -> list[str]:
+    """Unpack the wheels of packages that this Python does not have; nothing is installed."""
+    unpacked = []
+    for wheel in sorted(folder.glob("*.whl")):
+        package = wheel.name.split("-")[0]
+        with zipfile.ZipFile(wheel) as archive:
+            tops = {name.split("/")[0] for name in archive.namelist() if name.endswith(".py")}
+            modules = {top.removesuffix(".py") for top in tops}
+            if not any(util.find_spec(module) for module in modules if module.isidentifier()):
+                archive.extractall(into)
+                unpacked.append(package)
+    return unpacked
+
+
+def campaign(options: argparse.Namespace) -> int:
+    import torch
+    from harness import machine
+
+    began = time.monotonic()
+    if not options.dry_run and not torch.cuda.is_available():
+        print("error: torch sees no CUDA device; --dry-run needs none", file=sys.stderr)
+        return 2
+    steps = all_steps()
+    wanted = options.steps.split(",") if options.steps else list(steps)
+    if unknown := sorted(set(wanted) - set(steps)):
+        print(f"error: no such step: {', '.join(unknown)}", file=sys.stderr)
+        return 2
+    report: dict[str, Any] = {
+        "dry_run": options.dry_run,
+        "note": DRY_RUN_NOTE if options.dry_run else None,
+        "commit": options.commit or _commit(),
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "steps": {},
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        if options.wheels is not None:
+            report["wheels"] = unpack_wheels(options.wheels, scratch / "wheels")
+        for name, step in steps.items():
+            left = options.budget - (time.monotonic() - began)
+            if name not in wanted:
+                outcome: dict[str, Any] = {"status": "skipped", "reason": "not asked for"}
+            elif options.dry_run and step.gpu_only:
+                outcome = {"status": "skipped", "reason": "dry run: needs a CUDA device"}
+            elif left < min(step.limit_s, 10):
+                outcome = {
+                    "status": "skipped",
+                    "reason": f"the campaign's {options.budget:.0f} s were over",
+                }
+            else:
+                earlier = {each: done.get("result", {}) for each, done in report["steps"].items()}
+                limit = min(step.limit_s, left)
+                outcome = run_step_in_child(name, limit, scratch, options, earlier)
+            report["steps"][name] = outcome
+            write_json(options.out, report)
+            reason = f": {outcome['reason']}" if outcome.get("reason") else ""
+            print(f"{name:<22} {outcome['status']}{reason}"[:300], file=sys.stderr)
+    failed = [name for name, done in report["steps"].items() if done["status"] == "failed"]
+    print(f"wrote {options.out}; {len(failed)} steps failed", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _commit() -> str | None:
+    try:
+        commit = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+        changes = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
+        ids = [
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+            for command in (commit, changes)
+        ]
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return ids[0] + (" and changes" if ids[1] else "")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/gpu_campaign.json"), help="the file")
+    parser.add_argument("--budget", type=float, default=570, help="seconds for all (default 570)")
+    parser.add_argument("--steps", help="run only these, separated by commas")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels: diffusers and what it needs")
+    parser.add_argument("--commit", help="what to call the sources where there is no repository")
+    parser.add_argument("--dry-run", action="store_true", help="on a CPU, measuring nothing")
+    parser.add_argument("--step", help=argparse.SUPPRESS)
+    parser.add_argument("--earlier", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--cold", choices=("fast", "graph", "seed"), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.step is not None:
+        earlier = json.loads(options.earlier.read_text())
+        return run_step(options.step, options.out, options.dry_run, earlier)
+    if options.cold is not None:
+        import torch
+        from gpu_figures import cold
+        from gpu_timing import Context
+
+        with torch.no_grad():
+            print(json.dumps(cold(Context(options.dry_run, Path(), {}), options.cold)))
+        return 0
+    return campaign(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The sizes, inputs and networks that the GPU campaign checks and measures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from gpu_timing import Context, Skipped
+from torch import Tensor
+
+from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae.synthetic import (
+    COSMOS3_VAE_CONFIG,
+    synthetic_config,
+    synthetic_state_dict,
+    synthetic_vae,
+)
+
+DECODER_BASE_DIM = 256  # that of Cosmos3's VAE
+
+
+@dataclass(frozen=True)
+class Size:
+    """A video's pixel size and frames. In a dry run all sizes become one tiny one."""
+
+    height: int
+    width: int
+    num_frames: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    def on(self, context: Context) -> Size:
+        return Size(32, 48, 9) if context.dry_run else self
+
+    def latents(self, context: Context, seed: int) -> tuple[Tensor, Tensor]:
+        """A condition latent [1, 48, 1, H/16, W/16] and noise [1, 48, T, H/16, W/16] in bf16."""
+        size = self.on(context)
+        generator = torch.Generator(context.device).manual_seed(seed)
+        frames = (size.num_frames - 1) // 4 + 1
+        cond, noise = (
+            torch.randn(
+                (1, 48, t, size.height // 16, size.width // 16),
+                generator=generator,
+                device=context.device,
+                dtype=torch.bfloat16,
+            )
+            for t in (1, frames)
+        )
+        return cond, noise
+
+
+SIZES = (Size(480, 832, 81), Size(720, 1280, 189))
+
+
+def frame(
+    context: Context,
+    size: Size,
+    seed: int,
+    frames: int | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:
+    """Random pixels [1, 3, H, W], or [1, 3, frames, H, W], in [-1, 1]."""
+    size = size.on(context)
+    generator = torch.Generator(context.device).manual_seed(seed)
+    shape = (1, 3, *(() if frames is None else (frames,)), size.height, size.width)
+    return (torch.rand(shape, generator=generator, device=context.device) * 2 - 1).to(dtype)
+
+
+def config(context: Context) -> dict[str, Any]:
+    """Cosmos3's VAE; in a dry run, a tenth of its width."""
+    return synthetic_config({**COSMOS3_VAE_CONFIG, **({"base_dim": 16} if context.dry_run else {})})
+
+
+def encoder_pair(
+    context: Context, device: str | None = None
+) -> tuple[ConditioningEncoder, ConditioningEncoder]:
+    """The folded encoder in bf16, and in float64 from the same weights.
+
+    Those weights are bfloat16 values, as a checkpoint's are, and so are those of `reference_vae`.
+    """
+    cfg = config(context)
+    state = {name: w.bfloat16() for name, w in synthetic_state_dict(cfg).items()}
+    encoder, exact = (
+        ConditioningEncoder.from_state_dict(state, cfg, dtype, device or context.device)
+        for dtype in (torch.bfloat16, torch.float64)
+    )
+    return encoder, exact
+
+
+def reference_vae(
+    context: Context, device: str | None = None, *, full_decoder: bool = False
+) -> Any:
+    """diffusers' VAE in bf16 with the weights of `encoder_pair`.
+
+    Raises:
+        Skipped: diffusers cannot be imported.
+    """
+    try:
+        import diffusers  # noqa: F401
+    except ImportError as error:
+        raise Skipped(
+            f"the reference VAE needs diffusers ({error}): give its wheels with --wheels"
+        ) from error
+    full = full_decoder and not context.dry_run
+    vae = synthetic_vae(config(context), decoder_base_dim=DECODER_BASE_DIM if full else 16)
+    return vae.to(device or context.device, torch.bfloat16)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """Of an encode in `dtype` against float64: rms, relative to the latents' deviation.
+
+    As in `cosmos3_fast.vae.live`: about sixty stored activations, each rounded.
+    """
+    return 8 * torch.finfo(dtype).eps + 1e-5
+
+
+def rms_error(ours: Tensor, exact: Tensor) -> float:
+    """Root mean square of the difference over the standard deviation of `exact`."""
+    difference = ours.double() - exact.double()
+    return (difference.square().mean().sqrt() / exact.double().std()).item()

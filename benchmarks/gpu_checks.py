@@ -1,0 +1,271 @@
+"""Steps of the GPU campaign that must pass before a figure counts: build, tests, memory checks."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+from gpu_cases import SIZES, encoder_pair, frame, tolerance
+from gpu_timing import Context, Result, Skipped, Step
+from harness import gate_equal, relative_error
+
+from cosmos3_fast import backends, ops, reference
+from cosmos3_fast.runner import EncoderRunner, cudnn_benchmark
+
+ROOT = Path(__file__).resolve().parent.parent
+TAIL = 4000
+
+
+def _run(command: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+    )
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = _run(list(command))
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def source_digest() -> str:
+    """SHA-256 over the package's sources, for trees that came without their history."""
+    digest = hashlib.sha256()
+    for folder in ("csrc", "cosmos3_fast", "benchmarks", "tests"):
+        for path in sorted((ROOT / folder).rglob("*")):
+            if path.suffix in (".py", ".cpp", ".cu", ".h"):
+                digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def environment(context: Context) -> Iterator[Result]:
+    versions: dict[str, str | None] = {}
+    for name in ("torch", "triton", "numpy", "diffusers", "pillow", "safetensors", "pytest"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    nvcc = _output("nvcc", "--version")
+    yield {
+        "sources_sha256": source_digest(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": versions,
+        "torch_cuda": torch.version.cuda,
+        "nvcc": nvcc.splitlines()[-1] if nvcc else None,
+        "compute_sanitizer": shutil.which("compute-sanitizer") is not None,
+        "device": None,
+    }
+    if context.dry_run:
+        return
+    properties = torch.cuda.get_device_properties(0)
+    query = "name,driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit,temperature.gpu"
+    yield {
+        "device": properties.name,
+        "device_count": torch.cuda.device_count(),
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_bytes": properties.total_memory,
+        "l2_bytes": properties.L2_cache_size,
+        "cudnn": torch.backends.cudnn.version(),
+        "nvidia_smi": _output("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
+    }
+
+
+def build(context: Context) -> Iterator[Result]:
+    major, minor = torch.cuda.get_device_capability()
+    start = time.perf_counter()
+    done = _run(
+        [sys.executable, "setup.py", "build_ext", "--inplace"],
+        COSMOS3_FAST_BUILD="require",
+        COSMOS3_FAST_CUDA="1",
+        COSMOS3_FAST_CUDA_ARCHS=f"{major}{minor}",
+    )
+    spills = [line.strip() for line in done.stdout.splitlines() if "spill" in line]
+    yield {
+        "seconds": time.perf_counter() - start,
+        "architecture": f"sm_{major}{minor}",
+        "spills": sorted({line for line in spills if " 0 bytes spill stores" not in line}),
+    }
+    if done.returncode:
+        raise RuntimeError(f"the build failed:\n{done.stdout[-TAIL:]}")
+    # This process imported the package before there was a library.
+    yield {"info": _output(sys.executable, "-m", "cosmos3_fast", "info")}
+
+
+def gpu_tests(context: Context) -> Iterator[Result]:
+    report = context.scratch / "gpu_tests.xml"
+    done = _run(
+        [
+            *(sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"),
+            *("--ignore=tests/engines", "--continue-on-collection-errors"),
+            *("-p", "no:cacheprovider", f"--junitxml={report}"),
+        ]
+    )
+    if not report.exists():
+        raise RuntimeError(f"pytest wrote no report:\n{done.stdout[-TAIL:]}")
+    outcomes: dict[str, list[str]] = {"passed": [], "skipped": [], "failure": [], "error": []}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        kinds = [kind for kind in ("failure", "error", "skipped") if case.find(kind) is not None]
+        kind = kinds[0] if kinds else "passed"
+        said = case.find(kind) if kinds else None
+        message = "" if said is None else f": {said.get('message')} {(said.text or '')[-300:]}"
+        outcomes[kind].append(f"{case.get('classname')}::{case.get('name')}{message}")
+    missing = [case for case in outcomes["error"] if "ModuleNotFoundError" in case]
+    broken = outcomes["failure"] + [case for case in outcomes["error"] if case not in missing]
+    yield {
+        "passed": len(outcomes["passed"]),
+        "skipped": outcomes["skipped"],
+        "not_collected_for_want_of_a_package": missing,
+        "failed": broken,
+    }
+    if broken or not outcomes["passed"]:
+        raise RuntimeError(f"{len(broken)} GPU tests failed, {len(outcomes['passed'])} passed")
+
+
+def sanitizer(tool: str) -> Step:
+    def run(context: Context) -> Iterator[Result]:
+        if shutil.which("compute-sanitizer") is None:
+            raise Skipped("compute-sanitizer is not on PATH")
+        start = time.perf_counter()
+        done = _run(
+            [
+                *("compute-sanitizer", "--tool", tool, "--error-exitcode", "86"),
+                *("--print-limit", "20", sys.executable, str(ROOT / "tests/sanitizer_ops.py")),
+            ],
+            PYTORCH_NO_CUDA_MEMORY_CACHING="1",
+            PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        )
+        summary = [line for line in done.stdout.splitlines() if "SUMMARY" in line]
+        calls = [line for line in done.stdout.splitlines() if "equal the reference" in line]
+        yield {"seconds": time.perf_counter() - start, "summary": summary, "calls": calls}
+        if done.returncode or not summary:
+            raise RuntimeError(f"{tool}, exit status {done.returncode}:\n{done.stdout[-TAIL:]}")
+
+    return Step(run, limit_s=90, gpu_only=True)
+
+
+def graphs(context: Context) -> Iterator[Result]:
+    size = SIZES[0]
+    for backend in ("cpp", "triton"):
+        if (unavailable := backends.backend_error(backend, "cuda")) is not None:
+            yield {f"op_{backend}": {"skipped": unavailable}}
+            continue
+        cond, noise = size.latents(context, seed=0)
+        ops.prepare_latents(cond, noise, backend=backend)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            latents, mask = ops.prepare_latents(cond, noise, backend=backend)
+        for seed in range(1, 6):
+            for static, fresh in zip((cond, noise), size.latents(context, seed), strict=True):
+                static.copy_(fresh)
+            graph.replay()
+            wanted, wanted_mask = reference.prepare_latents(cond, noise)
+            gate_equal(f"{backend} replay {seed}", latents, wanted)
+            gate_equal(f"{backend} replay {seed}, mask", mask, wanted_mask)
+        yield {f"op_{backend}": "5 replays under changing inputs equal the reference"}
+    encoder, _ = encoder_pair(context)
+    runner = EncoderRunner(encoder, capture_after=0)
+    worst = 0.0
+    equal = True
+    for seed in range(5):
+        pixels = frame(context, size, seed)
+        replayed, eager = runner(pixels), encoder(pixels)
+        worst = max(worst, relative_error(replayed, eager))
+        with cudnn_benchmark(True):
+            equal &= torch.equal(replayed, encoder(pixels))
+    stats = runner.stats()
+    yield {
+        "encoder_replays": stats.replayed,
+        "encoder_equals_tuned_eager_bit_for_bit": equal,
+        "encoder_largest_error_to_untuned_eager": worst,
+    }
+    if stats.replayed != 4 or not worst <= tolerance(torch.bfloat16):
+        raise RuntimeError(f"the encoder's graph: {stats}, error {worst:.2g}")
+    pixels, (_, noise) = frame(context, size, 0), size.latents(context, 0)
+    encoder(pixels)
+    outer = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(outer):
+        latents, _ = ops.prepare_latents(runner(pixels), noise)
+    pixels.copy_(frame(context, size, 9))
+    outer.replay()
+    gate_equal("noise in an outer graph", latents[:, :, 1:], noise[:, :, 1:])
+    error = relative_error(latents[:, :, :1], encoder(pixels))
+    yield {"outer_graph_error": error}
+    if not error <= tolerance(torch.bfloat16):
+        raise RuntimeError(f"encoder and op in an outer graph: error {error:.2g}")
+
+
+def streams(context: Context) -> Iterator[Result]:
+    size = SIZES[0]
+    side = [torch.cuda.Stream() for _ in range(3)]
+    for backend in ("cpp", "triton"):
+        if backends.backend_error(backend, "cuda") is not None:
+            continue
+        cond, noise = size.latents(context, seed=0)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(side[0]):
+            torch.cuda._sleep(50_000_000)
+            moved = noise * 2
+            latents, _ = ops.prepare_latents(cond, moved, backend=backend)
+        side[0].synchronize()
+        wanted, _ = reference.prepare_latents(cond, noise * 2)
+        gate_equal(f"{backend} on a side stream", latents, wanted)
+    yield {"op": "waits for its stream"}
+    encoder, _ = encoder_pair(context)
+    runner = EncoderRunner(encoder, capture_after=0)
+    frames = [frame(context, size, seed) for seed in range(9)]
+    alone = [runner(each) for each in frames]
+    torch.cuda.synchronize()
+    got = []
+    for i, each in enumerate(frames):
+        with torch.cuda.stream(side[i % 3]):
+            torch.cuda._sleep(5_000_000 * (i % 3))
+            got.append(runner(each * 1.0))
+    torch.cuda.synchronize()
+    for i in range(len(frames)):
+        gate_equal(f"frame {i} on stream {i % 3}", got[i], alone[i])
+    yield {"runner": f"{len(frames)} replays over {len(side)} streams equal those on one"}
+    if torch.cuda.device_count() < 2:
+        yield {"another_device": {"skipped": "there is one device"}}
+        return
+    cond, noise = (each.to("cuda:1") for each in size.latents(context, 0))
+    pixels = frames[0].to("cuda:1")
+    other = EncoderRunner(encoder.to("cuda:1"), capture_after=0)
+    with torch.cuda.device(0):
+        gate_equal(
+            "cuda:1", ops.prepare_latents(cond, noise)[0], reference.prepare_latents(cond, noise)[0]
+        )
+        first = other(pixels)
+        gate_equal("cuda:1 replay", other(pixels), first)
+    yield {"another_device": "op and runner on cuda:1 with cuda:0 current"}
+
+
+STEPS = {
+    "environment": Step(environment, 60),
+    "build": Step(build, 200, gpu_only=True),
+    "gpu_tests": Step(gpu_tests, 150, gpu_only=True),
+    "sanitizer_memcheck": sanitizer("memcheck"),
+    "sanitizer_racecheck": sanitizer("racecheck"),
+    "sanitizer_initcheck": sanitizer("initcheck"),
+    "graphs": Step(graphs, 60, gpu_only=True),
+    "streams": Step(streams, 60, gpu_only=True),
+}
