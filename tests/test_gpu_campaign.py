@@ -50,7 +50,10 @@ def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("campaign") / "dry_run.json"
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_campaign.py"), "--dry-run"]
     done = subprocess.run(
-        [*command, "--out", str(out)], capture_output=True, text=True, check=False
+        [*command, "--budget", "3600", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in out.parent.iterdir()] == [out.name]
