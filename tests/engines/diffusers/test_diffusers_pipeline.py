@@ -1,0 +1,410 @@
+"""What users do to a pipeline before and after it is accelerated."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import Cosmos3OmniPipeline
+from tiny_pipeline import FRAMES, VAE_CONFIG, generate, make_inputs, make_pipe
+from torch import nn
+
+from cosmos3_fast.engines.diffusers import accelerate, last_encoding, restore
+from cosmos3_fast.vae import UnsupportedVAEError
+from cosmos3_fast.vae.synthetic import synthetic_config, synthetic_vae
+
+
+@pytest.fixture
+def pipe() -> Cosmos3OmniPipeline:
+    return make_pipe()
+
+
+def close(ours: torch.Tensor, theirs: torch.Tensor, bound: float = 1e-5) -> bool:
+    return bool((ours - theirs).abs().max() <= bound * theirs.abs().max())
+
+
+def assert_untouched(pipe: Any, before: dict[str, Any]) -> None:
+    assert vars(pipe).keys() == before.keys()
+    assert all(vars(pipe)[name] is value for name, value in before.items())
+    assert not pipe.vae.quant_conv._forward_hooks
+    assert not pipe.vae.quant_conv._forward_pre_hooks
+
+
+def test_restore_gives_back_the_pipeline(pipe: Any) -> None:
+    before = dict(vars(pipe))
+    inputs = make_inputs("i2v")
+    plain = generate(pipe, inputs)
+    assert accelerate(pipe) is pipe
+    accelerate(pipe, "exact")
+    accelerate(pipe, "fast")
+    assert generate(pipe, inputs).frames == 0
+    assert type(pipe) is Cosmos3OmniPipeline
+    assert restore(pipe) is pipe
+    assert_untouched(pipe, before)
+    again = generate(pipe, inputs)
+    assert again.same_as(plain)
+    assert again.frames == FRAMES
+    restore(pipe)
+    assert_untouched(pipe, before)
+    accelerate(accelerate(pipe), "off")
+    assert_untouched(pipe, before)
+    assert last_encoding(pipe) is None
+
+
+def test_the_mode_can_be_switched(pipe: Any) -> None:
+    inputs = make_inputs("i2v")
+    frames = []
+    for mode in ("exact", "fast", "exact"):
+        accelerate(pipe, mode)
+        frames.append(generate(pipe, inputs).frames)
+    assert frames == [1, 0, 1]
+
+
+def test_saved_pipelines_load_without_this_package(pipe: Any, tmp_path: Path) -> None:
+    inputs = make_inputs("i2v")
+    plain = generate(pipe, inputs)
+    accelerate(pipe).save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["_class_name"] == "Cosmos3OmniPipeline"
+    for file in tmp_path.rglob("*.json"):
+        assert "cosmos3_fast" not in file.read_text()
+    loaded = Cosmos3OmniPipeline.from_pretrained(
+        tmp_path, enable_safety_checker=False, torch_dtype=torch.float32
+    )
+    again = generate(loaded, inputs)
+    assert again.same_as(plain)
+    assert again.frames == FRAMES
+    accelerate(loaded, "exact")
+    ours = generate(loaded, inputs)
+    assert ours.same_as(plain)
+    assert ours.frames == 1
+
+
+def test_from_pipe_gives_a_plain_pipeline_that_can_be_accelerated(pipe: Any) -> None:
+    inputs = make_inputs("i2v")
+    accelerate(pipe)
+    other = Cosmos3OmniPipeline.from_pipe(pipe, enable_safety_checker=False)
+    assert generate(other, inputs).frames == FRAMES
+    accelerate(other, "exact")
+    assert generate(other, inputs).frames == 1
+    assert generate(pipe, inputs).frames == 0
+
+
+def test_copies_follow_their_own_vae(pipe: Any) -> None:
+    inputs = make_inputs("i2v")
+    accelerate(pipe)
+    plain = generate(pipe, inputs)
+    other = copy.deepcopy(pipe)
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(1.5)
+    ours = generate(other, inputs)
+    assert ours.frames == 0
+    assert ours.same_as(plain)
+    assert not generate(pipe, inputs).same_as(plain)
+
+
+def scale_in_place(pipe: Any) -> None:
+    with torch.no_grad():
+        pipe.vae.encoder.mid_block.resnets[0].conv1.weight.mul_(1.5)
+
+
+def scale_data(pipe: Any) -> None:
+    pipe.vae.encoder.conv_out.weight.data.mul_(1.5)
+
+
+def load_other_weights(pipe: Any) -> None:
+    pipe.vae.load_state_dict(synthetic_vae(VAE_CONFIG, 3, decoder_base_dim=8).state_dict())
+
+
+def replace_vae(pipe: Any) -> None:
+    config = {**VAE_CONFIG}
+    for name in ("latents_mean", "latents_std"):
+        config[name] = pipe.vae.config[name]
+    pipe.vae = synthetic_vae(config, 3, decoder_base_dim=8)
+
+
+def change_dtype(pipe: Any) -> None:
+    pipe.to(torch.float64)
+
+
+@pytest.mark.parametrize(
+    "change", [scale_in_place, scale_data, load_other_weights, replace_vae, change_dtype]
+)
+def test_replaced_weights_are_never_stale(pipe: Any, change: Any) -> None:
+    inputs = make_inputs("i2v")
+    accelerate(pipe, "fast")
+    before = generate(pipe, inputs)
+    change(pipe)
+    ours = generate(pipe, inputs)
+    assert ours.frames == 0
+    restore(pipe)
+    plain = generate(pipe, inputs)
+    assert close(ours.start, plain.start, 1e-5 if pipe.vae.dtype == torch.float32 else 1e-6)
+    assert not torch.equal(ours.start, before.start)
+
+
+def test_latent_statistics_that_are_not_the_vaes(pipe: Any, caplog: Any) -> None:
+    # The engine goes on with the statistics of the VAE that it was built with.
+    pipe.vae = synthetic_vae(synthetic_config(VAE_CONFIG, 7), 3, decoder_base_dim=8)
+    inputs = make_inputs("i2v")
+    plain = generate(pipe, inputs)
+    accelerate(pipe, "fast")
+    with caplog.at_level(logging.WARNING):
+        ours = generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert ours.frames == 1
+    assert last_encoding(pipe).path == "exact"
+    assert "latent mean" in last_encoding(pipe).reason
+    assert "exact instead of fast" in caplog.text
+
+
+@pytest.mark.parametrize("case", ["i2v", "v2v", "policy"])
+def test_tiling_is_respected(pipe: Any, case: str) -> None:
+    inputs = make_inputs(case, 96)
+    untiled = generate(pipe, inputs)
+    pipe.vae.enable_tiling(32, 32, 16, 16)
+    plain = generate(pipe, inputs)
+    assert not torch.equal(plain.start, untiled.start)
+    accelerate(pipe, "exact")
+    ours = generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert 0 < ours.frames < plain.frames
+
+
+def test_tiling_that_the_size_does_not_reach(pipe: Any) -> None:
+    pipe.vae.enable_tiling()
+    inputs = make_inputs("v2v", 48)
+    plain = generate(pipe, inputs)
+    accelerate(pipe, "exact")
+    ours = generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert ours.frames == 5
+
+
+def test_fast_mode_ignores_tiling(pipe: Any) -> None:
+    inputs = make_inputs("i2v", 96)
+    untiled = generate(pipe, inputs)
+    pipe.vae.enable_tiling(32, 32, 16, 16)
+    accelerate(pipe, "fast")
+    ours = generate(pipe, inputs)
+    assert ours.frames == 0
+    assert close(ours.start, untiled.start)
+
+
+@pytest.mark.parametrize("case", ["i2v", "v2v"])
+def test_slicing(pipe: Any, case: str) -> None:
+    pipe.vae.enable_slicing()
+    inputs = make_inputs(case)
+    plain = generate(pipe, inputs)
+    accelerate(pipe, "exact")
+    assert generate(pipe, inputs).same_as(plain)
+
+
+def compile_encode(pipe: Any) -> None:
+    pipe.vae.encode = torch.compile(pipe.vae.encode, backend="eager")
+
+
+def compile_encoder(pipe: Any) -> None:
+    pipe.vae.encoder.compile(backend="eager")
+
+
+def wrap_encoder(pipe: Any) -> None:
+    pipe.vae.encoder = torch.compile(pipe.vae.encoder, backend="eager")
+
+
+@pytest.mark.parametrize("compile_part", [compile_encode, compile_encoder, wrap_encoder])
+def test_compiled_encoders(pipe: Any, compile_part: Any, caplog: Any) -> None:
+    inputs = make_inputs("i2v")
+    eager = generate(pipe, inputs)
+    compile_part(pipe)
+    accelerate(pipe, "fast")
+    ours = generate(pipe, inputs)
+    assert ours.frames == 0
+    assert close(ours.start, eager.start)
+
+    # A compiled function may round differently at another length: exact mode keeps the length.
+    plain = generate(restore(pipe), inputs)
+    accelerate(pipe, "exact")
+    with caplog.at_level(logging.WARNING):
+        ours = generate(pipe, inputs)
+        generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert last_encoding(pipe).path == "whole"
+    assert caplog.text.count("all 17 frames are encoded") == 1
+    assert generate(pipe, make_inputs("t2v")).frames == 0
+
+
+def test_vae_wrapped_by_compile_still_encodes_eagerly(pipe: Any) -> None:
+    inputs = make_inputs("i2v")
+    plain = generate(pipe, inputs)
+    pipe.vae = torch.compile(pipe.vae, backend="eager")
+    accelerate(pipe, "exact")
+    ours = generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert ours.frames == 1
+    accelerate(pipe, "fast")
+    ours = generate(pipe, inputs)
+    assert ours.frames == 0
+    assert close(ours.start, plain.start)
+
+
+@pytest.fixture
+def onloads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the models that accelerate's hooks move in, in order."""
+    from accelerate.hooks import CpuOffload
+
+    seen: list[str] = []
+    original = CpuOffload.pre_forward
+
+    def spy(self: Any, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        seen.append(type(module).__name__)
+        return original(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(CpuOffload, "pre_forward", spy)
+    return seen
+
+
+@pytest.mark.parametrize("order", ["offload first", "accelerate first"])
+def test_model_offload_does_not_pull_the_vae_in(pipe: Any, onloads: list[str], order: str) -> None:
+    inputs = {**make_inputs("i2v"), "output_type": "latent"}
+    plain = generate(pipe, inputs)
+    if order == "offload first":
+        pipe.enable_model_cpu_offload(device="cpu")
+        accelerate(pipe, "fast")
+    else:
+        accelerate(pipe, "fast")
+        pipe.enable_model_cpu_offload(device="cpu")
+    assert hasattr(pipe.vae, "_hf_hook")
+    ours = generate(pipe, inputs)
+    assert ours.frames == 0
+    assert close(ours.start, plain.start)
+    assert "Cosmos3OmniTransformer" in onloads
+    assert "AutoencoderKLWan" not in onloads
+
+    accelerate(pipe, "exact")
+    assert generate(pipe, inputs).same_as(plain)
+    assert "AutoencoderKLWan" in onloads
+
+
+def test_layerwise_offload(pipe: Any, caplog: Any) -> None:
+    inputs = make_inputs("i2v")
+    plain = generate(pipe, inputs)
+    accelerate(pipe, "fast")
+    pipe.enable_sequential_cpu_offload(device="cpu")
+    with caplog.at_level(logging.WARNING):
+        ours = generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert ours.frames == 1
+    assert "meta device" in last_encoding(pipe).reason
+
+    before = dict(vars(restore(pipe)))
+    with pytest.raises(UnsupportedVAEError, match="meta device"):
+        accelerate(pipe, "fast")
+    assert_untouched(pipe, before)
+
+
+def test_a_vae_that_cannot_be_folded(pipe: Any) -> None:
+    pipe.vae.encoder.nonlinearity = nn.GELU()
+    before = dict(vars(pipe))
+    inputs = make_inputs("i2v")
+    plain = generate(pipe, inputs)
+    with pytest.raises(UnsupportedVAEError, match="nonlinearity"):
+        accelerate(pipe, "fast")
+    assert_untouched(pipe, before)
+    accelerate(pipe, "exact")
+    assert generate(pipe, inputs).same_as(plain)
+    # Refusing a mode leaves the one that is on.
+    with pytest.raises(UnsupportedVAEError, match="nonlinearity"):
+        accelerate(pipe, "fast")
+    assert generate(pipe, inputs).frames == 1
+
+
+def test_an_error_in_between_leaves_nothing_behind(pipe: Any) -> None:
+    accelerate(pipe, "exact")
+    inputs = make_inputs("v2v")
+    plain = generate(pipe, inputs)
+    decoder = pipe.vae.encoder.conv_out.register_forward_pre_hook(_fail)
+    with pytest.raises(RuntimeError, match="on purpose"):
+        generate(pipe, inputs)
+    decoder.remove()
+    with pytest.raises(ValueError, match="pass|Pass"):
+        generate(pipe, {**inputs, "image": make_inputs("i2v")["image"]})
+    assert not pipe.vae.quant_conv._forward_hooks
+    assert generate(pipe, inputs).same_as(plain)
+    pixels = torch.zeros(1, 3, FRAMES, 32, 32)
+    assert torch.equal(pipe._encode_video(pixels), Cosmos3OmniPipeline._encode_video(pipe, pixels))
+
+
+def _fail(module: Any, args: Any) -> None:
+    raise RuntimeError("on purpose")
+
+
+class Overriding(Cosmos3OmniPipeline):
+    def _encode_video(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._encode_video(x)
+
+
+class Renamed(Cosmos3OmniPipeline):
+    pass
+
+
+@pytest.mark.parametrize("thing", [None, object(), nn.Linear(1, 1), "pipe"])
+def test_other_objects_are_refused(thing: Any) -> None:
+    with pytest.raises(TypeError, match="wanted diffusers' Cosmos3OmniPipeline"):
+        accelerate(thing)
+    restore(thing)
+
+
+def test_unknown_modes_are_refused(pipe: Any) -> None:
+    before = dict(vars(pipe))
+    with pytest.raises(ValueError, match="'quick', wanted one of exact, fast, off"):
+        accelerate(pipe, "quick")
+    assert_untouched(pipe, before)
+
+
+def test_subclasses(pipe: Any) -> None:
+    inputs = make_inputs("i2v")
+    components = {**pipe.components, "enable_safety_checker": False}
+    with pytest.raises(TypeError, match="Overriding overrides _encode_video"):
+        accelerate(Overriding(**components))
+    renamed = Renamed(**components)
+    renamed.set_progress_bar_config(disable=True)
+    accelerate(renamed, "exact")
+    assert generate(renamed, inputs).same_as(generate(pipe, inputs))
+
+
+def test_somebody_elses_patch_is_refused(pipe: Any) -> None:
+    pipe.prepare_latents = lambda *args, **kwargs: None
+    with pytest.raises(TypeError, match=r"pipe\.prepare_latents was replaced"):
+        accelerate(pipe)
+    assert "_encode_video" not in vars(pipe)
+
+
+@pytest.mark.parametrize("version", ["0.41.0", "0.43.0", "0.43.0.dev0", "1.0"])
+def test_other_versions_are_refused(
+    pipe: Any, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    before = dict(vars(pipe))
+    monkeypatch.setattr(diffusers, "__version__", version)
+    with pytest.raises(RuntimeError, match=f"diffusers {version} is installed.*0.42.x only"):
+        accelerate(pipe)
+    assert_untouched(pipe, before)
+
+
+def test_another_structure_is_refused(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(vars(pipe))
+    for name, function, message in (
+        ("_encode_video", lambda self, x, tiled: x, r"_encode_video\(self, x\) was expected"),
+        ("prepare_latents", lambda self, image: image, "latents, ...* was expected"),
+        ("prepare_latents", lambda self, latents: latents, "does not call _encode_video"),
+    ):
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=message):
+            patch.setattr(Cosmos3OmniPipeline, name, function)
+            accelerate(pipe)
+        assert_untouched(pipe, before)
