@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.0
 DIFFUSERS ?= diffusers==0.42.1
+MATPLOTLIB ?= matplotlib==3.11.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml cosmos3_fast/__init__.py $(wildcard csrc/*.* csrc/*/*.*)
 # The tests also build and inspect the CUDA kernels wherever nvcc is found; no GPU is needed.
@@ -14,7 +15,7 @@ TEST_CUDA := $(if $(shell command -v nvcc),1,)
 # The engines' requirements exclude each other: each has an environment of its own.
 PACKAGE_FILES := $(wildcard cosmos3_fast/*.py cosmos3_fast/*/*.py)
 
-.PHONY: help demo test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni
+.PHONY: help demo bench bench-full test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -42,6 +43,19 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 ## make demo    set up, turn the example photograph into latents, time it against the 3-D VAE
 demo: $(VENV)/demo.stamp
 	$(BIN)/python benchmarks/demo.py --out out
+
+$(VENV)/bench.stamp: $(VENV)/demo.stamp
+	$(PIP) "$(MATPLOTLIB)"
+	@touch $@
+
+## make bench   measure against the 3-D VAE, the engines' formula and a plain copy (5 minutes)
+bench: $(VENV)/bench.stamp
+	$(BIN)/python -m cosmos3_fast bench --out out/bench
+
+## make bench-full    every size, more rounds, and README's table and plot from it (25 minutes)
+bench-full: $(VENV)/bench.stamp
+	$(BIN)/python -m cosmos3_fast bench --full --out benchmarks/results/cpu
+	$(BIN)/python benchmarks/readme.py
 
 ## make test    set up, check style and types, inspect the CUDA kernels, run every test
 test: lint
