@@ -91,7 +91,9 @@ class FoldedVAE:
         """
         with self._lock:
             parameters = self._parameters()
-            seen = tuple((id(p), p._version, p.dtype) for p in parameters)
+            # A tensor made in inference mode has no version.
+            versions = (None if p.is_inference() else p._version for p in parameters)
+            seen = tuple((id(p), v, p.dtype) for p, v in zip(parameters, versions, strict=True))
             sample = _sample(parameters)
             stale = (
                 self._encoder is None

@@ -19,7 +19,7 @@ from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import Cosmos3OmniDiffu
 from cosmos3_fast.vae.synthetic import synthetic_vae
 
 EnginePipeline = Cosmos3OmniDiffusersPipeline
-HEIGHT, WIDTH, FRAMES = 64, 96, 17
+HEIGHT, WIDTH, FRAMES = 48, 64, 9
 
 
 def make_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> DistributedAutoencoderKLWan:
@@ -93,19 +93,19 @@ def _action(mode: str, image_size: list[int] | None = None) -> Callable[..., Pre
 
 
 def _transfer(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prepared:
-    return pipeline._prepare_transfer_latents(pixels, 1, generator)
+    return pipeline._prepare_transfer_latents(pixels, pixels.shape[2], generator)
 
 
 CASES = {
     "image to video": Case(_image_to_video, 1, 1, folded=True),
     "video, latent frame 0": Case(_video_to_video([0]), FRAMES, 1, folded=True),
     "video, latent frames 0 and 1": Case(_video_to_video([0, 1]), FRAMES, 5, folded=False),
-    "video, latent frame 2": Case(_video_to_video([2]), FRAMES, 9, folded=False),
+    "video, latent frame 1": Case(_video_to_video([1]), FRAMES, 5, folded=False),
     "video, shorter than its prefix": Case(_video_to_video([0, 1]), 3, 5, folded=False),
     "policy": Case(_action("policy"), FRAMES, 1, folded=True),
     "policy, one image": Case(_action("policy"), 1, 1, folded=True),
     "forward dynamics, cropped": Case(
-        _action("forward_dynamics", [HEIGHT, WIDTH, 40, 64]), FRAMES, 1, folded=True
+        _action("forward_dynamics", [HEIGHT, WIDTH, 40, 48]), FRAMES, 1, folded=True
     ),
     "inverse dynamics": Case(_action("inverse_dynamics"), FRAMES, FRAMES, folded=False),
     "transfer, one frame": Case(_transfer, 1, 1, folded=True),

@@ -1,0 +1,424 @@
+"""The fast pipeline's latents against the engine's, through the engine's own methods."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from encoder_cases import peak, rms
+from omni_pipeline import (
+    CASES,
+    FRAMES,
+    HEIGHT,
+    WIDTH,
+    EnginePipeline,
+    clip,
+    frames_through,
+    make_pipeline,
+    make_vae,
+    prepared,
+)
+from torch import Tensor, nn
+from vllm_omni.diffusion import registry as engine_registry
+
+from cosmos3_fast.engines import vllm_omni_pipeline
+from cosmos3_fast.engines.vllm_omni_pipeline import Cosmos3OmniDiffusersPipeline as FastPipeline
+
+BOUND = 1e-5
+HALVES = [torch.bfloat16, torch.float16]
+FOLDED = [name for name, case in CASES.items() if case.folded]
+CLIPS = [name for name, case in CASES.items() if not case.folded]
+
+
+def both(vae: Any, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+    """The engine's pipeline and the fast one around the same VAE."""
+    return make_pipeline(EnginePipeline, vae, dtype), make_pipeline(FastPipeline, vae, dtype)
+
+
+def image_latent(pipeline: Any, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return pipeline._encode_conditioning_image_latent(pixels[:, :, 0])
+
+
+def video_latent(pipeline: Any, pixels: Tensor) -> Tensor:
+    with torch.no_grad():
+        return pipeline._encode_video_tensor(pixels)
+
+
+def assert_within_bound(got: Tensor, wanted: Tensor) -> None:
+    assert got.shape == wanted.shape
+    assert got.dtype == wanted.dtype
+    assert got.device == wanted.device
+    assert peak(got - wanted) <= BOUND * peak(wanted)
+
+
+@pytest.fixture(scope="module")
+def vae() -> Any:
+    """fp32; not to be changed."""
+    return make_vae()
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_single_frames_fp32(vae: Any, name: str) -> None:
+    case = CASES[name]
+    engine, fast = both(vae)
+    pixels = clip(case.pixel_frames)
+    with frames_through(vae) as calls:
+        wanted = prepared(case, engine, pixels)
+    assert calls == [case.encoded]
+    fast._folded_encoder()
+    with frames_through(vae) as calls:
+        got = prepared(case, fast, pixels)
+    assert calls == []
+    assert_within_bound(got[2], wanted[2])
+    assert_within_bound(got[0], wanted[0])
+    assert torch.equal(got[1], wanted[1])
+    noise = wanted[1].flatten() == 1
+    assert torch.equal(got[0][:, :, noise], wanted[0][:, :, noise])
+    # Both really are encodes of the image, by two different routes.
+    assert peak(wanted[2]) > 0.1
+    assert not torch.equal(got[2], wanted[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CLIPS)
+def test_clips_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    vae = make_vae(dtype, seed=1)
+    engine, fast = both(vae)
+    pixels = clip(case.pixel_frames)
+    wanted = prepared(case, engine, pixels)
+    with frames_through(vae) as calls:
+        got = prepared(case, fast, pixels)
+    assert calls == [case.encoded]
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"), [*(("exact", name) for name in CASES), ("off", "image to video")]
+)
+def test_other_modes_bit_for_bit(
+    registry: Any, monkeypatch: pytest.MonkeyPatch, mode: str, name: str
+) -> None:
+    """What the registry serves after registration, against the class taken before."""
+    from cosmos3_fast.engines.vllm_omni import register
+
+    monkeypatch.setenv("COSMOS3_FAST", mode)
+    case = CASES[name]
+    vae = make_vae(torch.bfloat16)
+    wanted = prepared(case, make_pipeline(EnginePipeline, vae), clip(case.pixel_frames))
+    register()
+    served = registry.DiffusionModelRegistry._try_load_model_cls("Cosmos3OmniPipeline")
+    with frames_through(vae) as calls:
+        got = prepared(case, make_pipeline(served, vae), clip(case.pixel_frames))
+    assert calls == [case.encoded]
+    assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
+
+
+def cuda_like_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On CUDA, autocast computes norms in fp32, and what follows until a convolution is too."""
+    normalize = torch.nn.functional.normalize
+    monkeypatch.setattr(
+        "torch.nn.functional.normalize", lambda x, dim: normalize(x.float(), dim=dim)
+    )
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_error_is_no_larger_than_the_engines(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """RMS image by image; the maximum, which is one noisy element, on average over the images."""
+    peaks = {"cpu": [0.0, 0.0], "cuda": [0.0, 0.0]}
+    for seed in range(4):
+        vae = make_vae(dtype, seed)
+        pixels = clip(1, seed, 32, 48).to(dtype)
+        engine, fast = both(vae)
+        in_fp64 = make_pipeline(EnginePipeline, copy.deepcopy(vae).double())
+        truth = image_latent(in_fp64, pixels.double())
+        assert truth.dtype == torch.float64
+        got = image_latent(fast, pixels)
+        assert torch.equal(video_latent(fast, pixels), got)
+        for autocast, peaks_so_far in peaks.items():
+            with monkeypatch.context() as patch:
+                if autocast == "cuda":
+                    cuda_like_autocast(patch)
+                wanted = image_latent(engine, pixels)
+            assert got.dtype == wanted.dtype == dtype
+            errors = got.double() - truth, wanted.double() - truth
+            assert rms(errors[0]) <= rms(errors[1]), autocast
+            for i, error in enumerate(errors):
+                peaks_so_far[i] += peak(error)
+    for autocast, (ours, engines) in peaks.items():
+        assert ours <= engines, autocast
+
+
+def test_batch_of_images(vae: Any) -> None:
+    engine, fast = both(vae)
+    images = torch.cat([clip(1, seed) for seed in range(3)])
+    wanted, got = image_latent(engine, images), image_latent(fast, images)
+    assert got.shape[:3] == (3, vae.config.z_dim, 1)
+    assert_within_bound(got, wanted)
+
+
+def test_pipeline_in_another_dtype_than_the_vae(vae: Any) -> None:
+    engine, fast = both(vae, torch.bfloat16)
+    for encode in (image_latent, video_latent):
+        wanted, got = encode(engine, clip(1)), encode(fast, clip(1))
+        assert got.dtype == wanted.dtype == torch.bfloat16
+        # Both round an fp32 result once: they may differ by one place where it is near a tie.
+        assert peak(got.float() - wanted.float()) <= 2**-7 * peak(wanted.float())
+    with torch.no_grad():
+        unrounded = make_pipeline(FastPipeline, vae)._encode_video_tensor(clip(1))
+    assert torch.equal(video_latent(fast, clip(1)), unrounded.bfloat16())
+
+
+def test_video_without_batch_dimension(vae: Any) -> None:
+    engine, fast = both(vae)
+    assert_within_bound(video_latent(fast, clip(1)[0]), video_latent(engine, clip(1)[0]))
+
+
+def test_strided_pixels(vae: Any) -> None:
+    _, fast = both(vae)
+    pixels = clip(1)
+    strided = clip(1).permute(3, 0, 4, 2, 1).contiguous().permute(1, 4, 3, 0, 2)
+    assert not strided.is_contiguous()
+    assert torch.equal(video_latent(fast, strided), video_latent(fast, pixels))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1, 32, 32), (1, 4, 1, 32, 32), (3, 32, 32)])
+def test_the_engine_refuses_what_it_refused(vae: Any, shape: tuple[int, ...]) -> None:
+    engine, fast = both(vae)
+    with pytest.raises(ValueError, match="must have shape") as wanted:
+        video_latent(engine, torch.zeros(shape))
+    with pytest.raises(ValueError, match="must have shape") as got:
+        video_latent(fast, torch.zeros(shape))
+    assert str(got.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("size", [(40, 48), (48, 36), (18, 22)])
+@pytest.mark.parametrize("encode", [image_latent, video_latent])
+def test_sizes_that_are_not_whole_cells(
+    vae: Any, encode: Callable[[Any, Tensor], Tensor], size: tuple[int, int]
+) -> None:
+    engine, fast = both(vae)
+    with pytest.raises(RuntimeError) as wanted:
+        encode(engine, clip(1, 0, *size))
+    with frames_through(vae) as calls, pytest.raises(RuntimeError) as got:
+        encode(fast, clip(1, 0, *size))
+    assert calls[-1:] == [1]
+    assert str(got.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("keep", ["first", "last"])
+@pytest.mark.parametrize("indexes", [[0], [0, 1]])
+def test_conditioning_on_either_end_of_a_clip(vae: Any, keep: str, indexes: list[int]) -> None:
+    """From a user's frames, through the engine's preprocessing as the module exports it."""
+    config = SimpleNamespace(model_config={"guardrails": False})
+    preprocess = vllm_omni_pipeline.get_cosmos3_pre_process_func(config)
+    frames = list(((clip(FRAMES)[0] + 1) * 127.5).byte().permute(1, 2, 3, 0))
+    sampling = SimpleNamespace(
+        extra_args={"condition_frame_indexes_vision": indexes, "condition_video_keep": keep},
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+    )
+    prompt = {"prompt": "", "multi_modal_data": {"video": torch.stack(frames)}}
+    request = preprocess(SimpleNamespace(prompt=prompt, sampling_params=sampling))
+    video = request.prompt["additional_information"]["preprocessed_video"]
+    kept = 4 * max(indexes) + 1
+    assert video.shape[2] == kept
+    chosen = frames[:kept] if keep == "first" else frames[-kept:]
+    assert peak(video[0, :, 0].permute(1, 2, 0) - (chosen[0] / 127.5 - 1)) < 0.01
+
+    case = CASES["video, latent frame 0" if kept == 1 else "video, latent frames 0 and 1"]
+    engine, fast = both(vae)
+    wanted, got = prepared(case, engine, video), prepared(case, fast, video)
+    if kept == 1:
+        assert_within_bound(got[2], wanted[2])
+    else:
+        assert torch.equal(got[2], wanted[2])
+    assert torch.equal(got[1], wanted[1])
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.pixel_frames > 1])
+def test_which_pixels_matter(vae: Any, name: str) -> None:
+    case = CASES[name]
+    fast = make_pipeline(FastPipeline, vae)
+    pixels = clip(case.pixel_frames)
+    before = prepared(case, fast, pixels)
+    last_used = min(case.encoded, case.pixel_frames)
+    for frame in {0, last_used - 1}:
+        corrupted = pixels.clone()
+        corrupted[:, :, frame] *= -1
+        assert not torch.equal(prepared(case, fast, corrupted)[0], before[0])
+    if last_used < case.pixel_frames:
+        corrupted = pixels.clone()
+        corrupted[:, :, last_used:] = float("nan")
+        after = prepared(case, fast, corrupted)
+        assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_tiling_is_not_reproduced(vae: Any) -> None:
+    tiled = copy.copy(vae)
+    tiled.enable_tiling(32, 32, 32, 32)
+    engine, fast = both(tiled)
+    image, video = clip(1, 0, 48, 80), clip(5, 0, 48, 80)
+    untiled = image_latent(make_pipeline(EnginePipeline, vae), image)
+    assert peak(image_latent(engine, image) - untiled) > 100 * BOUND * peak(untiled)
+    assert_within_bound(image_latent(fast, image), untiled)
+    assert tiled.use_tiling
+    assert not vae.use_tiling
+    # Clips are the engine's, tiles and all.
+    seams = video_latent(engine, video)
+    assert torch.equal(video_latent(fast, video), seams)
+    assert not torch.equal(seams, video_latent(make_pipeline(EnginePipeline, vae), video))
+
+
+def load_state_dict(vae: Any) -> None:
+    vae.load_state_dict(make_vae(vae.dtype, seed=5).state_dict())
+
+
+def step_in_place(vae: Any) -> None:
+    with torch.no_grad():
+        vae.encoder.mid_block.resnets[0].conv1.weight.mul_(1.5)
+
+
+def write_data(vae: Any) -> None:
+    vae.quant_conv.bias.data += 1.0
+
+
+def replace_parameter(vae: Any) -> None:
+    conv = vae.encoder.conv_in
+    conv.weight = nn.Parameter(conv.weight.detach() * -1, requires_grad=False)
+
+
+@pytest.mark.parametrize("change", [load_state_dict, step_in_place, write_data, replace_parameter])
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_changed_weights_are_followed(
+    change: Callable[[Any], None], guard: Callable[[], Any]
+) -> None:
+    vae = make_vae()
+    engine, fast = both(vae)
+    with guard():
+        before = fast._encode_video_tensor(clip(1))
+    change(vae)
+    wanted = video_latent(engine, clip(1))
+    assert peak(wanted - before) > 100 * BOUND * peak(wanted)
+    with guard():
+        assert_within_bound(fast._encode_video_tensor(clip(1)).clone(), wanted)
+
+
+def test_a_replaced_vae_is_followed(vae: Any) -> None:
+    engine, fast = both(vae)
+    before = image_latent(fast, clip(1))
+    engine.vae = fast.vae = make_vae(seed=6)
+    wanted = image_latent(engine, clip(1))
+    assert peak(wanted - before) > 100 * BOUND * peak(wanted)
+    assert_within_bound(image_latent(fast, clip(1)), wanted)
+
+
+def test_loaded_weights_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaders write through `.data`, here one element that no sample of the weights contains."""
+    vae = make_vae()
+    engine, fast = both(vae)
+    before = image_latent(fast, clip(1))
+
+    def load(self: Any, weights: Any) -> set[str]:
+        for name, tensor in weights:
+            self.get_parameter(name).data.copy_(tensor)
+        return {name for name, _ in weights}
+
+    monkeypatch.setattr(EnginePipeline, "load_weights", load)
+    name = "vae.encoder.conv_in.weight"
+    weight = fast.get_parameter(name).clone()
+    weight.view(-1)[-1] += 10.0
+    assert fast.load_weights([(name, weight)]) == {name}
+    wanted = image_latent(engine, clip(1))
+    assert peak(wanted - before) > 100 * BOUND * peak(wanted)
+    assert_within_bound(image_latent(fast, clip(1)), wanted)
+
+
+def test_folding_happens_once(vae: Any) -> None:
+    fast = make_pipeline(FastPipeline, vae)
+    first = fast._folded_encoder()
+    image_latent(fast, clip(1))
+    video_latent(fast, clip(1))
+    assert fast._folded_encoder() is first
+
+
+def test_state_dict_and_modules_are_the_engines(vae: Any) -> None:
+    engine, fast = both(vae)
+    image_latent(fast, clip(1))
+    assert list(fast.state_dict()) == list(engine.state_dict())
+    assert [n for n, _ in fast.named_modules()] == [n for n, _ in engine.named_modules()]
+
+
+def test_modes_of_torch(vae: Any) -> None:
+    """The engine serves in inference_mode; what is folded there must serve outside, and back."""
+    fast = make_pipeline(FastPipeline, vae)
+    with torch.inference_mode():
+        first = fast._encode_conditioning_image_latent(clip(1)[:, :, 0])
+    assert torch.equal(image_latent(fast, clip(1)), first)
+    outside = fast._encode_conditioning_image_latent(clip(1)[:, :, 0])
+    assert not outside.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(fast._encode_conditioning_image_latent(clip(1)[:, :, 0]), first)
+
+
+def test_a_vae_made_in_inference_mode() -> None:
+    """Its parameters have no version counter."""
+    with torch.inference_mode():
+        vae = make_vae()
+        for module in (vae.encoder, vae.quant_conv):
+            for name, parameter in list(module.named_parameters()):
+                owner = module.get_submodule(name.rpartition(".")[0])
+                setattr(owner, name.rpartition(".")[2], nn.Parameter(parameter.clone(), False))
+        assert vae.encoder.conv_in.weight.is_inference()
+        engine, fast = both(vae)
+        wanted = engine._encode_video_tensor(clip(1))
+        assert_within_bound(fast._encode_video_tensor(clip(1)), wanted)
+        assert fast._cosmos3_fast[1] is not None
+        vae.encoder.conv_in.bias.mul_(-3)
+        changed = engine._encode_video_tensor(clip(1))
+        assert peak(changed - wanted) > 100 * BOUND * peak(wanted)
+        assert_within_bound(fast._encode_video_tensor(clip(1)), changed)
+
+
+def test_a_vae_that_cannot_be_folded(caplog: pytest.LogCaptureFixture) -> None:
+    vae = make_vae()
+    vae.encoder.nonlinearity = nn.ReLU()
+    engine, fast = both(vae)
+    with caplog.at_level(logging.WARNING, logger=vllm_omni_pipeline.__name__):
+        for encode in (image_latent, video_latent, image_latent):
+            with frames_through(vae) as calls:
+                assert torch.equal(encode(fast, clip(1)), encode(engine, clip(1)))
+            assert calls == [1, 1]
+    (record,) = [r for r in caplog.records if r.name == vllm_omni_pipeline.__name__]
+    assert "nonlinearity" in record.getMessage()
+    # Another VAE gets another chance.
+    fast.vae = make_vae(seed=1)
+    fast._folded_encoder()
+    with frames_through(fast.vae) as calls:
+        image_latent(fast, clip(1))
+    assert calls == []
+
+
+def test_the_registrys_own_class_encodes(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cosmos3_fast.engines.vllm_omni import register
+
+    assert registry is engine_registry
+    monkeypatch.setenv("COSMOS3_FAST", "fast")
+    register()
+    vae = make_vae()
+    for architecture in ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"):
+        served = registry.DiffusionModelRegistry._try_load_model_cls(architecture)
+        pipeline = make_pipeline(served, vae)
+        pipeline._folded_encoder()
+        with frames_through(vae) as calls:
+            prepared(CASES["image to video"], pipeline, clip(1))
+        assert calls == []
