@@ -35,7 +35,7 @@ $(VENV)/demo.stamp: $(VENV)/package.stamp
 	@touch $@
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
-	$(PIP) "$(DIFFUSERS)" "$(TRITON)"
+	$(PIP) "$(DIFFUSERS)" "$(TRITON)" "$(MATPLOTLIB)"
 	COSMOS3_FAST_BUILD=require $(if $(TEST_CUDA),COSMOS3_FAST_CUDA=1) \
 		$(PIP) --no-build-isolation -e ".[test,lint]"
 	@touch $@ $(VENV)/package.stamp

@@ -57,6 +57,12 @@ def latent(
     raise ValueError(layout)
 
 
+def _moved(x: Tensor, device: str) -> Tensor:
+    size = x.untyped_storage().nbytes() // x.element_size()
+    storage = x.as_strided((size,), (1,), 0).to(device)
+    return storage.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 @dataclass(frozen=True)
 class Sample:
     """Arguments of one call; `frames` is also what the condition mask of `mask()` marks."""
@@ -64,6 +70,10 @@ class Sample:
     cond_latent: Tensor
     noise: Tensor
     frames: tuple[int, ...]
+
+    def on(self, device: str) -> tuple[Tensor, Tensor]:
+        """The latents on `device`, with the strides and offsets they have (`to` would drop them)."""
+        return _moved(self.cond_latent, device), _moved(self.noise, device)
 
     def mask(self) -> Tensor:
         batch, _, frames, _, _ = self.noise.shape

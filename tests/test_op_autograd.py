@@ -16,10 +16,8 @@ MASKABLE = [s for s in SAMPLES if not 1 < s.cond_latent.shape[2] < s.noise.shape
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_gradients_equal_the_formula_s(sample: Sample, device: str, poison: None):
     def leaves() -> tuple[torch.Tensor, torch.Tensor]:
-        return (
-            sample.cond_latent.to(device).detach().requires_grad_(),
-            sample.noise.to(device).detach().requires_grad_(),
-        )
+        cond, noise = sample.on(device)
+        return cond.detach().requires_grad_(), noise.detach().requires_grad_()
 
     ours, theirs = leaves(), leaves()
     latents, _velocity = OPS.prepare_latents(*ours, sample.frames)
@@ -57,7 +55,7 @@ def test_gradcheck(cond_batch: int, cond_frames: int, shape: tuple[int, ...], fr
 
 @pytest.mark.parametrize("sample", SAMPLES[::3], ids=str)
 def test_opcheck_frames(sample: Sample, device: str):
-    cond, noise = sample.cond_latent.to(device), sample.noise.to(device)
+    cond, noise = sample.on(device)
     arguments = (cond, noise, list(sample.frames))
     torch.library.opcheck(OPS.prepare_latents.default, arguments)
     torch.library.opcheck(OPS.prepare_latents_.default, (cond, noise.clone(), list(sample.frames)))
@@ -69,7 +67,7 @@ def test_opcheck_frames(sample: Sample, device: str):
 
 @pytest.mark.parametrize("sample", MASKABLE[::3], ids=str)
 def test_opcheck_mask(sample: Sample, device: str):
-    cond, noise = sample.cond_latent.to(device), sample.noise.to(device)
+    cond, noise = sample.on(device)
     mask = sample.mask().to(device)
     torch.library.opcheck(OPS.prepare_latents.mask, (cond, noise, mask))
     torch.library.opcheck(

@@ -41,7 +41,7 @@ def truncates(backend: str, device: str, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("sample", SAMPLES, ids=str)
 def test_frames_equal_the_reference(sample: Sample, backend: str, device: str, poison: None):
-    cond, noise = sample.cond_latent.to(device), sample.noise.to(device)
+    cond, noise = sample.on(device)
     before = noise.clone()
     latents, velocity = ops.prepare_latents(cond, noise, sample.frames, backend=backend)
     wanted, wanted_velocity = reference.prepare_latents(cond, noise, sample.frames)
@@ -57,7 +57,7 @@ def test_frames_equal_the_reference(sample: Sample, backend: str, device: str, p
 def test_mask_equals_the_reference(sample: Sample, backend: str, device: str, poison: None):
     if 1 < sample.cond_latent.shape[2] < sample.noise.shape[2]:
         pytest.skip("the mask form needs every frame of a clip")
-    cond, noise = sample.cond_latent.to(device), sample.noise.to(device)
+    cond, noise = sample.on(device)
     for mask in (sample.mask().to(device), sample.mask()[:1].to(device, noise.dtype)):
         latents, velocity = ops.prepare_latents(cond, noise, condition_mask=mask, backend=backend)
         wanted, wanted_velocity = reference.prepare_latents_mask(cond, noise, mask)
@@ -81,7 +81,7 @@ def test_in_place_writes_only_the_conditioned_frames(
     place = (sample.noise.shape, sample.noise.stride(), sample.noise.storage_offset() + guard)
     noise = buffer.as_strided(*place)
     noise.copy_(sample.noise)
-    cond = sample.cond_latent.to(device)
+    cond, _ = sample.on(device)
     expected = buffer.clone()
     wanted_velocity = reference.prepare_latents_(cond, expected.as_strided(*place), sample.frames)
     velocity = ops.prepare_latents_(cond, noise, sample.frames, backend=backend)
