@@ -72,7 +72,7 @@ class Sample:
     frames: tuple[int, ...]
 
     def on(self, device: str) -> tuple[Tensor, Tensor]:
-        """The latents on `device`, with the strides and offsets they have (`to` would drop them)."""
+        """The latents on `device` with their strides and offsets, which `Tensor.to` drops."""
         return _moved(self.cond_latent, device), _moved(self.noise, device)
 
     def mask(self) -> Tensor:
