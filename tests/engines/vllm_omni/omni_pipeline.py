@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import omni_stubs  # noqa: F401
 import torch
 from encoder_cases import RESIDUAL
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ EnginePipeline = Cosmos3OmniDiffusersPipeline
 HEIGHT, WIDTH, FRAMES = 48, 64, 9
 
 
-def make_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> DistributedAutoencoderKLWan:
-    """The engine's VAE class in Cosmos3's topology, narrow, with seeded weights."""
-    source = synthetic_vae(RESIDUAL, seed, decoder_base_dim=4)
+def make_vae(
+    dtype: torch.dtype = torch.float32, seed: int = 0, config: Mapping[str, Any] = RESIDUAL
+) -> DistributedAutoencoderKLWan:
+    """The engine's VAE class in Cosmos3's topology, narrow by default, with seeded weights."""
+    source = synthetic_vae(config, seed, decoder_base_dim=4)
     with torch.device("meta"):
         vae = DistributedAutoencoderKLWan.from_config(source.config)
     vae.load_state_dict(source.state_dict(), assign=True)

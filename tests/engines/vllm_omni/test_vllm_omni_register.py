@@ -83,7 +83,7 @@ def test_other_modes_leave_the_engine_alone(
 def test_in_a_fresh_process(tmp_path: Path) -> None:
     """The adapter is imported by name, before anything else of vLLM-Omni's diffusion is."""
     script = (
-        "import conftest, sys\n"
+        "import omni_stubs, sys\n"
         "from cosmos3_fast.engines.vllm_omni import register\n"
         "assert not {'vllm', 'vllm_omni'} & set(sys.modules), 'imported too early'\n"
         "register()\n"
