@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 
+import torch
+
 collect_ignore_glob = []
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob.append("test_*.py")
 else:
+    # At these sizes two threads that other processes disturb are ten times slower than one.
+    torch.set_num_threads(1)
     import sglang_stage  # noqa: F401  before any test module imports SGLang
