@@ -1,7 +1,9 @@
 """Conditioning image to NVIDIA Cosmos3 latents: exact 2-D VAE encode and one fused op."""
 
+from cosmos3_fast.engines.diffusers import accelerate, restore
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents
 from cosmos3_fast.ops import BackendUnavailableError, prepare_latents, prepare_latents_
+from cosmos3_fast.runner import EncoderRunner
 from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
 
 __version__ = "0.1.0"
@@ -9,9 +11,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "ConditioningEncoder",
+    "EncoderRunner",
     "LatentPreparation",
     "PreparedLatents",
     "UnsupportedVAEError",
+    "accelerate",
     "prepare_latents",
     "prepare_latents_",
+    "restore",
 ]

@@ -1,0 +1,44 @@
+"""What README says of versions is what the test environments install."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from cosmos3_fast import backends
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def pinned(engine: str, package: str) -> str:
+    folder = ROOT / "tests" / "engines" / engine
+    for name in ("requirements-nodeps.txt", "requirements.txt"):
+        file = folder / name
+        if file.exists() and (found := re.search(rf"^{package}==(\S+)", file.read_text(), re.M)):
+            return found.group(1)
+    raise AssertionError(f"{folder} does not pin {package}")
+
+
+def test_versions_are_those_the_engine_tests_install():
+    torch_version = re.search(r"^TORCH \?= torch==(\S+)", (ROOT / "Makefile").read_text(), re.M)
+    assert torch_version is not None
+    for engine in ("diffusers", "sglang", "vllm-omni"):
+        version = pinned(engine.replace("-", "_"), engine)
+        row = f"| {engine} | {version} | {torch_version[1]} | `make test-{engine}` |"
+        assert row in README
+
+
+def test_every_schema_of_the_latent_op_is_shown():
+    for schema in backends.SCHEMAS[:3]:
+        assert f"cosmos3::{schema}" in README
+
+
+def test_files_and_targets_it_names_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"\bmake ([a-z][a-z-]*)", README):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for path in re.findall(r"`((?:examples|benchmarks|tests|csrc|cosmos3_fast)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\(((?!http|#)[^)]+)\)", README):
+        assert (ROOT / path).exists(), path
