@@ -54,6 +54,10 @@ class Checkpoint:
             return part[rows, :, -1:]
         return part[rows]
 
+    def read_earlier(self, name: str) -> Tensor:
+        """The temporal taps of a 3-D convolution that `read` leaves out, for later frames."""
+        return self._slices[name][:, :, :-1]
+
 
 @contextmanager
 def open_checkpoint(

@@ -1,8 +1,9 @@
-"""The algebra that turns the 3-D VAE encoder, on one frame, into a 2-D network.
+"""The algebra that turns the 3-D VAE encoder into 2-D networks.
 
-Every fold is computed in fp64 on the CPU and rounded once, to the target dtype; tensors that only
-move keep their bits. `read(name)` returns a tensor of the 3-D state dict; a reader may return only
-the part that is used (the last temporal slice, the mean half of `quant_conv`).
+`fold_encoder` is for one frame, `fold_clip` adds what later frames need. Every fold is computed in
+fp64 on the CPU and rounded once, to the target dtype; tensors that only move keep their bits.
+`read(name)` returns a tensor of the 3-D state dict; a reader may return only the part that is used
+(the last temporal slice, the mean half of `quant_conv`).
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> d
     out: dict[str, Tensor] = {}
 
     def put(name: str, tensor: Tensor) -> None:
-        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-        out[name] = tensor.to(dtype, copy=True, memory_format=layout)
+        out[name] = _stored(tensor, dtype)
 
     def conv(source: str, target: str) -> None:
         put(f"{target}.weight", spatial_taps(read(f"{source}.weight")))
@@ -83,6 +83,52 @@ def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> d
     return out
 
 
+def fold_clip(
+    topology: EncoderTopology, read: Read, read_earlier: Read, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The state dict of `ClipEncoder(topology)`, on the CPU, in `dtype`.
+
+    Args:
+        topology: the structure.
+        read: as for `fold_encoder`.
+        read_earlier: the temporal taps before the last one, [Cout, Cin, kT-1, kH, kW], of a 3-D
+            convolution.
+        dtype: of the result.
+    """
+    out = {f"first.{name}": part for name, part in fold_encoder(topology, read, dtype).items()}
+
+    def earlier(target: str, weight: Tensor) -> None:
+        for i, tap in enumerate(weight.unbind(2)):
+            out[f"{target}.earlier.{i}.weight"] = _stored(tap, dtype)
+
+    def residual_block(source: str, target: str) -> None:
+        for conv in ("conv1", "conv2"):
+            earlier(f"{target}.{conv}", read_earlier(f"{source}.{conv}.weight"))
+
+    weight = read_earlier("encoder.conv_in.weight")
+    earlier("conv_in", unshuffle_order(weight, topology.patch_size))
+    for i, (stage, (blocks, downsampler)) in enumerate(
+        zip(topology.stages, topology.block_names(), strict=True)
+    ):
+        for j, source in enumerate(blocks[:: 2 if stage.attention else 1]):
+            residual_block(source, f"stages.{i}.blocks.{j}")
+        if stage.factor_t == 2:
+            name = f"{downsampler}.time_conv"
+            taps = torch.cat([read_earlier(f"{name}.weight"), read(f"{name}.weight")[:, :, -1:]], 2)
+            out[f"stages.{i}.time_conv.weight"] = _stored(side_by_side(taps), dtype)
+            out[f"stages.{i}.time_conv.bias"] = _stored(read(f"{name}.bias"), dtype)
+    for j in range(2):
+        residual_block(f"encoder.mid_block.resnets.{j}", f"middle.{j}")
+    weight = read_earlier("encoder.conv_out.weight")
+    earlier("conv_out", head_weight(weight, read("quant_conv.weight"), topology.latents_std))
+    return out
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+    return tensor.to(dtype, copy=True, memory_format=layout)
+
+
 def spatial_taps(weight: Tensor) -> Tensor:
     """The 2-D kernel that a causal 3-D kernel is on the first frame.
 
@@ -105,7 +151,7 @@ def unshuffle_order(weight: Tensor, patch_size: int) -> Tensor:
     column); permuting the first convolution's input channels lets the latter serve.
 
     Args:
-        weight: [Cout, C·p², kH, kW].
+        weight: [Cout, C·p², kH, kW], or [Cout, C·p², kT, kH, kW].
     """
     cells = weight.unflatten(1, (-1, patch_size, patch_size))
     return cells.transpose(2, 3).flatten(1, 3)
@@ -165,7 +211,36 @@ def head(
     mean64 = torch.tensor(mean, dtype=torch.float64)
     std64 = torch.tensor(std, dtype=torch.float64)
     quant = quant_weight[:z_dim].double().flatten(1)
-    taps = spatial_taps(conv_weight).double()
-    weight = torch.einsum("zk,kchw->zchw", quant / std64[:, None], taps)
+    weight = head_weight(spatial_taps(conv_weight), quant_weight, std)
     bias = (quant @ conv_bias.double() + quant_bias[:z_dim].double() - mean64) / std64
     return weight, bias
+
+
+def head_weight(taps: Tensor, quant_weight: Tensor, std: tuple[float, ...]) -> Tensor:
+    """`diag(1/std) Wq W` for one or all temporal taps W of `conv_out`.
+
+    Args:
+        taps: [2z, C, 3, 3] or [2z, C, kT, 3, 3].
+        quant_weight: [2z or z, 2z, 1, 1, 1].
+        std: z values.
+
+    Returns:
+        `taps`' shape with z instead of 2z, in fp64.
+    """
+    quant = quant_weight[: len(std)].double().flatten(1)
+    scale = quant / torch.tensor(std, dtype=torch.float64)[:, None]
+    return torch.einsum("zk,k...->z...", scale, taps.double())
+
+
+def side_by_side(weight: Tensor) -> Tensor:
+    """The 2-D kernel that acts as a 3-D one on the frames of a window concatenated by channel.
+
+    `Σ_τ W[τ] x[τ] = [W[0] W[1] …] [x[0]; x[1]; …]`.
+
+    Args:
+        weight: [Cout, Cin, kT, kH, kW].
+
+    Returns:
+        [Cout, kT·Cin, kH, kW].
+    """
+    return weight.transpose(1, 2).flatten(1, 2)

@@ -14,12 +14,17 @@ from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
 _NO_PADDING = (0, 0, 0, 0, 0, 0)
 
 
-def check_modules(vae: Any, topology: EncoderTopology) -> None:
+def check_modules(vae: Any, topology: EncoderTopology, clips: bool = False) -> None:
     """Refuse module settings for which the folded weights would give other latents.
 
     Looks at every module under `vae.encoder` and at `vae.quant_conv`: convolutions (padding mode
     and extent, stride, groups, dilation), padding layers, norms (bias, scale) and
     nonlinearities (evaluated and compared with SiLU).
+
+    Args:
+        vae: see `ConditioningEncoder.from_vae`.
+        topology: of its encoder.
+        clips: check also what acts from the second frame on (`time_conv`).
 
     Raises:
         UnsupportedVAEError: naming the module and the setting.
@@ -29,7 +34,8 @@ def check_modules(vae: Any, topology: EncoderTopology) -> None:
     modules = [(f"encoder.{n}" if n else "encoder", m) for n, m in vae.encoder.named_modules()]
     for name, module in [*modules, ("quant_conv", vae.quant_conv)]:
         if isinstance(module, nn.Conv2d | nn.Conv3d):
-            _check_conv(name, module, is_downsampler=name in downsamplers)
+            if clips or not name.endswith(".time_conv"):
+                _check_conv(name, module, is_downsampler=name in downsamplers)
         elif isinstance(module, nn.ZeroPad2d):
             # SGLang's height-parallel layer pads the width and leaves the height to its conv.
             if tuple(module.padding) not in ((0, 1, 0, 1), (0, 1, 0, 0)):
@@ -56,9 +62,10 @@ def _check_conv(name: str, conv: nn.Conv2d | nn.Conv3d, is_downsampler: bool) ->
         _refuse(name, "groups", conv.groups, 1)
     if conv.dilation != ones:
         _refuse(name, "dilation", conv.dilation, ones)
-    if name.endswith(".time_conv"):
-        return  # it does not act on the first frame
-    stride = (2, 2) if is_downsampler else ones
+    is_time_conv = name.endswith(".time_conv")
+    stride: tuple[int, ...] = (2, 2) if is_downsampler else ones
+    if is_time_conv:
+        stride = (2, 1, 1)
     if conv.stride != stride:
         _refuse(name, "stride", conv.stride, stride)
     # SGLang's height-parallel layers fetch their height padding from the neighbouring ranks.
@@ -74,7 +81,9 @@ def _check_conv(name: str, conv: nn.Conv2d | nn.Conv3d, is_downsampler: bool) ->
     padding = tuple(getattr(conv, "_padding", _NO_PADDING))
     if top_bottom == (half, half):
         padding = (*padding[:2], half, half, *padding[4:])
-    causal = (half, half, half, half, conv.kernel_size[0] - 1, 0)
+    # The VAE itself puts the last frame of the previous chunk in front of time_conv's input.
+    front = 0 if is_time_conv else conv.kernel_size[0] - 1
+    causal = (half, half, half, half, front, 0)
     if padding != causal:
         _refuse(name, "causal padding", padding, causal)
 
@@ -103,29 +112,30 @@ def _refuse(name: str, setting: str, found: object, wanted: object) -> None:
     raise UnsupportedVAEError(f"{name} has {setting} {found}, wanted {wanted}")
 
 
-def probe_against(vae: Any, encoder: Any) -> None:
-    """Encode one random frame of 2x2 latent cells with both and compare.
+def probe_against(vae: Any, encoder: Any, frames: int = 1) -> None:
+    """Encode random frames of 2x2 latent cells with both and compare.
 
     Args:
         vae: see `exact.encode_mode`; tiling is switched off meanwhile.
-        encoder: the `ConditioningEncoder` folded from it.
+        encoder: the `ConditioningEncoder` or `ClipEncoder` folded from it.
+        frames: 1 + 4k. Nine reach every state there is: from the third chunk on, each convolution
+            looks back on two frames.
 
     Raises:
-        UnsupportedVAEError: the VAE cannot encode the frame, or the latents differ by more than
+        UnsupportedVAEError: the VAE cannot encode the frames, or the latents differ by more than
             rounding explains.
     """
     weight = vae.encoder.conv_in.weight
     edge = 2 * encoder.spatial_factor
-    shape = (1, 3, 1, edge, edge)
+    shape = (1, 3, frames, edge, edge)
     pixels = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     pixels = pixels.to(weight.device, weight.dtype)
     try:
         with untiled(vae):
             mode = encode_mode(vae, pixels)
     except Exception as error:
-        raise UnsupportedVAEError(
-            f"vae.encode failed on one {edge}x{edge} frame: {error}"
-        ) from error
+        what = f"one {edge}x{edge} frame" if frames == 1 else f"{frames} {edge}x{edge} frames"
+        raise UnsupportedVAEError(f"vae.encode failed on {what}: {error}") from error
     wanted = normalize_latents(mode.double().cpu(), vae.config)
     got = encoder(pixels.to(encoder.device)).double().cpu()
     if got.shape != wanted.shape:

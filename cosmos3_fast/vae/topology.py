@@ -96,6 +96,11 @@ class EncoderTopology:
         downsamplings = sum(stage.downsample for stage in self.stages)
         return int(self.patch_size * 2**downsamplings)
 
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame after the first."""
+        return math.prod(stage.factor_t for stage in self.stages)
+
     @classmethod
     def from_config(cls, config: Any) -> EncoderTopology:
         """Read a VAE configuration: a mapping, or an object with the same names as attributes.
