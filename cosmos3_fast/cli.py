@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_frames,
         default=(0,),
         metavar="T[,T...]",
-        help="latent frames to condition (default 0); others than 0 need --mode exact",
+        help="latent frames to condition (default 0); an image is repeated for others than 0",
     )
     prepare.add_argument(
         "--dtype", type=_dtype, default="bfloat16", help="dtype of the results (default bfloat16)"
@@ -100,7 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument(
         "--mode",
         choices=("fast", "exact"),
-        help="fast: the folded encoder; exact: the VAE itself (default: fast where it serves)",
+        default="fast",
+        help="fast: the folded encoder; exact: diffusers' VAE itself (default fast)",
     )
     prepare.add_argument("--preview", metavar="PNG", help="also draw a picture of the result")
     prepare.set_defaults(run=_prepare)
@@ -231,16 +232,19 @@ class _VaeSource:
                 file=sys.stderr,
             )
 
-    def encoder(self, dtype: torch.dtype, device: torch.device) -> Any:
-        from cosmos3_fast.vae import ConditioningEncoder
+    def encoder(self, dtype: torch.dtype, device: torch.device, clips: bool) -> Any:
+        from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
 
+        kind: type[ClipEncoder | ConditioningEncoder] = (
+            ClipEncoder if clips else ConditioningEncoder
+        )
         if self.checkpoint is not None:
-            return ConditioningEncoder.from_pretrained(self.checkpoint, dtype=dtype, device=device)
+            return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
         from cosmos3_fast.vae import synthetic
 
         config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
         tensors = synthetic.synthetic_state_dict(config, SYNTHETIC_SEED)
-        return ConditioningEncoder.from_state_dict(tensors, config, dtype, device)
+        return kind.from_state_dict(tensors, config, dtype, device)
 
     def vae(self, dtype: torch.dtype, device: torch.device) -> Any:
         try:
@@ -281,7 +285,8 @@ def _prepare(args: argparse.Namespace) -> int:
     # Before the weights are loaded, which takes seconds; the stage checks again with their factors.
     factor = 16 if args.vae is None else 1
     check_request(args.num_frames, height, width, args.condition_frames, spatial_factor=factor)
-    mode: Mode = args.mode or ("fast" if args.condition_frames == (0,) else "exact")
+    mode: Mode = args.mode
+    clips = args.condition_frames != (0,)
     vae_dtype = DTYPES[args.vae_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
 
     with progress.step(f"reading {args.image}"):
@@ -289,7 +294,7 @@ def _prepare(args: argparse.Namespace) -> int:
     source.warn()
     with progress.step(f"loading the {'encoder' if mode == 'fast' else 'VAE'}"):
         stage = (
-            LatentPreparation(source.encoder(vae_dtype, args.device))
+            LatentPreparation(source.encoder(vae_dtype, args.device, clips))
             if mode == "fast"
             else LatentPreparation(vae=source.vae(vae_dtype, args.device))
         )

@@ -6,8 +6,8 @@
     velocity mask      = 0 at the conditioned frames, 1 elsewhere
 
 as in SGLang's ``Cosmos3LatentPreparationStage`` and diffusers' ``Cosmos3OmniPipeline``, but only
-the pixel frames that the conditioned latents depend on are encoded, and a single frame by the
-folded 2-D encoder.
+the pixel frames that the conditioned latents depend on are encoded, and those by a folded encoder
+where one is given that serves them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cosmos3_fast.vae.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config
 
 if TYPE_CHECKING:
-    from cosmos3_fast.vae import ConditioningEncoder
+    from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
 
 Mode = Literal["fast", "exact"]
 
@@ -40,7 +40,7 @@ class PreparedLatents:
         condition_latents: [B,C,Tc,h,w] in the same dtype, normalised, with
             Tc = max(condition_frames) + 1.
         condition_frames: The conditioned latent frames, ascending.
-        mode: What encoded them: "fast" (the folded 2-D encoder) or "exact" (the VAE itself).
+        mode: What encoded them: "fast" (the folded encoder) or "exact" (the VAE itself).
     """
 
     latents: torch.Tensor
@@ -54,15 +54,18 @@ class LatentPreparation:
     """Prepare conditioned initial latents from an image or a clip.
 
     Args:
-        encoder: The folded encoder, which serves ``condition_frames == (0,)``.
+        encoder: The folded encoder. A `ConditioningEncoder` serves ``condition_frames == (0,)``, a
+            `ClipEncoder` all of them.
         vae: The engine's own VAE (diffusers' ``AutoencoderKLWan`` or one with its interface), which
-            serves everything else, and the first frame too when ``mode="exact"``.
+            serves what the encoder does not, and everything when ``mode="exact"``.
 
     Raises:
         ValueError: Neither is given, or the two disagree on latent channels or spatial factor.
     """
 
-    def __init__(self, encoder: ConditioningEncoder | None = None, *, vae: Any = None) -> None:
+    def __init__(
+        self, encoder: ConditioningEncoder | ClipEncoder | None = None, *, vae: Any = None
+    ) -> None:
         if encoder is None and vae is None:
             raise ValueError("LatentPreparation needs an encoder, a vae, or both; got neither")
         self.encoder = encoder
@@ -114,8 +117,8 @@ class LatentPreparation:
                 comes from torch's default generator.
             dtype: Dtype of the noise and of every result: float32, bfloat16, float16 (float64 on
                 the CPU).
-            mode: "fast" or "exact". None: fast where it can serve (an encoder is there and
-                ``condition_frames`` is (0,)), exact otherwise.
+            mode: "fast" or "exact". None: fast where it can serve (a `ClipEncoder` is there, or a
+                `ConditioningEncoder` and ``condition_frames`` is (0,)), exact otherwise.
 
         Returns:
             `PreparedLatents`, whose ``mode`` says what ran. B = 1 unless ``image_or_clip`` is a
@@ -154,22 +157,25 @@ class LatentPreparation:
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
 
     def _choose_mode(self, mode: Mode | None, frames: tuple[int, ...]) -> Mode:
+        serves = self.encoder is not None and (
+            frames == (0,) or getattr(self.encoder, "encodes_clips", False)
+        )
         if mode is None:
-            mode = "fast" if frames == (0,) and self.encoder is not None else "exact"
+            mode = "fast" if serves else "exact"
             if mode == "exact" and self.vae is None:
                 raise ValueError(
-                    f"condition_frames={list(frames)} need the VAE itself (exact mode), and none "
-                    "was given: LatentPreparation(encoder, vae=...). The folded encoder serves [0] "
-                    "only"
+                    f"condition_frames={list(frames)} need a ClipEncoder or the VAE itself (exact "
+                    "mode), and neither was given: LatentPreparation(encoder, vae=...). A "
+                    "ConditioningEncoder serves [0] only"
                 )
         if mode not in ("fast", "exact"):
             raise ValueError(f"mode must be 'fast', 'exact' or None, got {mode!r}")
         if mode == "fast" and self.encoder is None:
             raise ValueError("mode='fast' needs an encoder, and none was given")
-        if mode == "fast" and frames != (0,):
+        if mode == "fast" and not serves:
             raise ValueError(
-                "mode='fast' serves condition_frames=[0] only, "
-                f"got {list(frames)}: use mode='exact'"
+                "mode='fast' with a ConditioningEncoder serves condition_frames=[0] only, "
+                f"got {list(frames)}: give a ClipEncoder or use mode='exact'"
             )
         if mode == "exact" and self.vae is None:
             raise ValueError("mode='exact' needs a vae, and none was given")
@@ -182,14 +188,14 @@ class LatentPreparation:
         return self.vae.encoder.conv_in.weight.device
 
     def _encode(self, pixels: torch.Tensor, needed: int, mode: Mode) -> torch.Tensor:
-        if mode == "fast":
-            assert self.encoder is not None
-            return self.encoder(pixels.to(self.encoder.device, self.encoder.dtype))
         clip = pixels[:, :, None] if pixels.ndim == 4 else pixels
         missing = needed - clip.shape[2]
         if missing > 0:
             last = clip[:, :, -1:].expand(-1, -1, missing, -1, -1)
             clip = torch.cat([clip, last], dim=2)
+        if mode == "fast":
+            assert self.encoder is not None
+            return self.encoder(clip.to(self.encoder.device, self.encoder.dtype))
         return encode_exact(self.vae, clip)
 
 

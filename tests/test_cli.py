@@ -112,17 +112,19 @@ def test_prepare_dtypes(run, tmp_path, dtype):
 
 def test_prepare_exact_and_later_frames(run, tmp_path):
     pytest.importorskip("diffusers")
-    args = prepare_args(tmp_path, "--condition-frames", "0,1", "--dtype", "fp32")
-    assert run(*args)[0] == 0
-    tensors, metadata = read(tmp_path / "latents.safetensors")
-    assert metadata["mode"] == "exact"
-    assert metadata["condition_frames"] == "0,1"
-    assert tensors["condition_latents"].shape == (1, 48, 2, 4, 6)
-    assert run(*prepare_args(tmp_path, "--mode", "exact", "--dtype", "fp32"))[0] == 0
-    exact = read(tmp_path / "latents.safetensors")[0]
-    assert run(*prepare_args(tmp_path, "--dtype", "fp32"))[0] == 0
-    fast = read(tmp_path / "latents.safetensors")[0]
-    torch.testing.assert_close(fast["latents"], exact["latents"], rtol=0, atol=1e-4)
+    for frames, count in (("0,1", 2), ("0", 1)):
+        args = prepare_args(tmp_path, "--condition-frames", frames, "--dtype", "fp32")
+        results = {}
+        for mode in ("exact", "fast"):
+            assert run(*args, "--mode", mode)[0] == 0
+            results[mode], metadata = read(tmp_path / "latents.safetensors")
+            assert metadata["mode"] == mode
+            assert metadata["condition_frames"] == frames
+        assert results["fast"]["condition_latents"].shape == (1, 48, count, 4, 6)
+        for name, tensor in results["exact"].items():
+            torch.testing.assert_close(results["fast"][name], tensor, rtol=0, atol=1e-4)
+    assert run(*prepare_args(tmp_path, "--condition-frames", "1"))[0] == 0
+    assert read(tmp_path / "latents.safetensors")[1]["mode"] == "fast"
 
 
 @pytest.mark.parametrize("layout", ["vae", "."])
@@ -166,7 +168,7 @@ def test_a_truncated_checkpoint(run, tmp_path):
         (("--dtype", "int8"), "want one of float32, bfloat16, float16, got 'int8'"),
         (("--condition-frames", "a"), "want integers such as 0,1, got 'a'"),
         (("--condition-frames", "0,0"), "condition_frames must be distinct, got [0, 0]"),
-        (("--condition-frames", "1", "--mode", "fast"), "serves condition_frames=[0] only"),
+        (("--condition-frames", "0,5"), "condition_frames must be in [0, 5)"),
         (("--mode", "quick"), "--mode: invalid choice: 'quick'"),
         (("--device", "abacus"), "'abacus' cannot be used"),
         (("--vae", "no/such/folder/anywhere"), "no/such/folder/anywhere"),

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents
 from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
 H, W, FRAMES = 64, 96, 17
@@ -230,6 +230,45 @@ def test_mode_follows_what_is_there(vae, encoder, photograph):
     assert LatentPreparation(vae=vae)(photograph, FRAMES, H, W).mode == "exact"
 
 
+@pytest.mark.parametrize(
+    ("frames", "given"), [((0, 1), 9), ((0, 1), 2), ((2,), 30), ((2, 0), 1), ((0,), 9)]
+)
+def test_a_clip_encoder_serves_every_frame(vae, frames, given):
+    pixels = torch.rand(1, 3, given, H, W, generator=torch.Generator().manual_seed(6)) * 2 - 1
+    stage = LatentPreparation(ClipEncoder.from_vae(vae, probe=False), vae=vae)
+    fast, exact = (
+        stage(pixels, FRAMES, H, W, frames, seed=4, dtype=torch.float32, mode=mode)
+        for mode in (None, "exact")
+    )
+    assert (fast.mode, exact.mode) == ("fast", "exact")
+    assert fast.condition_frames == exact.condition_frames
+    assert fast.condition_latents.shape == exact.condition_latents.shape
+    bound = 1e-5 * exact.condition_latents.abs().max()
+    assert (fast.condition_latents - exact.condition_latents).abs().max() <= bound
+    for t in range(fast.latents.shape[2]):
+        ours, theirs = fast.latents[:, :, t], exact.latents[:, :, t]
+        if t in frames:
+            assert torch.equal(ours, fast.condition_latents[:, :, t])
+        else:
+            assert torch.equal(ours, theirs)
+    assert torch.equal(fast.velocity_mask, exact.velocity_mask)
+
+
+def test_a_clip_encoder_needs_no_vae(vae, clip, photograph):
+    encoder = ClipEncoder.from_vae(vae, dtype=torch.bfloat16, probe=False)
+    stage = LatentPreparation(encoder)
+    prepared = stage(clip, FRAMES, H, W, (0, 1, 2), seed=0)
+    assert prepared.mode == "fast"
+    assert prepared.latents.dtype == torch.bfloat16
+    pixels = load_pixels(clip, H, W).to(torch.bfloat16)
+    assert torch.equal(prepared.latents[:, :, :3], encoder(pixels))
+    of_image = stage(photograph, FRAMES, H, W, seed=0)
+    of_frame = LatentPreparation(encoder.first)(photograph, FRAMES, H, W, seed=0)
+    assert torch.equal(of_image.latents, of_frame.latents)
+    with pytest.raises(ValueError, match="mode='exact' needs a vae"):
+        stage(clip, FRAMES, H, W, (0, 1), mode="exact")
+
+
 def test_the_first_frame_of_a_clip_is_served_fast(encoder, clip):
     stage = LatentPreparation(encoder)
     of_clip = stage(clip, FRAMES, H, W, seed=0)
@@ -281,8 +320,11 @@ class UntouchedEncoder:
         ({"condition_frames": 0}, "sequence of integers, got 0 of type int"),
         ({"condition_frames": "0"}, "sequence of integers, got '0' of type str"),
         ({"condition_frames": (0.0,)}, "sequence of integers"),
-        ({"condition_frames": (0, 1)}, r"\[0, 1\] need the VAE itself .exact mode."),
-        ({"condition_frames": (1,), "mode": "fast"}, r"'fast' serves .*\[0\] only, got \[1\]"),
+        ({"condition_frames": (0, 1)}, r"\[0, 1\] need a ClipEncoder or the VAE itself"),
+        (
+            {"condition_frames": (1,), "mode": "fast"},
+            r"serves .*\[0\] only, got \[1\]: give a Clip",
+        ),
         ({"mode": "exact"}, "mode='exact' needs a vae"),
         ({"mode": "quick"}, "mode must be 'fast', 'exact' or None, got 'quick'"),
         ({"seed": 1, "generator": torch.Generator()}, "seed or generator, not both"),
