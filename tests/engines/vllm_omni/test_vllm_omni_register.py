@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,21 +81,20 @@ def test_other_modes_leave_the_engine_alone(
     assert classes(registry) == [EnginePipeline] * 2
 
 
-def test_in_a_fresh_process(tmp_path: Path) -> None:
+def test_in_a_fresh_process() -> None:
     """The adapter is imported by name, before anything else of vLLM-Omni's diffusion is."""
     script = (
-        "import omni_stubs, sys\n"
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import omni_stubs\n"
         "from cosmos3_fast.engines.vllm_omni import register\n"
         "assert not {'vllm', 'vllm_omni'} & set(sys.modules), 'imported too early'\n"
         "register()\n"
-        "from vllm_omni.diffusion.registry import DiffusionModelRegistry as r\n"
+        "from vllm_omni.diffusion.registry import DiffusionModelRegistry\n"
         f"for name in {ARCHITECTURES!r}:\n"
-        "    print(r._try_load_model_cls(name).__module__)\n"
+        "    print(DiffusionModelRegistry._try_load_model_cls(name).__module__)\n"
     )
-    path = [str(ROOT), str(Path(__file__).parent)]
     result = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = {path!r}\n{script}"],
-        env={"COSMOS3_FAST": "fast", "PATH": "", "HOME": str(tmp_path)},
+        [sys.executable, "-c", script],
+        env={**os.environ, MODE_VARIABLE: "fast"},
         capture_output=True,
         text=True,
         check=False,
