@@ -169,7 +169,7 @@ def counting(vae: Any) -> Iterator[list[int]]:
         handle.remove()
 
 
-@dataclass
+@dataclass(repr=False)
 class Run:
     """One generation.
 
