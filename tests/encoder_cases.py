@@ -50,12 +50,28 @@ TINY = synthetic_config(
         "z_dim": 4,
     }
 )
+# The same for clips: two temporal down-samplings, and no average shortcut that is a mere pooling.
+TINY_CLIP = synthetic_config(
+    {
+        **RESIDUAL,
+        "dim_mult": [2, 2, 2],
+        "temperal_downsample": [True, True],
+        "num_res_blocks": 1,
+        "z_dim": 4,
+    }
+)
 
 
 def image(seed: int, batch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """[B, 3, H, W] uniform in [-1, 1]."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return (torch.rand(batch, 3, height, width, generator=generator) * 2 - 1).to(dtype)
+
+
+def clip(seed: int, batch: int, frames: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """[B, 3, T, H, W] uniform in [-1, 1]."""
+    generator = torch.Generator().manual_seed(2000 + seed)
+    return (torch.rand(batch, 3, frames, height, width, generator=generator) * 2 - 1).to(dtype)
 
 
 def reference(vae: Any, pixels: Tensor) -> Tensor:
