@@ -55,7 +55,7 @@ bench: $(VENV)/bench.stamp
 ## make bench-full    every size, more rounds, and README's table and plot from it (25 minutes)
 bench-full: $(VENV)/bench.stamp
 	$(BIN)/python -m cosmos3_fast bench --full --out benchmarks/results/cpu
-	$(BIN)/python benchmarks/readme.py
+	$(BIN)/python benchmarks/report.py
 
 ## make test    set up, check style and types, inspect the CUDA kernels, run every test
 test: lint

@@ -1,10 +1,8 @@
-"""Measures every suite and writes one result: JSON, CSV, a Markdown table and plots.
+"""Measures every suite and writes one result: JSON, CSV, a Markdown report and plots.
 
-python -m cosmos3_fast bench [--full] [--suites op,encoder,...] [--out benchmarks/results/NAME]
-
-Each suite runs both sides in this process, interleaved, behind a correctness gate that ends the
-run. The `engines` suite starts each engine's script in the environment that `make test-<engine>`
-makes, and names those that are not there.
+Each suite runs both sides in one process, interleaved, behind a correctness gate that ends the run
+with nothing written. The `engines` suite starts each engine's own script in the environment that
+`make test-<engine>` makes, and names those that are not there.
 """
 
 from __future__ import annotations
@@ -12,66 +10,97 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+import goals
 import memory
 import plots
 import torch
-from harness import machine
-from suites import SUITES, profile
+from harness import GateError, machine
+from report import markdown
+from suites import FULL, SHORT, SUITES, Plan, profile
 
-import cosmos3_fast
+from cosmos3_fast import __version__, backends
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 ENGINES = ("diffusers", "sglang", "vllm_omni")
+# What an engine's script imports: its own environment is looked for first.
+ENGINE_MODULES = {
+    "diffusers": ("diffusers", "transformers"),
+    "sglang": ("sglang", "cache_dit"),
+    "vllm_omni": ("vllm_omni", "vllm"),
+}
 ALL = (*SUITES, "memory", "profile", "engines")
+COLUMNS = (
+    *("suite", "case", "dtype", "path", "median", "q10", "q90", "baseline", "speedup", "error"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cosmos3_fast bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every size, more rounds (20 minutes)")
+    parser.add_argument("--full", action="store_true", help="every size, more rounds (25 minutes)")
     parser.add_argument("--suites", default=",".join(ALL), help=f"of {', '.join(ALL)}")
-    parser.add_argument("--out", type=Path, help="folder to write (default: out/bench)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "out" / "bench",
+        help="folder to write (default out/bench in the source tree)",
+    )
     args = parser.parse_args(argv)
     wanted = args.suites.split(",")
     if unknown := set(wanted) - set(ALL):
         parser.error(f"--suites: unknown {', '.join(sorted(unknown))}, wanted of {', '.join(ALL)}")
+    result = run(FULL if args.full else SHORT, wanted)
+    write(result, args.out)
+    print(markdown(result))
+    print(f"\n{args.out}: result.json, result.csv, result.md, plots", file=sys.stderr)
+    return 0
+
+
+def run(plan: Plan, wanted: list[str]) -> dict[str, Any]:
+    """The result of the suites wanted.
+
+    Raises:
+        GateError: a path computes something else than its reference.
+    """
+    start = time.monotonic()
     result: dict[str, Any] = {
-        "setting": "full" if args.full else "short",
+        "setting": plan.name,
         "machine": machine(),
+        "load_before": os.getloadavg()[0],
         "versions": versions(),
+        "kernels": {op: backends.default_backend("cpu", op) for op in backends.OPS},
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
     }
     for name, suite in SUITES.items():
         if name in wanted:
-            result["rows"] += suite(args.full)
+            result["rows"] += suite(plan)
     if "memory" in wanted:
         result["memory"] = memory.compare()
     if "profile" in wanted:
-        result["profile"] = profile()
+        result["profile"] = profile(plan)
     if "engines" in wanted:
-        result["engines"] = engines(args.full)
-    out = args.out or ROOT / "out" / "bench"
-    write(result, out)
-    print(markdown(result))
-    print(f"\n{out}: result.json, result.csv, result.md, plots", file=sys.stderr)
-    return 0
+        result["engines"] = {engine: run_engine(engine, plan) for engine in ENGINES}
+    result["goals"] = goals.judge(result)
+    result["minutes"] = round((time.monotonic() - start) / 60, 1)
+    return result
 
 
 def versions() -> dict[str, str]:
-    found = {"cosmos3_fast": cosmos3_fast.__version__, "torch": torch.__version__}
+    found = {"cosmos3_fast": __version__, "torch": torch.__version__}
     for name in ("diffusers", "triton"):
         try:
-            found[name] = __import__(name).__version__
-        except ImportError:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
             found[name] = "none"
     return found
 
@@ -88,109 +117,61 @@ def commit() -> str:
     return described.stdout.strip() or "unknown"
 
 
-def engines(full: bool) -> dict[str, Any]:
-    """Each engine's own before-and-after, from its script and environment."""
-    found: dict[str, Any] = {}
-    size = ["--height", "480", "--width", "832"] if full else ["--height", "128", "--width", "128"]
-    for engine in ENGINES:
-        python = ROOT / f".venv-{engine}" / "bin" / "python"
-        script = ROOT / "benchmarks" / f"engine_{engine}.py"
-        if not (python.exists() and script.exists()):
-            target = f"make test-{engine.replace('_', '-')}"
-            found[engine] = {"skipped": f"its environment is not there: {target} makes it"}
-            continue
-        print(f"engines: {engine}", file=sys.stderr)
-        with tempfile.TemporaryDirectory() as folder:
-            figures = Path(folder) / "figures.json"
-            run = subprocess.run(
-                [python, script, *size, "--rounds", "2" if full else "1", "--json", figures],
-                stdout=sys.stderr,
-                check=False,
-            )
-            found[engine] = (
-                json.loads(figures.read_text())
-                if run.returncode == 0
-                else {"skipped": f"its script ended with status {run.returncode}"}
-            )
-    return found
+def run_engine(engine: str, plan: Plan) -> dict[str, Any]:
+    """The engine's own before-and-after, or {"skipped": why}.
+
+    Raises:
+        GateError: the script's own gate failed.
+    """
+    script = ROOT / "benchmarks" / f"engine_{engine}.py"
+    if not script.exists():
+        return {"skipped": f"there is no {script.name}"}
+    python = engine_python(engine)
+    if python is None:
+        target = f"make test-{engine.replace('_', '-')}"
+        return {"skipped": f"its environment is not there: {target} makes it"}
+    print(f"engines: {engine} ...", file=sys.stderr, flush=True)
+    # This tree, not the copy that was installed when the environment was made.
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with tempfile.TemporaryDirectory() as folder:
+        figures = Path(folder) / "figures.json"
+        ended = subprocess.run(
+            [python, script, *plan.engine_options, "--json", figures],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=sys.stderr,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+        sys.stderr.write(ended.stderr)
+        if ended.returncode == 0:
+            return json.loads(figures.read_text())
+    last = (ended.stderr.strip().splitlines() or [""])[-1]
+    if last.startswith("correctness gate failed"):
+        raise GateError(f"engine {engine}: {last}")
+    return {"skipped": f"its script ended with status {ended.returncode}: {last}"}
+
+
+def engine_python(engine: str) -> str | None:
+    """The interpreter of the engine's environment; or this one, if it has the engine."""
+    python = ROOT / f".venv-{engine}" / "bin" / "python"
+    if python.exists():
+        return str(python)
+    if all(util.find_spec(module) for module in ENGINE_MODULES[engine]):
+        return sys.executable
+    return None
 
 
 def write(result: dict[str, Any], out: Path) -> None:
+    """result.json, result.csv, result.md and the plots, in `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
     (out / "result.md").write_text(markdown(result) + "\n")
-    columns = ("suite", "case", "dtype", "path", "median", "q10", "q90", "speedup", "error")
     with (out / "result.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(result["rows"])
     plots.draw(result, out)
-
-
-def seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
-
-
-def markdown(result: dict[str, Any]) -> str:
-    """The whole result as text and tables."""
-    lines = [
-        f"{result['machine']}; diffusers {result['versions']['diffusers']}; "
-        f"commit {result['commit']}, {result['date']}, {result['setting']} setting.",
-        "",
-    ]
-    if result["rows"]:
-        header = (
-            "suite",
-            "case",
-            "dtype",
-            "path",
-            "median",
-            "10 % to 90 %",
-            "speed",
-            "error / max",
-        )
-        lines += markdown_table(header, [_cells(row) for row in result["rows"]])
-    if memory_ := result.get("memory"):
-        lines += ["", "One fp32 encode at 480×832, MiB beyond the imports, process of its own:", ""]
-        lines += markdown_table(
-            ("", "weights loaded", "peak"),
-            [
-                (name, f"{memory_[key]['resident']:.0f}", f"{memory_[key]['peak']:.0f}")
-                for name, key in (("3-D VAE without decoder", "vae"), ("ours", "ours"))
-            ],
-        )
-        megabytes = memory_["bfloat16_parameters_bytes"] / 1e6
-        lines += ["", f"Folded parameters in bfloat16: {megabytes:.1f} MB."]
-    if shares := result.get("profile"):
-        lines += ["", "Where an fp32 encode at 480×832 spends its time:", ""]
-        lines += markdown_table(
-            ("operation", "share"), [(name, f"{share:.1%}") for name, share in shares.items()]
-        )
-    for engine, figures in result.get("engines", {}).items():
-        lines += ["", f"{engine}: " + figures.get("skipped", json.dumps(figures))]
-    return "\n".join(lines)
-
-
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    error = "" if row["error"] is None else f"{row['error']:.1e}"
-    return (
-        row["suite"],
-        row["case"],
-        row["dtype"],
-        row["path"],
-        seconds(row["median"]),
-        f"{seconds(row['q10'])} to {seconds(row['q90'])}",
-        f"{row['speedup']:.2f}×",
-        error,
-    )
-
-
-def markdown_table(header: tuple[str, ...], body: list[tuple[str, ...]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(cells) + " |" for cells in body),
-    ]
 
 
 if __name__ == "__main__":

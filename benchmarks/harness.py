@@ -50,6 +50,7 @@ def measure(
     *,
     rounds: int,
     warmup: int = 1,
+    repeats: int = 1,
     progress: bool = False,
 ) -> dict[str, Timing]:
     """Time paths in interleaved rounds, so that a drift of the machine falls on all of them alike.
@@ -60,10 +61,13 @@ def measure(
         paths: Name to a call without arguments; its result is dropped outside the timed interval.
         rounds: Timed calls of each path, at least 1.
         warmup: Untimed calls of each path beforehand.
-        progress: One line on stderr per timed call.
+        repeats: For calls that are short against a timer or a scheduler: each round times this many
+            calls back to back, results dropped inside the interval, after one untimed call that
+            leaves caches and allocator in the path's own state. The seconds are those of one call.
+        progress: One line on stderr per round and path.
     """
-    if rounds < 1:
-        raise ValueError(f"rounds must be at least 1, got {rounds}")
+    if rounds < 1 or repeats < 1:
+        raise ValueError(f"rounds and repeats must be at least 1, got {rounds} and {repeats}")
     for _ in range(warmup):
         for run in paths.values():
             run()
@@ -71,17 +75,30 @@ def measure(
     for i in range(rounds):
         order = list(paths) if i % 2 == 0 else list(reversed(paths))
         for name in order:
-            _synchronize()
-            start = time.perf_counter()
-            result = paths[name]()
-            _synchronize()
-            seconds[name].append(time.perf_counter() - start)
-            del result
+            seconds[name].append(_timed(paths[name], repeats))
             if progress:
                 print(
                     f"round {i + 1} of {rounds}: {name}, {seconds[name][-1]:.3f} s", file=sys.stderr
                 )
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def _timed(run: Callable[[], object], repeats: int) -> float:
+    if repeats == 1:
+        _synchronize()
+        start = time.perf_counter()
+        result = run()
+        _synchronize()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds
+    run()
+    _synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    _synchronize()
+    return (time.perf_counter() - start) / repeats
 
 
 def _synchronize() -> None:
@@ -107,6 +124,30 @@ def gate_error(name: str, ours: torch.Tensor, reference: torch.Tensor, bound: fl
     if not error <= bound:
         raise GateError(f"{name}: error {error:.2e} of the largest value exceeds {bound:.2e}")
     return error
+
+
+def gate_rounding(
+    name: str, ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor
+) -> tuple[float, float]:
+    """Abort unless ours is as near to ``exact`` as the reference is, which has its dtype.
+
+    Returns:
+        The rms errors of ours and of the reference, relative to the rms of ``exact``.
+    """
+    if ours.shape != reference.shape or ours.dtype != reference.dtype:
+        raise GateError(
+            f"{name}: {list(ours.shape)} {ours.dtype} against "
+            f"{list(reference.shape)} {reference.dtype}"
+        )
+    truth = exact.double()
+    scale = truth.square().mean().sqrt()
+    mine, theirs = (
+        ((each.double() - truth).square().mean().sqrt() / scale).item()
+        for each in (ours, reference)
+    )
+    if not mine <= theirs:
+        raise GateError(f"{name}: rms error {mine:.2e} exceeds the reference's own, {theirs:.2e}")
+    return mine, theirs
 
 
 def gate_equal(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:

@@ -1,8 +1,9 @@
-"""Resident and peak memory of one fp32 encode at 480x832, in a process of its own.
+"""Resident and peak memory of one encode at 480x832, in a process of its own.
 
-python benchmarks/memory.py vae|ours prints JSON, in MiB: what the process holds beyond its imports
-with the weights loaded, and at its peak during the encode. The VAE is measured without its decoder,
-in its favour.
+python benchmarks/memory.py vae|ours DTYPE prints JSON, in MiB: what the process holds beyond its
+imports with the weights loaded (`resident`), and at its peak during the first encode (`peak`, which
+includes the weights, activations, workspaces and what is prepared from the weights at first use).
+The VAE is measured without its decoder, in its favour.
 """
 
 from __future__ import annotations
@@ -12,12 +13,16 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from cosmos3_fast.vae import ConditioningEncoder, synthetic
+
+HEIGHT, WIDTH = 480, 832
+DTYPES = ("float32", "bfloat16")
 
 
 def _status(field: str) -> float:
@@ -28,22 +33,28 @@ def _status(field: str) -> float:
 
 
 @torch.no_grad()
-def measure(which: str) -> dict[str, float]:
+def measure(which: str, dtype: torch.dtype) -> dict[str, float]:
     config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, 0)
-    pixels = torch.rand(1, 3, 480, 832) * 2 - 1
+    pixels = (torch.rand(1, 3, HEIGHT, WIDTH) * 2 - 1).to(dtype)
+    encode: Callable[[], Any]
     if which == "vae":
         import diffusers  # noqa: F401 - its import is not the encode's memory
 
         before = _status("VmRSS")
-        vae = synthetic.synthetic_vae(config, 0)
+        vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0), dtype)
         del vae.decoder
-        encode: Any = lambda: vae.encode(pixels[:, :, None])  # noqa: E731
+
+        def encode() -> Any:
+            return vae.encode(pixels[:, :, None])
     else:
         before = _status("VmRSS")
         encoder = ConditioningEncoder.from_state_dict(
-            synthetic.synthetic_state_dict(config, 0), config, torch.float32
+            synthetic.synthetic_state_dict(config, 0), config, dtype
         )
-        encode = lambda: encoder(pixels)  # noqa: E731
+
+        def encode() -> Any:
+            return encoder(pixels)
+
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     resident = _status("VmRSS") - before
@@ -53,21 +64,30 @@ def measure(which: str) -> dict[str, float]:
 
 
 def compare() -> dict[str, Any]:
-    """Both, each in a fresh process, and the bytes of the folded parameters in bfloat16."""
+    """Both in both dtypes, each in a fresh process, and the bytes of the parameters in bfloat16."""
     config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, 0)
     topology = synthetic.EncoderTopology.from_config(config)
     folded = ConditioningEncoder(topology, torch.bfloat16, device="meta")
     result: dict[str, Any] = {
-        "bfloat16_parameters_bytes": sum(p.numel() * p.element_size() for p in folded.parameters())
+        "size": f"{HEIGHT}x{WIDTH}",
+        "bfloat16_parameters_bytes": sum(p.numel() * p.element_size() for p in folded.parameters()),
     }
-    for which in ("vae", "ours"):
-        output = subprocess.run(
-            [sys.executable, __file__, which], capture_output=True, text=True, check=True
-        ).stdout
-        result[which] = json.loads(output)
-    result["peak_ratio"] = result["ours"]["peak"] / result["vae"]["peak"]
+    for dtype in DTYPES:
+        print(f"memory {dtype} ...", file=sys.stderr, flush=True)
+        both: dict[str, Any] = {
+            which: json.loads(
+                subprocess.run(
+                    [sys.executable, __file__, which, dtype],
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    check=True,
+                ).stdout
+            )
+            for which in ("vae", "ours")
+        }
+        result[dtype] = {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
     return result
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1])))
+    print(json.dumps(measure(sys.argv[1], getattr(torch, sys.argv[2]))))

@@ -4,91 +4,275 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG
+
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import harness  # noqa: E402
-import suites  # noqa: E402
-
-matplotlib = pytest.importorskip("matplotlib")
+pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
 import bench  # noqa: E402
-import readme  # noqa: E402
+import goals  # noqa: E402
+import harness  # noqa: E402
+import report  # noqa: E402
+import suites  # noqa: E402
+from suites import COMPILED, COPY, FORMULA, IN_PLACE, ONE_FRAME, OURS, UNFUSED  # noqa: E402
+
+TINY = suites.Plan(
+    name="tiny",
+    op_cases=(("32x48", 17),),
+    op_rounds=2,
+    encoder_rounds={"32x48": 2},
+    growth_size="32x48",
+    growth_frames=(1, 5),
+    growth_rounds=1,
+    stage_size="32x48",
+    stage_frames=5,
+    stage_rounds=2,
+    clip_rounds=1,
+    profile_size="32x48",
+    vae_config={**COSMOS3_VAE_CONFIG, "base_dim": 16},
+)
 
 
-def row(**changes: object) -> dict[str, object]:
-    return {
-        "suite": "op", "case": "480x832, 81 frames", "dtype": "float32", "path": "ours",
-        "seconds": [1e-3], "median": 1e-3, "q10": 1e-3, "q90": 1e-3, "speedup": 2.5, "error": None,
-        **changes,
+def rows(suite: str, case: str, dtype: str, baseline: str, **medians: float) -> list[Any]:
+    """Of paths and medians; a name's underscores stand for what a keyword cannot hold."""
+    names = {
+        "formula": FORMULA, "compiled": COMPILED, "copy": COPY, "ours": OURS, "place": IN_PLACE,
+        "one": ONE_FRAME, "unfused": UNFUSED, "all": suites.all_frames(17),
     }  # fmt: skip
+    times = {names[name]: median for name, median in medians.items()}
+    return [
+        {
+            "suite": suite, "case": case, "dtype": dtype, "path": path,
+            "seconds": [0.9 * median, median, 1.1 * median], "median": median,
+            "q10": 0.9 * median, "q90": 1.1 * median, "baseline": baseline,
+            "speedup": times[baseline] / median, "error": 1e-6 if path == OURS else None,
+        }
+        for path, median in times.items()
+    ]  # fmt: skip
 
 
 @pytest.fixture
-def result() -> dict[str, object]:
-    return {
+def result() -> dict[str, Any]:
+    op = {"formula": 9e-3, "compiled": 2e-3, "copy": 1e-3, "ours": 1.05e-3, "place": 1e-4}
+    memory = {
+        "vae": {"resident": 100.0, "peak": 200.0},
+        "ours": {"resident": 40.0, "peak": 90.0},
+        "peak_ratio": 0.45,
+    }
+    result: dict[str, Any] = {
         "setting": "short",
         "machine": "a machine",
+        "load_before": 0.25,
         "versions": {"diffusers": "0.42.1"},
+        "kernels": {"prepare_latents": "cpp"},
         "commit": "abc",
         "date": "2026-11-24",
+        "minutes": 4.5,
         "rows": [
-            row(),
-            row(dtype="bfloat16", path="ours, in place"),
-            row(suite="encoder", case="480x832", median=2.25, q10=2.0, q90=2.5, error=1e-6),
-            row(suite="growth", case="256x448, 5 frames", path="vae.encode of 5 frames"),
+            *rows("op", "480x832, 81 frames", "float32", COPY, **op),
+            *rows("op", "480x832, 81 frames", "bfloat16", COPY, **op),
+            *rows("op", "256x448, 17 frames", "float32", COPY, **op),
+            *rows("encoder", "480x832", "float32", ONE_FRAME, one=8.0, unfused=2.0, ours=1.25),
+            *rows("encoder", "480x832", "bfloat16", ONE_FRAME, one=4.0, unfused=1.0, ours=0.7),
+            *rows("growth", "256x448, T=1", "float32", ONE_FRAME, one=2.0, ours=0.3),
+            *rows("stage", "480x832, 17 frames", "float32", ONE_FRAME, one=8.0, ours=1.3),
+            *rows("stage", "480x832, 17 frames", "float32", suites.all_frames(17), all=99, ours=1),
         ],
         "memory": {
-            "vae": {"resident": 1.0, "peak": 200.0},
-            "ours": {"resident": 1.0, "peak": 90.0},
-            "peak_ratio": 0.45,
+            "size": "480x832", "float32": memory, "bfloat16": memory,
             "bfloat16_parameters_bytes": 106_400_000,
         },
-        "engines": {"sglang": {"skipped": "its environment is not there"}},
-    }
+        "profile": {
+            "float32": {
+                "size": "480x832", "seconds": 1.25, "tflop": 0.647, "tflop_per_s": 0.52,
+                "matmul_tflop_per_s": 0.2, "shares": {"cosmos3::winograd_conv3x3": 0.75},
+            }
+        },
+        "engines": {
+            "sglang": {"skipped": "its environment is not there"},
+            "diffusers": {
+                "diffusers": "0.42.1", "height": 256, "width": 448, "num_frames": 17,
+                "rows": [
+                    {
+                        "request": "I2V", "mode": "fast", "pixel_frames_encoded": 1,
+                        "median_s": 0.4, "ratio": 69.0,
+                    }
+                ],
+            },
+        },
+    }  # fmt: skip
+    result["goals"] = goals.judge(result)
+    return result
 
 
-def test_readme_shows_the_committed_result():
-    text = (ROOT / "README.md").read_text()
-    assert readme.updated(text, readme.committed_result()) == text
-    assert text.count(readme.BEGIN) == text.count(readme.END) == 1
+@pytest.mark.parametrize("name", report.SECTIONS)
+def test_the_documents_show_the_committed_result(name: str):
+    text = (ROOT / name).read_text()
+    assert report.updated(text, report.committed_result(), report.SECTIONS[name]) == text
 
 
-def test_a_changed_figure_would_be_seen(result: dict[str, object]):
-    text = f"before\n{readme.BEGIN}\n{readme.END}\nafter"
-    shown = readme.updated(text, result)
-    assert "| encoder | 480×832, float32 | ours | 2.25 s |" in shown
-    assert "2.50×" in shown
-    result["rows"][2]["median"] = 2.24  # type: ignore[index]
-    assert readme.updated(text, result) != shown
-    assert readme.updated(shown, None) != shown
+def test_the_committed_result_is_whole():
+    result = report.committed_result()
+    if result is None:
+        pytest.skip("nothing is committed yet")
+    medians = {}
+    for row in result["rows"]:
+        assert row["median"] == statistics.median(row["seconds"])
+        medians[row["suite"], row["case"], row["dtype"], row["baseline"], row["path"]] = row
+    for key, row in medians.items():
+        baseline = medians[(*key[:4], row["baseline"])]
+        assert row["speedup"] == pytest.approx(baseline["median"] / row["median"])
+    assert {row["suite"] for row in result["rows"]} == set(suites.SUITES)
+    assert result["goals"] == goals.judge(result)
+    assert result["setting"] == "full"
+    assert "dirty" not in result["commit"]
+    plots = {path.stem for path in report.COMMITTED.parent.glob("*.png")}
+    assert plots == {*suites.SUITES, "memory", "summary"}
 
 
-def test_a_result_is_written_whole(result: dict[str, object], tmp_path: Path):
+def test_each_figure_is_shown_where_it_belongs(result: dict[str, Any]):
+    measured = report.measured_section(result)
+    assert "| op, 480×832, 81 frames, float32 | 9.00 ms, eager formula | " in measured
+    assert "1.00 ms, clone + 1-frame copy | 1.05 ms | **8.57×** |" in measured
+    assert "| 8.00 s, vae.encode of 1 frame | 2.00 s, folded, unfused | 1.25 s | **6.40×** |" in (
+        measured
+    )
+    assert "| 99.0 s, vae.encode of 17 frames |  | 1.00 s | **99.0×** |" in measured
+    assert "90 MiB against 200 MiB" in measured
+    # Not what users run, and the clip that nobody has to encode.
+    assert "256×448" not in measured
+    engines = report.engines_section(result)
+    assert "| diffusers 0.42.1, 256×448, 17 frames, I2V | fast | 1 | 400 ms | 69.0× |" in engines
+    assert "sglang: skipped, its environment is not there." in engines
+    judged = report.judged_section(result)
+    assert "| at least 70× | 69.0× | **no** |" in judged
+    assert "| `cosmos3::winograd_conv3x3` | 75.0% |" in judged
+
+
+def test_a_changed_figure_would_be_seen(result: dict[str, Any]):
+    sections = report.SECTIONS["README.md"]
+    empty = "".join(f"a\n<!-- {name}: begin -->\n<!-- {name}: end -->\nb\n" for name in sections)
+    shown = report.updated(empty, result, sections)
+    assert report.updated(shown, result, sections) == shown
+    for row in result["rows"]:
+        if (row["suite"], row["path"]) == ("encoder", OURS):
+            row["median"] *= 1.01
+    assert report.updated(shown, result, sections) != shown
+    assert report.NOT_MEASURED in report.updated(shown, None, sections)
+
+
+@pytest.mark.parametrize(
+    ("suite", "case", "medians", "met"),
+    [
+        ("encoder", "480x832", {"one": 6.0, "ours": 1.0}, True),
+        ("encoder", "480x832", {"one": 5.99, "ours": 1.0}, False),
+        ("op", "480x832, 81 frames", {"copy": 1.0, "ours": 1.09}, True),
+        ("op", "720x1280, 189 frames", {"copy": 1.0, "ours": 1.11}, False),
+        ("stage", "480x832, 17 frames", {"all": 70.0, "ours": 1.0}, True),
+        ("stage", "480x832, 17 frames", {"all": 69.9, "ours": 1.0}, False),
+    ],
+)
+def test_goals_are_judged(suite: str, case: str, medians: dict[str, float], met: bool):
+    baseline = {"encoder": ONE_FRAME, "op": COPY, "stage": suites.all_frames(17)}[suite]
+    (goal,) = goals.judge({"rows": rows(suite, case, "float32", baseline, **medians)})
+    assert goal["met"] is met
+
+
+def test_memory_and_engine_goals_are_judged(result: dict[str, Any]):
+    result["rows"] = []
+    met = {goal["name"]: goal["met"] for goal in goals.judge(result)}
+    assert list(met.values()) == [False, True, True, True]
+    result["memory"]["bfloat16"] = {**result["memory"]["bfloat16"], "peak_ratio": 0.51}
+    result["memory"]["bfloat16_parameters_bytes"] = 110_000_001
+    assert [goal["met"] for goal in goals.judge(result)] == [False, False, True, False]
+
+
+def test_a_result_is_written_whole(result: dict[str, Any], tmp_path: Path):
     bench.write(result, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     with (tmp_path / "result.csv").open() as file:
-        assert [float(r["median"]) for r in csv.DictReader(file)] == [1e-3, 1e-3, 2.25, 1e-3]
+        written = [(row["path"], float(row["median"])) for row in csv.DictReader(file)]
+    assert written == [(row["path"], row["median"]) for row in result["rows"]]
     assert "its environment is not there" in (tmp_path / "result.md").read_text()
-    for plot in ("encoder.png", "op.png"):
-        assert (tmp_path / plot).read_bytes().startswith(b"\x89PNG")
+    plots = list(tmp_path.glob("*.png"))
+    assert {plot.stem for plot in plots} == {*suites.SUITES, "memory", "summary"}
+    assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
 
 
-def test_a_wrong_result_ends_the_run():
+def test_every_suite_runs_behind_its_gate(tmp_path: Path):
+    result = bench.run(TINY, [*suites.SUITES, "profile"])
+    shown = {
+        suite: [row["path"] for row in result["rows"] if row["suite"] == suite]
+        for suite in suites.SUITES
+    }
+    assert shown == {
+        "op": [FORMULA, COMPILED, COPY, OURS, IN_PLACE] * 2,
+        "encoder": [ONE_FRAME, UNFUSED, OURS] * 2,
+        "growth": [ONE_FRAME, OURS, suites.all_frames(5), OURS],
+        "stage": [ONE_FRAME, OURS, suites.all_frames(5), OURS],
+    }
+    assert all(row["median"] > 0 and len(row["seconds"]) > 0 for row in result["rows"])
+    gated = [row["error"] for row in result["rows"] if row["suite"] != "op" and row["path"] == OURS]
+    assert all(0 < error < 1e-2 for error in gated)
+    for figures in result["profile"].values():
+        assert figures["tflop"] > 0
+        assert sum(figures["shares"].values()) == pytest.approx(1, abs=0.2)
+    bench.write(result, tmp_path)
+    assert (tmp_path / "summary.png").exists()
+
+
+@pytest.mark.parametrize("suite", ["op", "encoder", "growth", "stage"])
+def test_a_wrong_path_ends_the_run_with_nothing_written(
+    suite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr(bench, "SHORT", TINY)
+    if suite == "op":
+        formula = suites.reference.prepare_latents_formula
+
+        def wrong(*args: Any) -> Any:
+            latents, mask = formula(*args)
+            return latents, mask * 0
+
+        monkeypatch.setattr(suites.reference, "prepare_latents_formula", wrong)
+    else:
+        forward = suites.ConditioningEncoder.forward
+        monkeypatch.setattr(
+            suites.ConditioningEncoder, "forward", lambda *args: forward(*args) * (1 + 1e-4)
+        )
+        # The probe of `from_vae` would refuse it first.
+        from_vae = suites.ConditioningEncoder.from_vae
+        monkeypatch.setattr(
+            suites.ConditioningEncoder, "from_vae", lambda vae: from_vae(vae, probe=False)
+        )
+    with pytest.raises(harness.GateError, match=f"correctness gate failed: {suite} 32x48"):
+        bench.main(["--suites", suite, "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_gates_refuse_what_differs():
     right = torch.arange(4.0)
     for wrong in (right + 1, right.half(), right[:3], right * float("nan")):
         with pytest.raises(harness.GateError, match="correctness gate failed: here"):
             harness.gate_error("here", wrong, right, 1e-5)
     with pytest.raises(harness.GateError):
         harness.gate_equal("here", right + 1e-7, right)
+    ours, theirs = harness.gate_rounding("here", right + 0.1, right - 0.2, right)
+    assert ours == pytest.approx(theirs / 2)
+    for wrong in (right + 0.3, right.half(), right[:3], right * float("nan")):
+        with pytest.raises(harness.GateError, match="correctness gate failed: here"):
+            harness.gate_rounding("here", wrong, right - 0.2, right)
 
 
 def test_paths_take_turns():
@@ -97,8 +281,16 @@ def test_paths_take_turns():
         {name: lambda n=name: order.append(n) for name in "ab"}, rounds=4, warmup=1
     )
     assert "".join(order) == "ab" + "ab" + "ba" + "ab" + "ba"
-    assert all(len(t.seconds) == 4 and t.quantile(0) <= t.median <= t.quantile(1)
-               for t in timings.values())  # fmt: skip
+    assert all(
+        len(t.seconds) == 4 and t.quantile(0) <= t.median <= t.quantile(1) for t in timings.values()
+    )
+    order.clear()
+    harness.measure(
+        {name: lambda n=name: order.append(n) for name in "ab"}, rounds=2, warmup=0, repeats=2
+    )
+    assert "".join(order) == "aaabbb" + "bbbaaa"
+    with pytest.raises(ValueError, match="repeats"):
+        harness.measure({}, rounds=1, repeats=0)
 
 
 def test_the_unfused_switch_is_put_back():
@@ -108,16 +300,33 @@ def test_the_unfused_switch_is_put_back():
     assert (suites.layers._WINOGRAD_TILES, suites.layers.rms_norm_silu) == before
 
 
+def test_engine_scripts_are_run_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(bench, "ROOT", tmp_path)
+    assert bench.run_engine("sglang", TINY) == {"skipped": "there is no engine_sglang.py"}
+    script = tmp_path / "benchmarks" / "engine_sglang.py"
+    script.parent.mkdir()
+    script.write_text("import sys; open(sys.argv[-1], 'w').write('{\"rows\": []}')")
+    monkeypatch.setattr(bench, "engine_python", lambda engine: None)
+    assert "make test-sglang makes it" in bench.run_engine("sglang", TINY)["skipped"]
+    monkeypatch.setattr(bench, "engine_python", lambda engine: sys.executable)
+    assert bench.run_engine("sglang", TINY) == {"rows": []}
+    script.write_text("raise SystemExit('no such model')")
+    assert bench.run_engine("sglang", TINY)["skipped"].endswith("status 1: no such model")
+    script.write_text("raise SystemExit('correctness gate failed: latents')")
+    with pytest.raises(harness.GateError, match="engine sglang"):
+        bench.run_engine("sglang", TINY)
+
+
 def test_the_command_line_measures(tmp_path: Path):
     run = subprocess.run(
         [sys.executable, "-m", "cosmos3_fast", "bench", "--suites", "memory", "--out", tmp_path],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    memory = json.loads((tmp_path / "result.json").read_text())["memory"]
+    result = json.loads((tmp_path / "result.json").read_text())
     # The package's own bounds: bytes, not seconds.
-    assert memory["bfloat16_parameters_bytes"] <= 110e6
-    assert memory["peak_ratio"] <= 0.5
+    assert len(result["goals"]) == 3
+    assert all(goal["met"] for goal in result["goals"]), result["goals"]
     unknown = subprocess.run(
         [sys.executable, "-m", "cosmos3_fast", "bench", "--suites", "nothing"],
         cwd=ROOT, capture_output=True, text=True, check=False,

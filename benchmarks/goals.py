@@ -1,0 +1,68 @@
+"""The goals that the package sets itself, judged on a result."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from suites import COPY, ONE_FRAME, OURS, USUAL_CASES, all_frames
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure and its bound.
+
+    Attributes:
+        relation: "at least" or "at most".
+        unit: of both figures; "×" for ratios.
+    """
+
+    name: str
+    value: float
+    relation: str
+    bound: float
+    unit: str = "×"
+
+    @property
+    def met(self) -> bool:
+        compare: Callable[[float, float], bool] = {"at least": operator.ge, "at most": operator.le}[
+            self.relation
+        ]
+        return compare(self.value, self.bound)
+
+
+def judge(result: Result) -> list[Result]:
+    """Every goal whose figure `result` holds, as dictionaries with `met`."""
+    return [{**asdict(goal), "met": goal.met} for goal in _goals(result)]
+
+
+def _goals(result: Result) -> Iterator[Goal]:
+    for row in result["rows"]:
+        if row["path"] != OURS:
+            continue
+        match row["suite"], row["case"], row["baseline"]:
+            case "encoder", "480x832" as case, _:
+                name = f"encoder {case}, {row['dtype']}: speed against {ONE_FRAME}"
+                yield Goal(name, row["speedup"], "at least", 6)
+            case "op", case, _ if case in USUAL_CASES:
+                name = f"op {case}, {row['dtype']}: time against {COPY}"
+                yield Goal(name, 1 / row["speedup"], "at most", 1.1)
+            case "stage", case, baseline if baseline == all_frames(17):
+                name = f"stage {case}, {row['dtype']}: speed against {baseline}"
+                yield Goal(name, row["speedup"], "at least", 70)
+    figures = result.get("engines", {}).get("diffusers", {})
+    for row in figures.get("rows", []):
+        if (row["request"], row["mode"], figures.get("num_frames")) == ("I2V", "fast", 17):
+            size = f"{figures['height']}x{figures['width']}"
+            name = f"diffusers' own stage, I2V {size}, 17 frames: speed"
+            yield Goal(name, row["ratio"], "at least", 70)
+    if memory := result.get("memory"):
+        megabytes = memory["bfloat16_parameters_bytes"] / 1e6
+        yield Goal("parameters in bfloat16", megabytes, "at most", 110, " MB")
+        for dtype in ("float32", "bfloat16"):
+            name = f"peak memory of an encode at {memory['size']}, {dtype}: share of the 3-D VAE's"
+            yield Goal(name, memory[dtype]["peak_ratio"], "at most", 0.5)
