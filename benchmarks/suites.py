@@ -73,7 +73,7 @@ USUAL_CASES = tuple(f"{size}, {frames} frames" for size, frames in USUAL)
 SHORT = Plan(
     name="short",
     op_cases=USUAL,
-    op_rounds=9,
+    op_rounds=15,
     encoder_rounds={"256x448": 3, "480x832": 2},
     growth_size="256x448",
     growth_frames=(1, 5),
@@ -89,7 +89,7 @@ FULL = Plan(
     op_cases=tuple(
         (size, frames) for size in ("256x448", "480x832", "720x1280") for frames in (17, 81, 189)
     ),
-    op_rounds=15,
+    op_rounds=41,
     encoder_rounds={"256x448": 7, "480x832": 5, "720x1280": 3},
     growth_size="256x448",
     growth_frames=(1, 5, 9, 17),
