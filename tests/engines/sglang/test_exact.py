@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -336,6 +337,37 @@ class TestConditioningCache:
             after = run(stage16, make(CASES["v2v"][0])).latents
         assert not torch.equal(before, after)
         assert torch.equal(after, run(stage16, make(CASES["v2v"][0])).latents)
+
+
+def offload_layerwise(vae) -> None:
+    """As SGLang does, which needs a GPU for it: weights are there only while their block runs."""
+    vae.layerwise_offload_managers = [SimpleNamespace(enabled=True)]
+    for block in vae.encoder.down_blocks:
+        held = {parameter: parameter.data for parameter in block.parameters()}
+
+        def drop(*_, held=held) -> None:
+            for parameter in held:
+                parameter.data = parameter.data.new_empty(1)
+
+        def fetch(*_, held=held) -> None:
+            for parameter, value in held.items():
+                parameter.data = value
+
+        drop()
+        block.register_forward_pre_hook(fetch)
+        block.register_forward_hook(drop)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("name", ["i2v", "v2v", "v2v, first"])
+def test_layers_may_be_offloaded_between_uses(stage16, mode, name):
+    case = CASES[name][0]
+    resident = outputs(run(stage16, make(case)))
+    offload_layerwise(stage16.vae)
+    (theirs, _), (ours, frames) = run_both(stage16, case, mode)
+    assert_same(theirs, resident)
+    assert_same(ours, theirs)
+    assert frames == CASES[name][2]
 
 
 def test_nothing_stays_on_the_vae(stage16):
