@@ -80,8 +80,8 @@ def accelerate(pipe: Pipeline, mode: str = "fast") -> Pipeline:
         pipe: diffusers' `Cosmos3OmniPipeline` or `Cosmos3OmniModularPipeline` (also the distilled
             one). Changed in place.
         mode: "exact": the pipeline's own VAE, results bit-identical to the unpatched pipeline.
-            "fast": single frames go through the folded 2-D encoder, which keeps its own copy of
-            107 MB of weights and follows changes of the VAE's; clips as in "exact". "off": as
+            "fast": single frames go through the folded 2-D encoder, which keeps weights of its own
+            (107 MB in bfloat16) and follows changes of the VAE's; clips as in "exact". "off": as
             `restore`.
 
     Returns:
@@ -105,7 +105,7 @@ def accelerate(pipe: Pipeline, mode: str = "fast") -> Pipeline:
         _Layout.of(vae)
         if checked == "fast":
             state.folded(vae).encoder(uncompiled(vae).encoder.conv_in.weight.device)
-    state.mode = checked
+    state.switch(checked)
     if _state(pipe) is None:
         overrides: dict[str, Any] = {"_encode_video": _encode_video}
         attributes = vars(pipe)
@@ -158,6 +158,11 @@ class _State:
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the pipeline has its own VAE and folds that.
         return _State, (self.mode,)
+
+    def switch(self, mode: Mode) -> None:
+        self.mode = mode
+        if mode != "fast":
+            self._folded = None
 
     def folded(self, vae: Any) -> FoldedVAE:
         if self._folded is None or self._folded[0] is not vae:
@@ -297,6 +302,11 @@ def _prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
         return result
     (pixels,) = asked
     latents, mask = result[_LATENTS], result[_CONDITION_MASK]
+    if len(result) != _RETURNED or mask.shape != (_Layout.of(self.vae).shape(pixels)[2], 1, 1):
+        raise RuntimeError(
+            "Cosmos3OmniPipeline.prepare_latents returned something else than in diffusers "
+            f"{_SERIES}; cosmos3_fast.restore(pipe) makes the pipeline work again"
+        )
     conditioned = mask.flatten().nonzero().flatten().tolist()
     if not conditioned or given.get("latents") is not None:
         state.skip(pixels)

@@ -55,6 +55,21 @@ def test_exact_is_bit_identical(pipe: Any, case: str, size: int, seed: int) -> N
     assert encoding.reason is None
 
 
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("case", ["i2v", "v2v"])
+def test_exact_with_more_threads(pipe: Any, case: str, size: int) -> None:
+    # More threads divide a matrix product otherwise.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        inputs = make_inputs(case, size)
+        plain = generate(pipe, inputs)
+        accelerate(pipe, "exact")
+        assert generate(pipe, inputs).same_as(plain)
+    finally:
+        torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize("case", list(NEEDED))
 def test_fast_leaves_single_frames_to_the_folded_encoder(pipe: Any, case: str) -> None:
     inputs = make_inputs(case, 64)

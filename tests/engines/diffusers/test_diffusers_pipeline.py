@@ -295,21 +295,43 @@ def test_model_offload_does_not_pull_the_vae_in(pipe: Any, onloads: list[str], o
     assert "AutoencoderKLWan" in onloads
 
 
-def test_layerwise_offload(pipe: Any, caplog: Any) -> None:
-    inputs = make_inputs("i2v")
-    plain = generate(pipe, inputs)
-    accelerate(pipe, "fast")
+def test_layerwise_offload_leaves_nothing_to_fold(pipe: Any) -> None:
     pipe.enable_sequential_cpu_offload(device="cpu")
-    with caplog.at_level(logging.WARNING):
-        ours = generate(pipe, inputs)
-    assert ours.same_as(plain)
-    assert ours.frames == 1
-    assert "meta device" in last_encoding(pipe).reason
-
-    before = names(restore(pipe))
+    before = names(pipe)
     with pytest.raises(UnsupportedVAEError, match="meta device"):
         accelerate(pipe, "fast")
     assert_untouched(pipe, before)
+    accelerate(pipe, "exact")
+
+
+@pytest.mark.parametrize("offload_type", ["leaf_level", "block_level"])
+def test_group_offload(pipe: Any, offload_type: str) -> None:
+    inputs = make_inputs("v2v")
+    plain = generate(pipe, inputs)
+    cpu = torch.device("cpu")
+    pipe.vae.enable_group_offload(cpu, cpu, offload_type=offload_type, num_blocks_per_group=1)
+    accelerate(pipe, "exact")
+    ours = generate(pipe, inputs)
+    assert ours.same_as(plain)
+    assert ours.frames == 5
+    accelerate(pipe, "fast")
+    assert close(
+        generate(pipe, make_inputs("i2v")).start, generate(restore(pipe), make_inputs("i2v")).start
+    )
+
+
+def test_a_vae_that_can_no_longer_be_folded(pipe: Any, caplog: Any) -> None:
+    accelerate(pipe, "fast")
+    pipe.vae.encoder.nonlinearity = nn.GELU()
+    with torch.no_grad():
+        pipe.vae.encoder.conv_in.weight.mul_(1.5)
+    inputs = make_inputs("i2v")
+    with caplog.at_level(logging.WARNING):
+        ours = generate(pipe, inputs)
+    assert ours.frames == 1
+    assert "nonlinearity" in last_encoding(pipe).reason
+    assert "exact instead of fast" in caplog.text
+    assert ours.same_as(generate(restore(pipe), inputs))
 
 
 def test_a_vae_that_cannot_be_folded(pipe: Any) -> None:

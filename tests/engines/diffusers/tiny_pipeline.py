@@ -77,8 +77,11 @@ def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[s
     }
 
 
-def make_pipe(dtype: torch.dtype = torch.float32, seed: int = 0) -> Cosmos3OmniPipeline:
-    pipe = Cosmos3OmniPipeline(**make_components(dtype, seed), enable_safety_checker=False)
+def make_pipe(
+    dtype: torch.dtype = torch.float32, seed: int = 0, **components: Any
+) -> Cosmos3OmniPipeline:
+    components = {**make_components(dtype, seed), **components}
+    pipe = Cosmos3OmniPipeline(**components, enable_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
