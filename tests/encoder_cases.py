@@ -50,7 +50,7 @@ TINY = synthetic_config(
         "z_dim": 4,
     }
 )
-# The same for clips: two temporal down-samplings, and no average shortcut that is a mere pooling.
+# The same for clips: two temporal down-samplings, one whose average shortcut is a mere pooling.
 TINY_CLIP = synthetic_config(
     {
         **RESIDUAL,

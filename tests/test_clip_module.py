@@ -32,7 +32,8 @@ def encoder() -> ClipEncoder:
     return build(RESIDUAL)
 
 
-def test_input_layouts_agree(encoder: ClipEncoder) -> None:
+def test_input_layouts_agree() -> None:
+    encoder = build()
     pixels = clip(0, 2, 5, 48, 32, torch.float32)
     wanted = encoder(pixels)
     sliced = torch.full((3, 5, 11, 50, 70), torch.nan)
@@ -48,8 +49,9 @@ def test_input_layouts_agree(encoder: ClipEncoder) -> None:
     assert torch.equal(encoder(still), encoder(still.contiguous()))
 
 
-def test_batch_entries_are_independent(encoder: ClipEncoder) -> None:
-    pixels = clip(1, 3, 5, 32, 48, torch.float32)
+def test_batch_entries_are_independent() -> None:
+    encoder = build()
+    pixels = clip(1, 3, 5, 16, 24, torch.float32)
     alone = torch.cat([encoder(entry[None]) for entry in pixels])
     assert peak(encoder(pixels) - alone) <= 1e-5 * peak(alone)
 
@@ -115,8 +117,9 @@ def test_bad_dtype_and_device(encoder: ClipEncoder) -> None:
         ClipEncoder(encoder.topology, torch.int8)
 
 
-def test_calls_share_no_state(encoder: ClipEncoder) -> None:
-    clips = [clip(seed, 1, frames, 32, 32, torch.float32) for seed, frames in ((3, 9), (4, 5))]
+def test_calls_share_no_state() -> None:
+    encoder = build()
+    clips = [clip(seed, 1, frames, 16, 16, torch.float32) for seed, frames in ((3, 9), (4, 5))]
     wanted = [encoder(pixels) for pixels in clips]
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
