@@ -373,9 +373,8 @@ def _quant_conv_at_length(
     depend on each other. Tiles are convolved frame by frame whatever the length of the clip.
     """
     height, width = pixels.shape[3:]
-    if vae.use_tiling and (
-        width > vae.tile_sample_min_width or height > vae.tile_sample_min_height
-    ):
+    tall, wide = height > vae.tile_sample_min_height, width > vae.tile_sample_min_width
+    if vae.use_tiling and (tall or wide):
         yield
         return
 

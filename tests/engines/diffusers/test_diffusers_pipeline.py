@@ -182,7 +182,7 @@ def test_tiling_is_respected(pipe: Any, case: str) -> None:
 
 def test_tiling_that_the_size_does_not_reach(pipe: Any) -> None:
     pipe.vae.enable_tiling()
-    inputs = make_inputs("v2v", 48)
+    inputs = make_inputs("v2v", 32)
     plain = generate(pipe, inputs)
     accelerate(pipe, "exact")
     ours = generate(pipe, inputs)
