@@ -158,19 +158,19 @@ def _engines(engines: Result) -> list[str]:
         if "skipped" in figures:
             skipped.append(f"{engine}: skipped, {figures['skipped']}.")
             continue
-        version = figures.get(engine, "")
         where = f"{figures['height']}×{figures['width']}, {figures['num_frames']} frames"
         for row in figures["rows"]:
             rows.append(
                 (
-                    f"{engine} {version}, {where}, {row['request']}".replace(" ,", ","),
+                    f"{engine.replace('_', '-')} {figures['version']}, {where}, {row['request']}",
                     row["mode"],
                     str(row["pixel_frames_encoded"]),
+                    f"{row['tflop']:.2f}",
                     seconds(row["median_s"]),
                     ratio(row["ratio"]),
                 )
             )
-    header = ("engine's own stage", "mode", "pixel frames encoded", "median", "speed")
+    header = ("engine's own stage", "mode", "pixel frames encoded", "TFLOP", "median", "speed")
     lines = table(header, rows) if rows else []
     return [*lines, *([""] if rows and skipped else []), *skipped]
 

@@ -269,7 +269,7 @@ class _VaeSource:
 
 def _prepare(args: argparse.Namespace) -> int:
     from cosmos3_fast.latents import LatentPreparation, check_request
-    from cosmos3_fast.pixels import load_pixels
+    from cosmos3_fast.pixels import load_frames, normalize_frames
 
     start = time.perf_counter()
     out = _writable(args.out, "--out")
@@ -290,7 +290,7 @@ def _prepare(args: argparse.Namespace) -> int:
     vae_dtype = DTYPES[args.vae_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
 
     with progress.step(f"reading {args.image}"):
-        pixels = load_pixels(args.image, height, width)
+        frames = load_frames(args.image, height, width)
     source.warn()
     with progress.step(f"loading the {'encoder' if mode == 'fast' else 'VAE'}"):
         stage = (
@@ -300,7 +300,7 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     with progress.step(f"preparing {args.num_frames} frames of {height}x{width}, {mode} mode"):
         prepared = stage(
-            pixels,
+            frames[0],
             args.num_frames,
             height,
             width,
@@ -338,7 +338,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
             with progress.step("drawing the preview"):
                 picture = render_preview(
-                    pixels,
+                    normalize_frames(frames),
                     prepared,
                     title=f"{Path(args.image).name} as Cosmos3 latents",
                     notes=(

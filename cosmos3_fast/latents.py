@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cosmos3_fast import ops
-from cosmos3_fast.pixels import ClipLike, ImageLike, load_pixels
+from cosmos3_fast.pixels import ClipLike, ImageLike, load_frames, normalize_frames
 from cosmos3_fast.vae.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config
 
@@ -141,7 +141,7 @@ class LatentPreparation:
         _check_dtype(dtype, device)
         generator = _check_generator(seed, generator, device)
         needed = self.temporal_factor * frames[-1] + 1
-        pixels = load_pixels(image_or_clip, height, width, max_frames=needed)
+        pixels = load_frames(image_or_clip, height, width, max_frames=needed)
 
         shape = (
             pixels.shape[0],
@@ -152,7 +152,7 @@ class LatentPreparation:
         )
         # Noise before encoding, as SGLang orders it.
         noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        condition = self._encode(pixels, needed, mode).to(dtype)
+        condition = self._encode(pixels, needed, mode, latent_frames=shape[2]).to(dtype)
         latents, velocity_mask = ops.prepare_latents(condition, noise, frames)
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
 
@@ -187,16 +187,27 @@ class LatentPreparation:
             return torch.device(self.encoder.device)
         return self.vae.encoder.conv_in.weight.device
 
-    def _encode(self, pixels: torch.Tensor, needed: int, mode: Mode) -> torch.Tensor:
-        clip = pixels[:, :, None] if pixels.ndim == 4 else pixels
-        missing = needed - clip.shape[2]
+    def _encode(
+        self, pixels: torch.Tensor, needed: int, mode: Mode, latent_frames: int
+    ) -> torch.Tensor:
+        alone = pixels.ndim == 4 and needed == 1
+        # Bytes are [B, T, H, W, 3], floats [B, 3, T, H, W].
+        time = 1 if pixels.dtype == torch.uint8 else 2
+        clip = pixels.unsqueeze(time) if pixels.ndim == 4 else pixels
+        missing = needed - clip.shape[time]
         if missing > 0:
-            last = clip[:, :, -1:].expand(-1, -1, missing, -1, -1)
-            clip = torch.cat([clip, last], dim=2)
+            last = clip.narrow(time, -1, 1)
+            clip = torch.cat([clip, *[last] * missing], dim=time)
         if mode == "fast":
             assert self.encoder is not None
-            return self.encoder(clip.to(self.encoder.device, self.encoder.dtype))
-        return encode_exact(self.vae, clip)
+            if needed == 1:
+                clip = clip.squeeze(time)
+            # Bytes are normalised on the encoder's device.
+            dtype = clip.dtype if clip.dtype == torch.uint8 else self.encoder.dtype
+            return self.encoder(clip.to(self.encoder.device, dtype))
+        # As SGLang: an image by itself, a clip as the beginning of one of num_frames.
+        clip = normalize_frames(clip) if clip.dtype == torch.uint8 else clip
+        return encode_exact(self.vae, clip, 1 if alone else latent_frames)
 
 
 def check_request(

@@ -103,11 +103,11 @@ def result() -> dict[str, Any]:
         "engines": {
             "sglang": {"skipped": "its environment is not there"},
             "diffusers": {
-                "diffusers": "0.42.1", "height": 256, "width": 448, "num_frames": 17,
+                "version": "0.42.1", "height": 256, "width": 448, "num_frames": 17,
                 "rows": [
                     {
                         "request": "I2V", "mode": "fast", "pixel_frames_encoded": 1,
-                        "median_s": 0.4, "ratio": 69.0,
+                        "tflop": 0.18, "median_s": 0.4, "ratio": 69.0,
                     }
                 ],
             },
@@ -154,7 +154,10 @@ def test_each_figure_is_shown_where_it_belongs(result: dict[str, Any]):
     # Not what users run, and the clip that nobody has to encode.
     assert "256×448" not in measured
     engines = report.engines_section(result)
-    assert "| diffusers 0.42.1, 256×448, 17 frames, I2V | fast | 1 | 400 ms | 69.0× |" in engines
+    assert (
+        "| diffusers 0.42.1, 256×448, 17 frames, I2V | fast | 1 | 0.18 | 400 ms | 69.0× |"
+        in engines
+    )
     assert "sglang: skipped, its environment is not there." in engines
     judged = report.judged_section(result)
     assert "| at least 70× | 69.0× | **no** |" in judged

@@ -53,6 +53,7 @@ class FakeVae:
             latents_mean=[0.0] * 4,
             latents_std=[1.0] * 4,
         )
+        self.quant_conv = torch.nn.Identity()
         self.seen = []
 
     def encode(self, pixels):
@@ -120,19 +121,45 @@ def test_fast_mode(vae, encoder, photograph, dtype):
         assert error <= 1e-5 * largest
 
 
-def test_clip_equals_the_whole_encode(vae, clip):
-    """Of 17 frames padded as SGLang pads, the first 5 give the first two latents."""
-    prepared = LatentPreparation(vae=vae)(
-        clip[:5], FRAMES, H, W, (0, 1), seed=1, dtype=torch.float32
-    )
-    pixels = load_pixels(clip[:5], H, W)
-    padding = pixels[:, :, -1:].expand(-1, -1, FRAMES - 5, -1, -1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("size", [(32, 32), (48, 64), (64, 96)])
+@pytest.mark.parametrize("frames", [(0,), (0, 1), (2,)])
+def test_clip_equals_the_whole_encode(clip, size, frames, dtype, tiled):
+    """Of a clip padded as SGLang pads, the beginning gives the first latents, bit for bit."""
+    vae = synthetic_vae(CONFIG, 3).to(dtype)
+    if tiled:
+        vae.enable_tiling(32, 32, 16, 16)
+    given = clip[: 4 * frames[-1] + 1]
+    prepared = LatentPreparation(vae=vae)(given, FRAMES, *size, frames, seed=1, dtype=torch.float32)
+    pixels = load_pixels(given, *size)
+    padding = pixels[:, :, -1:].expand(-1, -1, FRAMES - len(given), -1, -1)
     padded = torch.cat([pixels, padding], dim=2)
-    latents, velocity_mask = sglang_stage(vae, padded, FRAMES, [0, 1], 1, torch.float32)
-    # quant_conv over more frames may round its matrix product differently.
-    torch.testing.assert_close(prepared.latents, latents, rtol=0, atol=1e-5)
-    assert torch.equal(prepared.latents[:, :, 2:], latents[:, :, 2:])
+    latents, velocity_mask = sglang_stage(vae, padded, FRAMES, frames, 1, torch.float32)
+    assert torch.equal(prepared.latents, latents)
     assert torch.equal(prepared.velocity_mask, velocity_mask)
+    assert not vae.quant_conv._forward_pre_hooks
+    assert not vae.quant_conv._forward_hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frames", [(0,), (0, 1), (2,)])
+def test_bytes_reach_the_encoder_as_bytes(vae, clip, frames, dtype, monkeypatch):
+    """And give what the same image in floats gives, bit for bit; short clips are padded alike."""
+    encoder = ClipEncoder.from_vae(vae, dtype=dtype)
+    given = clip[:3]
+    stage = LatentPreparation(encoder)
+    wanted = stage(load_pixels(given, H, W), FRAMES, H, W, frames, seed=1).latents
+    seen = []
+    forward = ClipEncoder.forward
+    monkeypatch.setattr(
+        ClipEncoder, "forward", lambda self, pixels: (seen.append(pixels), forward(self, pixels))[1]
+    )
+    for each in (given, [Image.fromarray(frame) for frame in given]):
+        assert torch.equal(stage(each, FRAMES, H, W, frames, seed=1).latents, wanted)
+    needed = 4 * frames[-1] + 1
+    shape = (1, H, W, 3) if needed == 1 else (1, needed, H, W, 3)
+    assert [(x.dtype, x.shape) for x in seen] == [(torch.uint8, shape)] * 2
 
 
 def test_batch_of_images(encoder):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from cosmos3_fast.pixels import load_pixels
+from cosmos3_fast.pixels import load_frames, load_pixels, normalize_frames
 
 SIZES = [(480, 640), (64, 64), (100, 333), (333, 100), (37, 41), (1, 1)]
 
@@ -239,3 +239,18 @@ def test_wrong_size(size):
         load_pixels(Image.new("RGB", (8, 8)), *size)
     with pytest.raises(ValueError, match="max_frames must be a positive integer, got 0"):
         load_pixels([Image.new("RGB", (8, 8))], 32, 32, max_frames=0)
+
+
+def test_frames_are_the_pixels_before_normalisation():
+    clip = np.random.default_rng(3).integers(0, 256, (3, 40, 50, 3), dtype=np.uint8)
+    for given, shape in ((clip, (1, 3, 32, 48, 3)), (clip[0], (1, 32, 48, 3))):
+        frames = load_frames(given, 32, 48)
+        assert (frames.dtype, frames.shape) == (torch.uint8, shape)
+        assert frames.is_contiguous()
+        pixels = normalize_frames(frames)
+        assert torch.equal(pixels, load_pixels(given, 32, 48))
+        assert torch.equal(pixels.movedim(1, -1), frames.float().div(127.5) - 1)
+    same = load_frames(clip[0], 40, 50)
+    assert torch.equal(same[0], torch.from_numpy(clip[0]))
+    floats = torch.rand(1, 3, 5, 32, 32)
+    assert torch.equal(load_frames(floats, 32, 32, max_frames=2), floats[:, :, :2])

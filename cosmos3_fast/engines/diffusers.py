@@ -22,11 +22,11 @@ from types import MethodType
 from typing import Any, Literal, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosmos3_fast.engines.common import FoldedVAE, Mode, check_mode, is_compiled, uncompiled
 from cosmos3_fast.vae import UnsupportedVAEError
+from cosmos3_fast.vae.exact import as_in_clip
 
 __all__ = ["Encoding", "accelerate", "last_encoding", "restore"]
 
@@ -189,10 +189,10 @@ class _State:
 
         whole_reason = _cannot_shorten(pipe.vae)
         if latent_frames < total and whole_reason is None:
-            frames = layout.pixel_frames(latent_frames)
-            with _quant_conv_at_length(uncompiled(pipe.vae), pixels, latent_frames, total):
-                latents = type(pipe)._encode_video(pipe, pixels[:, :, :frames])
-            self._report(Encoding("exact", frames, pixels.shape[2], reason))
+            head = pixels[:, :, : layout.pixel_frames(latent_frames)]
+            with as_in_clip(uncompiled(pipe.vae), head, total):
+                latents = type(pipe)._encode_video(pipe, head)
+            self._report(Encoding("exact", head.shape[2], pixels.shape[2], reason))
             return latents
         if latent_frames < total and whole_reason is not None:
             self.fall_back(pixels, whole_reason)
@@ -361,38 +361,6 @@ def _placeholders() -> Iterator[list[Tensor]]:
         yield asked
     finally:
         _asked.reset(token)
-
-
-@contextmanager
-def _quant_conv_at_length(
-    vae: Any, pixels: Tensor, latent_frames: int, total: int
-) -> Iterator[None]:
-    """Run `vae.quant_conv` on `total` latent frames, padded with zeros, as on the whole clip.
-
-    A matrix product may round differently for another number of columns; its columns do not
-    depend on each other. Tiles are convolved frame by frame whatever the length of the clip.
-    """
-    height, width = pixels.shape[3:]
-    tall, wide = height > vae.tile_sample_min_height, width > vae.tile_sample_min_width
-    if vae.use_tiling and (tall or wide):
-        yield
-        return
-
-    def pad(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return F.pad(args[0], (0, 0, 0, 0, 0, total - latent_frames)), *args[1:]
-
-    def trim(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output[:, :, :latent_frames]
-
-    handles = [
-        vae.quant_conv.register_forward_pre_hook(pad),
-        vae.quant_conv.register_forward_hook(trim),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _cannot_shorten(vae: Any) -> str | None:

@@ -30,12 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import cosmos3_fast.ops  # noqa: F401  makes torch.ops.cosmos3 exist
 from cosmos3_fast.engines.common import Mode, mode_from_environment
 from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.vae.exact import as_in_clip
 
 logger = logging.getLogger(__name__)
 
@@ -226,7 +226,7 @@ class _StageHooks:
                     return latents, "fast"
             with (
                 stage.use_declared_component(component_name="vae", module=stage.vae),
-                _as_in_clip(stage.vae, conditioning),
+                _as_in_clip(stage.vae, pixels, conditioning),
             ):
                 return stage._vae_encode(pixels), "exact"
 
@@ -404,35 +404,17 @@ def _is_parallel(vae: Any) -> bool:
 
 
 @contextmanager
-def _as_in_clip(vae: Any, conditioning: _Conditioning) -> Iterator[None]:
-    """Inside, `vae.encode` of a clip's beginning has the bits of the whole clip's encode.
-
-    All of the encoder works chunk by chunk, but `quant_conv` runs once over all latent frames,
-    and the shape of a matrix product may decide how it rounds. So it gets its full length, zeros
-    where frames are missing.
-    """
-    kept = _latent_frames(conditioning.pixel_frames)
+def _as_in_clip(vae: Any, pixels: Tensor, conditioning: _Conditioning) -> Iterator[None]:
+    """Inside, `vae.encode` of a clip's beginning has the bits of the whole clip's encode."""
     whole = _latent_frames(conditioning.whole_frames)
-    if kept == whole:
+    if _latent_frames(conditioning.pixel_frames) == whole:
         yield
         return
-
-    def pad(_: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (F.pad(args[0], (0, 0, 0, 0, 0, whole - kept)), *args[1:])
-
-    def crop(_: Any, __: Any, output: Tensor) -> Tensor:
-        return output[:, :, :kept]
-
-    handles = [
-        vae.quant_conv.register_forward_pre_hook(pad),
-        vae.quant_conv.register_forward_hook(crop),
-    ]
     # The conditioning cache's key holds the VAE's integer attributes named use_*: posteriors
     # that may differ in rounding are not taken for one another.
     vae.use_latent_frames_of_clip = whole
     try:
-        yield
+        with as_in_clip(vae, pixels, whole):
+            yield
     finally:
         del vae.use_latent_frames_of_clip
-        for handle in handles:
-            handle.remove()

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from cosmos3_fast.vae.topology import read_config
 
@@ -57,12 +58,14 @@ def normalize_latents(latents: Tensor, config: Any) -> Tensor:
     return (latents - mean) / std
 
 
-def encode_exact(vae: Any, pixels: Tensor) -> Tensor:
+def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None) -> Tensor:
     """Normalised latents through the VAE itself, as an unpatched engine computes them.
 
     Args:
         vae: see `encode_mode`; it has `encoder.conv_in` and `config`.
         pixels: [B, 3, T, H, W] in [-1, 1] with T = 1 + 4k; moved to the VAE's device and dtype.
+        clip_latent_frames: latent frames of the clip that `pixels` is the beginning of; the result
+            is then, bit for bit, the beginning of that clip's latents. Default: `pixels` is all.
 
     Returns:
         [B, z_dim, 1 + k, H/f, W/f] in the VAE's dtype. The VAE's tiling setting is respected.
@@ -75,7 +78,50 @@ def encode_exact(vae: Any, pixels: Tensor) -> Tensor:
     if pixels.shape[2] % 4 != 1:
         raise ValueError(f"pixels has {pixels.shape[2]} frames, wanted 1 + 4k")
     weight = vae.encoder.conv_in.weight
-    return normalize_latents(encode_mode(vae, pixels.to(weight.device, weight.dtype)), vae.config)
+    with as_in_clip(vae, pixels, clip_latent_frames or 1 + pixels.shape[2] // 4):
+        latents = encode_mode(vae, pixels.to(weight.device, weight.dtype))
+    return normalize_latents(latents, vae.config)
+
+
+@contextmanager
+def as_in_clip(vae: Any, pixels: Tensor, clip_latent_frames: int) -> Iterator[None]:
+    """Inside, `vae.encode(pixels)` has the bits of the encode of a clip that `pixels` begins.
+
+    All of the encoder works chunk by chunk, but `quant_conv` runs once over all latent frames, and
+    a matrix product may round differently for another number of columns. So it gets its full
+    length, zeros where frames are missing; columns do not depend on each other. A tiled VAE
+    convolves frame by frame whatever the length of the clip, which is left as it is.
+
+    Args:
+        vae: has `quant_conv` (a module) and `config`.
+        pixels: [B, 3, 1 + 4k, H, W].
+        clip_latent_frames: at least 1 + k.
+    """
+    frames = 1 + pixels.shape[2] // 4
+    missing = clip_latent_frames - frames
+    if missing <= 0:
+        yield
+        return
+    factor = read_config(vae.config, "scale_factor_spatial", 16)
+    untiled_shape = (frames, pixels.shape[3] // factor, pixels.shape[4] // factor)
+
+    def pad(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        if args[0].shape[2:] != untiled_shape:
+            return None
+        return F.pad(args[0], (0, 0, 0, 0, 0, missing)), *args[1:]
+
+    def trim(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return output[:, :, :frames]
+
+    handles = [
+        vae.quant_conv.register_forward_pre_hook(pad),
+        vae.quant_conv.register_forward_hook(trim),
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
