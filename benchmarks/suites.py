@@ -205,9 +205,10 @@ def op(plan: Plan) -> Iterator[Row]:
             gate_equal(f"op {case} {name}, {IN_PLACE}: mask", paths[IN_PLACE](), wanted_mask)
             gate_equal(f"op {case} {name}, {IN_PLACE}", work, wanted)
             del wanted, latents
-            kept = -(-OP_WORKING_SET // noise.nbytes)
+            count = -(-OP_WORKING_SET // noise.nbytes)
+            keepers = {path: keeping(count, run) for path, run in paths.items()}
             yield from timed_rows(
-                *("op", case, name, {path: keeping(kept, run) for path, run in paths.items()}, COPY),
+                *("op", case, name, keepers, COPY),
                 rounds=plan.op_rounds,
                 repeats=max(3, int(2e7 / noise.numel())),
             )
