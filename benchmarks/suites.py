@@ -100,7 +100,7 @@ FULL = Plan(
     stage_frames=17,
     stage_rounds=5,
     clip_rounds=2,
-    engine_options=("--height", "256", "--width", "448", "--rounds", "3"),
+    engine_options=("--height", "256", "--width", "448", "--rounds", "2"),
 )
 
 
