@@ -162,6 +162,7 @@ def _multiples(axis: Any, rows: Sequence[Row], labels: Sequence[str], paths: Seq
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     axis.set_ylim(len(labels) - 0.5 + 0.2 * len(labels), -0.7)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
+    axis.xaxis.set_minor_formatter(NullFormatter())
     axis.set_xlabel(f"time / {COPY} (log)")
     axis.grid(axis="y", color="#EEEEEE", zorder=0)
     _legend(axis, "lower center", 2)
