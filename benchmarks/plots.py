@@ -141,6 +141,8 @@ def _op(result: Result, rows: Sequence[Row]) -> Any:
 
 def _multiples(axis: Any, rows: Sequence[Row], labels: Sequence[str], paths: Sequence[str]) -> None:
     """Times over the copy's, as points: a line of them per label (`row["group"]`)."""
+    from matplotlib.ticker import NullFormatter
+
     copies = {row["group"]: row["median"] for row in rows if row["path"] == COPY}
     for path in paths:
         own = [row for row in rows if row["path"] == path]
