@@ -52,7 +52,7 @@ $(VENV)/bench.stamp: $(VENV)/demo.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m cosmos3_fast bench --out out/bench
 
-## make bench-full    every size, more rounds, and README's table and plot from it (25 minutes)
+## make bench-full    every size, more rounds, and README's table and plot from it (35 minutes)
 bench-full: $(VENV)/bench.stamp
 	$(BIN)/python -m cosmos3_fast bench --full --out benchmarks/results/cpu
 	$(BIN)/python benchmarks/report.py

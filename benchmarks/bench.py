@@ -45,7 +45,7 @@ COLUMNS = (
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cosmos3_fast bench", description=__doc__)
-    parser.add_argument("--full", action="store_true", help="every size, more rounds (25 minutes)")
+    parser.add_argument("--full", action="store_true", help="every size, more rounds (35 minutes)")
     parser.add_argument("--suites", default=",".join(ALL), help=f"of {', '.join(ALL)}")
     parser.add_argument(
         "--out",
