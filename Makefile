@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml cosmos3_fast/__init__.py $(wildcard csrc/*.* 
 TEST_CUDA := $(if $(shell command -v nvcc),1,)
 
 # The engines' requirements exclude each other: each has an environment of its own.
-PACKAGE_FILES := $(wildcard cosmos3_fast/*.py cosmos3_fast/*/*.py)
+PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
 
 .PHONY: help demo bench bench-full test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni
 help:

@@ -27,7 +27,8 @@ from harness import GateError, machine
 from report import markdown
 from suites import FULL, SHORT, SUITES, Plan, profile
 
-from cosmos3_fast import __version__, backends
+from cosmos3_fast import __version__
+from cosmos3_fast.ops import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("diffusers", "sglang", "vllm_omni")
@@ -76,7 +77,7 @@ def run(plan: Plan, wanted: list[str]) -> dict[str, Any]:
         "machine": machine(),
         "load_before": os.getloadavg()[0],
         "versions": versions(),
-        "kernels": {op: backends.default_backend("cpu", op) for op in backends.OPS},
+        "kernels": {op: registry.default_backend("cpu", op) for op in registry.OPS},
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],

@@ -69,12 +69,12 @@ def compare(rounds: int) -> int:
     except ImportError as error:
         print(f"error: the seed path needs diffusers ({error})", file=sys.stderr)
         return 2
-    from cosmos3_fast.vae import ConditioningEncoder
+    from cosmos3_fast.vae import FrameEncoder
     from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
     print("\nbuilding the 3-D VAE and folding it ...", file=sys.stderr)
     vae = synthetic_vae(COSMOS3_VAE_CONFIG, cli.SYNTHETIC_SEED)
-    stage = LatentPreparation(ConditioningEncoder.from_vae(vae))
+    stage = LatentPreparation(FrameEncoder.from_vae(vae))
     pixels = load_pixels(PHOTOGRAPH, HEIGHT, WIDTH)
 
     def ours() -> PreparedLatents:

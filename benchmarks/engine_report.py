@@ -16,7 +16,7 @@ from harness import machine, measure, table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae import FrameEncoder
 
 Row = dict[str, Any]
 UNPATCHED = "unpatched"
@@ -79,21 +79,21 @@ def compare(
 def encoded_frames(vae: Any) -> Iterator[list[int]]:
     """The pixel frames that are encoded inside the block, whichever encoder they go through."""
     seen: list[int] = []
-    forward = ConditioningEncoder.forward
+    forward = FrameEncoder.forward
 
     def through_vae(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen.append(inputs[0].shape[2])
 
-    def through_fold(encoder: ConditioningEncoder, pixels: Tensor) -> Tensor:
+    def through_fold(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
         seen.append(1)
         return forward(encoder, pixels)
 
     handle = vae.encoder.register_forward_pre_hook(through_vae)
-    ConditioningEncoder.forward = through_fold  # type: ignore[method-assign]
+    FrameEncoder.forward = through_fold  # type: ignore[method-assign]
     try:
         yield seen
     finally:
-        ConditioningEncoder.forward = forward  # type: ignore[method-assign]
+        FrameEncoder.forward = forward  # type: ignore[method-assign]
         handle.remove()
 
 

@@ -9,7 +9,7 @@ import torch
 from gpu_timing import Context, Skipped
 from torch import Tensor
 
-from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
     synthetic_config,
@@ -74,9 +74,7 @@ def config(context: Context) -> dict[str, Any]:
     return synthetic_config({**COSMOS3_VAE_CONFIG, **({"base_dim": 16} if context.dry_run else {})})
 
 
-def encoder_pair(
-    context: Context, device: str | None = None
-) -> tuple[ConditioningEncoder, ConditioningEncoder]:
+def encoder_pair(context: Context, device: str | None = None) -> tuple[FrameEncoder, FrameEncoder]:
     """The folded encoder in bf16, and in float64 from the same weights.
 
     Those weights are bfloat16 values, as a checkpoint's are, and so are those of `reference_vae`.
@@ -84,7 +82,7 @@ def encoder_pair(
     cfg = config(context)
     state = {name: w.bfloat16() for name, w in synthetic_state_dict(cfg).items()}
     encoder, exact = (
-        ConditioningEncoder.from_state_dict(state, cfg, dtype, device or context.device)
+        FrameEncoder.from_state_dict(state, cfg, dtype, device or context.device)
         for dtype in (torch.bfloat16, torch.float64)
     )
     return encoder, exact
@@ -112,7 +110,7 @@ def reference_vae(
 def tolerance(dtype: torch.dtype) -> float:
     """Of an encode in `dtype` against float64: rms, relative to the latents' deviation.
 
-    As in `cosmos3_fast.vae.live`: about sixty stored activations, each rounded.
+    As in `cosmos3_fast.vae.compatibility`: about sixty stored activations, each rounded.
     """
     return 8 * torch.finfo(dtype).eps + 1e-5
 

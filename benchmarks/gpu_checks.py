@@ -15,12 +15,14 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
+from cosmos3_fast.runner import EncoderRunner, cudnn_benchmark
 from gpu_cases import SIZES, encoder_pair, frame, tolerance
 from gpu_timing import Context, Result, Skipped, Step
 from harness import gate_equal, relative_error
 
-from cosmos3_fast import backends, ops, reference
-from cosmos3_fast.runner import EncoderRunner, cudnn_benchmark
+from cosmos3_fast import ops
+from cosmos3_fast.ops import registry
+from cosmos3_fast.ops.prepare_latents import prepare_latents_reference
 
 ROOT = Path(__file__).resolve().parent.parent
 TAIL = 4000
@@ -85,7 +87,7 @@ def environment(context: Context) -> Iterator[Result]:
         "multiprocessors": properties.multi_processor_count,
         "memory_bytes": properties.total_memory,
         "l2_bytes": properties.L2_cache_size,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.registry.cudnn.version(),
         "nvidia_smi": _output("nvidia-smi", f"--query-gpu={query}", "--format=csv"),
     }
 
@@ -166,7 +168,7 @@ def sanitizer(tool: str) -> Step:
 def graphs(context: Context) -> Iterator[Result]:
     size = SIZES[0]
     for backend in ("cpp", "triton"):
-        if (unavailable := backends.backend_error(backend, "cuda")) is not None:
+        if (unavailable := registry.backend_error(backend, "cuda")) is not None:
             yield {f"op_{backend}": {"skipped": unavailable}}
             continue
         cond, noise = size.latents(context, seed=0)
@@ -178,7 +180,7 @@ def graphs(context: Context) -> Iterator[Result]:
             for static, fresh in zip((cond, noise), size.latents(context, seed), strict=True):
                 static.copy_(fresh)
             graph.replay()
-            wanted, wanted_mask = reference.prepare_latents(cond, noise)
+            wanted, wanted_mask = prepare_latents_reference(cond, noise)
             gate_equal(f"{backend} replay {seed}", latents, wanted)
             gate_equal(f"{backend} replay {seed}, mask", mask, wanted_mask)
         yield {f"op_{backend}": "5 replays under changing inputs equal the reference"}
@@ -218,7 +220,7 @@ def streams(context: Context) -> Iterator[Result]:
     size = SIZES[0]
     side = [torch.cuda.Stream() for _ in range(3)]
     for backend in ("cpp", "triton"):
-        if backends.backend_error(backend, "cuda") is not None:
+        if registry.backend_error(backend, "cuda") is not None:
             continue
         cond, noise = size.latents(context, seed=0)
         torch.cuda.synchronize()
@@ -227,7 +229,7 @@ def streams(context: Context) -> Iterator[Result]:
             moved = noise * 2
             latents, _ = ops.prepare_latents(cond, moved, backend=backend)
         side[0].synchronize()
-        wanted, _ = reference.prepare_latents(cond, noise * 2)
+        wanted, _ = prepare_latents_reference(cond, noise * 2)
         gate_equal(f"{backend} on a side stream", latents, wanted)
     yield {"op": "waits for its stream"}
     encoder, _ = encoder_pair(context)
@@ -252,7 +254,7 @@ def streams(context: Context) -> Iterator[Result]:
     other = EncoderRunner(encoder.to("cuda:1"), capture_after=0)
     with torch.cuda.device(0):
         gate_equal(
-            "cuda:1", ops.prepare_latents(cond, noise)[0], reference.prepare_latents(cond, noise)[0]
+            "cuda:1", ops.prepare_latents(cond, noise)[0], prepare_latents_reference(cond, noise)[0]
         )
         first = other(pixels)
         gate_equal("cuda:1 replay", other(pixels), first)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cosmos3_fast.runner import EncoderRunner, cudnn_benchmark
 from gpu_cases import SIZES, Size, encoder_pair, frame, reference_vae, rms_error, tolerance
 from gpu_timing import (
     NOT_MEASURED,
@@ -34,10 +35,11 @@ from gpu_timing import (
 from harness import GateError, gate_equal, measure
 from torch import Tensor, nn
 
-from cosmos3_fast import backends, ops, reference
+from cosmos3_fast import ops
 from cosmos3_fast.latents import LatentPreparation
+from cosmos3_fast.ops import registry
+from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
 from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.runner import EncoderRunner, cudnn_benchmark
 from cosmos3_fast.vae import layers
 from cosmos3_fast.vae.exact import encode_exact
 
@@ -84,7 +86,7 @@ def ceilings(context: Context) -> Iterator[Result]:
 
 
 def _inductor() -> Callable[..., Any]:
-    return torch.compile(reference.prepare_latents_formula, fullgraph=True, dynamic=False)
+    return torch.compile(prepare_latents_formula, fullgraph=True, dynamic=False)
 
 
 def _clone_and_copy(cond: Tensor, noise: Tensor) -> Tensor:
@@ -99,11 +101,11 @@ def op_step(size: Size) -> Step:
     def run(context: Context) -> Iterator[Result]:
         cond, noise = size.latents(context, SEED)
         variants: dict[str, Callable[..., Any]] = {
-            "eager formula": reference.prepare_latents_formula,
+            "eager formula": prepare_latents_formula,
             "clone and one-frame copy": _clone_and_copy,
         }
         for backend in ("cpp", "triton"):
-            if (error := backends.backend_error(backend, context.device)) is not None:
+            if (error := registry.backend_error(backend, context.device)) is not None:
                 yield {backend: {"skipped": error}}
                 continue
             variants[backend] = functools.partial(ops.prepare_latents, backend=backend)
@@ -111,7 +113,7 @@ def op_step(size: Size) -> Step:
             yield {"Inductor": {"skipped": "dry run: compiles for a CUDA device"}}
         else:
             variants["Inductor"] = _inductor()
-        wanted, _ = reference.prepare_latents_formula(cond, noise)
+        wanted, _ = prepare_latents_formula(cond, noise)
         for name in list(variants):
             try:
                 out = variants[name](cond, noise)
@@ -316,7 +318,7 @@ def _seed_stage(vae: Any, image: Any, size: Size, device: str) -> Tensor:
     shape = (1, condition.shape[1], (size.num_frames - 1) // 4 + 1, *condition.shape[3:])
     generator = torch.Generator(device).manual_seed(SEED)
     noise = torch.randn(shape, generator=generator, device=device, dtype=BF16)
-    return reference.prepare_latents_formula(condition, noise)[0]
+    return prepare_latents_formula(condition, noise)[0]
 
 
 def _our_stage(encoder: Any, image: Any, size: Size) -> Tensor:

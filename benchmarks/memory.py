@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from cosmos3_fast.vae import ConditioningEncoder, synthetic
+from cosmos3_fast.vae import FrameEncoder, synthetic
 
 HEIGHT, WIDTH = 480, 832
 DTYPES = ("float32", "bfloat16")
@@ -48,7 +48,7 @@ def measure(which: str, dtype: torch.dtype) -> dict[str, float]:
             return vae.encode(pixels[:, :, None])
     else:
         before = _status("VmRSS")
-        encoder = ConditioningEncoder.from_state_dict(
+        encoder = FrameEncoder.from_state_dict(
             synthetic.synthetic_state_dict(config, 0), config, dtype
         )
 
@@ -67,7 +67,7 @@ def compare() -> dict[str, Any]:
     """Both in both dtypes, each in a fresh process, and the bytes of the parameters in bfloat16."""
     config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, 0)
     topology = synthetic.EncoderTopology.from_config(config)
-    folded = ConditioningEncoder(topology, torch.bfloat16, device="meta")
+    folded = FrameEncoder(topology, torch.bfloat16, device="meta")
     result: dict[str, Any] = {
         "size": f"{HEIGHT}x{WIDTH}",
         "bfloat16_parameters_bytes": sum(p.numel() * p.element_size() for p in folded.parameters()),

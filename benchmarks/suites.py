@@ -22,9 +22,12 @@ import torch
 from harness import GateError, Timing, gate_equal, gate_error, gate_rounding, measure
 from torch.utils.flop_counter import FlopCounterMode
 
-from cosmos3_fast import LatentPreparation, reference
+from cosmos3_fast import LatentPreparation
+from cosmos3_fast.ops import winograd
+from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
+from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu_reference
 from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.vae import ConditioningEncoder, layers
+from cosmos3_fast.vae import FrameEncoder, layers
 from cosmos3_fast.vae.exact import encode_exact
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
@@ -179,9 +182,7 @@ def op(plan: Plan) -> Iterator[Row]:
             work = noise.clone()
             # Compiled anew for each shape, as a user's own would be: no dynamic sizes.
             torch.compiler.reset()
-            compiled = torch.compile(
-                reference.prepare_latents_formula, fullgraph=True, dynamic=False
-            )
+            compiled = torch.compile(prepare_latents_formula, fullgraph=True, dynamic=False)
 
             def copy_frame(noise: torch.Tensor = noise, cond: torch.Tensor = cond) -> torch.Tensor:
                 latents = noise.clone()
@@ -189,7 +190,7 @@ def op(plan: Plan) -> Iterator[Row]:
                 return latents
 
             paths: dict[str, Callable[[], Any]] = {
-                FORMULA: lambda c=cond, n=noise: reference.prepare_latents_formula(c, n),
+                FORMULA: lambda c=cond, n=noise: prepare_latents_formula(c, n),
                 COMPILED: lambda c=cond, n=noise, run=compiled: run(c, n),
                 COPY: copy_frame,
                 OURS: lambda c=cond, n=noise: prepare(c, n),
@@ -217,22 +218,22 @@ def op(plan: Plan) -> Iterator[Row]:
 @contextmanager
 def unfused() -> Iterator[None]:
     """The folded encoder without this package's kernels: eager norms, torch's convolutions."""
-    tiles, norm = layers._WINOGRAD_TILES, layers.rms_norm_silu
-    layers._WINOGRAD_TILES, layers.rms_norm_silu = sys.maxsize, reference.rms_norm_silu
+    tiles, norm = winograd.MIN_TILES, layers.rms_norm_silu
+    winograd.MIN_TILES, layers.rms_norm_silu = sys.maxsize, rms_norm_silu_reference
     try:
         yield
     finally:
-        layers._WINOGRAD_TILES, layers.rms_norm_silu = tiles, norm
+        winograd.MIN_TILES, layers.rms_norm_silu = tiles, norm
 
 
-def without_kernels(encoder: ConditioningEncoder, pixels: torch.Tensor) -> torch.Tensor:
+def without_kernels(encoder: FrameEncoder, pixels: torch.Tensor) -> torch.Tensor:
     with unfused():
         return encoder(pixels)
 
 
-def vae_and_encoder(plan: Plan, dtype: str) -> tuple[Any, ConditioningEncoder]:
+def vae_and_encoder(plan: Plan, dtype: str) -> tuple[Any, FrameEncoder]:
     vae = torch.nn.Module.to(synthetic_vae(plan.vae_config, 0), DTYPES[dtype])
-    return vae, ConditioningEncoder.from_vae(vae)
+    return vae, FrameEncoder.from_vae(vae)
 
 
 @torch.no_grad()
@@ -309,7 +310,7 @@ def stage(plan: Plan) -> Iterator[Row]:
         noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
         clip = pixels[:, :, None].expand(-1, -1, encoded_frames, -1, -1)
         condition = encode_exact(vae, clip)[:, :, :1]
-        return reference.prepare_latents_formula(condition, noise)
+        return prepare_latents_formula(condition, noise)
 
     def accelerated() -> tuple[torch.Tensor, torch.Tensor]:
         prepared = prepare(

@@ -233,11 +233,9 @@ class _VaeSource:
             )
 
     def encoder(self, dtype: torch.dtype, device: torch.device, clips: bool) -> Any:
-        from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
+        from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 
-        kind: type[ClipEncoder | ConditioningEncoder] = (
-            ClipEncoder if clips else ConditioningEncoder
-        )
+        kind: type[ClipEncoder | FrameEncoder] = ClipEncoder if clips else FrameEncoder
         if self.checkpoint is not None:
             return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
         from cosmos3_fast.vae import synthetic
@@ -392,7 +390,7 @@ def _version() -> str:
 @torch.no_grad()
 def _verify(args: argparse.Namespace) -> int:
     from cosmos3_fast.pixels import load_pixels
-    from cosmos3_fast.vae import ConditioningEncoder
+    from cosmos3_fast.vae import FrameEncoder
     from cosmos3_fast.vae.exact import encode_exact
 
     height, width = args.size
@@ -413,7 +411,7 @@ def _verify(args: argparse.Namespace) -> int:
         dtype = DTYPES[name]
         with progress.step(f"{name}: loading the VAE and folding it"):
             vae = source.vae(dtype, args.device)
-            encoder = ConditioningEncoder.from_vae(vae, dtype=dtype)
+            encoder = FrameEncoder.from_vae(vae, dtype=dtype)
         factor = encoder.spatial_factor
         if height % factor or width % factor:
             raise UserError(f"--size must be multiples of {factor}, got {height}x{width}")

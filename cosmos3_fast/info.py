@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from . import backends, ops  # noqa: F401 - ops registers the backends
+import cosmos3_fast.ops  # noqa: F401 - registers the backends
+from cosmos3_fast.ops import registry
 
 
 def _version(distribution: str) -> str | None:
@@ -22,14 +23,14 @@ def info() -> dict[str, Any]:
     """Facts about this install; never raises.
 
     Returns a dict with the versions found (`package`, `python`, `torch`, `torch_cuda`, `triton`),
-    `build` (see `backends.build_info`), `library_error`, `default` (backend per op and device), and
+    `build` (see `registry.build_info`), `library_error`, `default` (backend per op and device), and
     `ops`: for each (op, device, backend), None if available or the error as text.
     """
     no_gpu = None if torch.cuda.is_available() else "torch sees no CUDA device"
 
     def error(op: str, device: str, backend: str) -> str | None:
         without_gpu = no_gpu if device == "cuda" else None
-        return backends.backend_error(backend, device, op) or without_gpu
+        return registry.backend_error(backend, device, op) or without_gpu
 
     return {
         "package": _version("cosmos3-fast"),
@@ -37,18 +38,18 @@ def info() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
         "triton": _version("triton"),
-        "build": backends.build_info(),
-        "library_error": backends.LIBRARY_ERROR,
+        "build": registry.build_info(),
+        "library_error": registry.LIBRARY_ERROR,
         "default": {
-            (op, device): backends.default_backend(device, op)
-            for op in backends.OPS
-            for device in backends.DEVICES
+            (op, device): registry.default_backend(device, op)
+            for op in registry.OPS
+            for device in registry.DEVICES
         },
         "ops": {
             (op, device, backend): error(op, device, backend)
-            for op in backends.OPS
-            for device in backends.DEVICES
-            for backend in backends.BACKENDS
+            for op in registry.OPS
+            for device in registry.DEVICES
+            for backend in registry.BACKENDS
         },
     }
 
@@ -73,7 +74,7 @@ def format_info() -> str:
         if build["nvcc_flags"]:
             lines.append(f"nvcc:    {build['nvcc_flags']}")
     lines += [f"library: {facts['library_error'] or 'loaded'}", ""]
-    width = max(len(op) for op in backends.OPS) + len("cosmos3::")
+    width = max(len(op) for op in registry.OPS) + len("cosmos3::")
     for (op, device, backend), error in facts["ops"].items():
         serves = ", serves" if backend == facts["default"][op, device] else ""
         state = f"not available: {error}" if error else f"available{serves}"

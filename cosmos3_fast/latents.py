@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cosmos3_fast import ops
+from cosmos3_fast.frames import TEMPORAL_FACTOR, frames_wanted, latent_frames, pixel_frames
 from cosmos3_fast.pixels import ClipLike, ImageLike, load_frames, normalize_frames
 from cosmos3_fast.vae.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config
 
 if TYPE_CHECKING:
-    from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
+    from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 
 Mode = Literal["fast", "exact"]
 
@@ -54,7 +55,7 @@ class LatentPreparation:
     """Prepare conditioned initial latents from an image or a clip.
 
     Args:
-        encoder: The folded encoder. A `ConditioningEncoder` serves ``condition_frames == (0,)``, a
+        encoder: The folded encoder. A `FrameEncoder` serves ``condition_frames == (0,)``, a
             `ClipEncoder` all of them.
         vae: The engine's own VAE (diffusers' ``AutoencoderKLWan`` or one with its interface), which
             serves what the encoder does not, and everything when ``mode="exact"``.
@@ -64,7 +65,7 @@ class LatentPreparation:
     """
 
     def __init__(
-        self, encoder: ConditioningEncoder | ClipEncoder | None = None, *, vae: Any = None
+        self, encoder: FrameEncoder | ClipEncoder | None = None, *, vae: Any = None
     ) -> None:
         if encoder is None and vae is None:
             raise ValueError("LatentPreparation needs an encoder, a vae, or both; got neither")
@@ -73,11 +74,13 @@ class LatentPreparation:
         layouts = []
         if encoder is not None:
             layouts.append((int(encoder.z_dim), int(encoder.spatial_factor)))
-        self.temporal_factor = 4
+        self.temporal_factor = TEMPORAL_FACTOR
         if vae is not None:
             spatial_factor = read_config(vae.config, "scale_factor_spatial", 16)
             layouts.append((int(read_config(vae.config, "z_dim")), int(spatial_factor)))
-            self.temporal_factor = int(read_config(vae.config, "scale_factor_temporal", 4))
+            self.temporal_factor = int(
+                read_config(vae.config, "scale_factor_temporal", TEMPORAL_FACTOR)
+            )
         if len(set(layouts)) != 1:
             raise ValueError(
                 "encoder and vae must agree on (latent channels, spatial factor), got "
@@ -118,7 +121,7 @@ class LatentPreparation:
             dtype: Dtype of the noise and of every result: float32, bfloat16, float16 (float64 on
                 the CPU).
             mode: "fast" or "exact". None: fast where it can serve (a `ClipEncoder` is there, or a
-                `ConditioningEncoder` and ``condition_frames`` is (0,)), exact otherwise.
+                `FrameEncoder` and ``condition_frames`` is (0,)), exact otherwise.
 
         Returns:
             `PreparedLatents`, whose ``mode`` says what ran. B = 1 unless ``image_or_clip`` is a
@@ -140,19 +143,19 @@ class LatentPreparation:
         device = self._device(mode)
         _check_dtype(dtype, device)
         generator = _check_generator(seed, generator, device)
-        needed = self.temporal_factor * frames[-1] + 1
+        needed = pixel_frames(frames_wanted(frames), self.temporal_factor)
         pixels = load_frames(image_or_clip, height, width, max_frames=needed)
 
         shape = (
             pixels.shape[0],
             self.z_dim,
-            (num_frames - 1) // self.temporal_factor + 1,
+            latent_frames(num_frames, self.temporal_factor),
             height // self.spatial_factor,
             width // self.spatial_factor,
         )
         # Noise before encoding, as SGLang orders it.
         noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        condition = self._encode(pixels, needed, mode, latent_frames=shape[2]).to(dtype)
+        condition = self._encode(pixels, needed, mode, total=shape[2]).to(dtype)
         latents, velocity_mask = ops.prepare_latents(condition, noise, frames)
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
 
@@ -166,7 +169,7 @@ class LatentPreparation:
                 raise ValueError(
                     f"condition_frames={list(frames)} need a ClipEncoder or the VAE itself (exact "
                     "mode), and neither was given: LatentPreparation(encoder, vae=...). A "
-                    "ConditioningEncoder serves [0] only"
+                    "FrameEncoder serves [0] only"
                 )
         if mode not in ("fast", "exact"):
             raise ValueError(f"mode must be 'fast', 'exact' or None, got {mode!r}")
@@ -174,7 +177,7 @@ class LatentPreparation:
             raise ValueError("mode='fast' needs an encoder, and none was given")
         if mode == "fast" and not serves:
             raise ValueError(
-                "mode='fast' with a ConditioningEncoder serves condition_frames=[0] only, "
+                "mode='fast' with a FrameEncoder serves condition_frames=[0] only, "
                 f"got {list(frames)}: give a ClipEncoder or use mode='exact'"
             )
         if mode == "exact" and self.vae is None:
@@ -187,9 +190,7 @@ class LatentPreparation:
             return torch.device(self.encoder.device)
         return self.vae.encoder.conv_in.weight.device
 
-    def _encode(
-        self, pixels: torch.Tensor, needed: int, mode: Mode, latent_frames: int
-    ) -> torch.Tensor:
+    def _encode(self, pixels: torch.Tensor, needed: int, mode: Mode, total: int) -> torch.Tensor:
         alone = pixels.ndim == 4 and needed == 1
         # Bytes are [B, T, H, W, 3], floats [B, 3, T, H, W].
         time = 1 if pixels.dtype == torch.uint8 else 2
@@ -207,7 +208,7 @@ class LatentPreparation:
             return self.encoder(clip.to(self.encoder.device, dtype))
         # As SGLang: an image by itself, a clip as the beginning of one of num_frames.
         clip = normalize_frames(clip) if clip.dtype == torch.uint8 else clip
-        return encode_exact(self.vae, clip, 1 if alone else latent_frames)
+        return encode_exact(self.vae, clip, 1 if alone else total)
 
 
 def check_request(
@@ -217,7 +218,7 @@ def check_request(
     condition_frames: Sequence[int] = (0,),
     *,
     spatial_factor: int = 16,
-    temporal_factor: int = 4,
+    temporal_factor: int = TEMPORAL_FACTOR,
 ) -> tuple[int, ...]:
     """The checks of `LatentPreparation` that need no encoder.
 
@@ -237,7 +238,7 @@ def check_request(
                 f"{name} must be a multiple of the VAE's spatial factor {spatial_factor}, "
                 f"got {value}"
             )
-    latent_frames = (num_frames - 1) // temporal_factor + 1
+    total = latent_frames(num_frames, temporal_factor)
     try:
         frames = tuple(condition_frames)
     except TypeError:
@@ -248,10 +249,9 @@ def check_request(
             f"got {condition_frames!r} of type {type(condition_frames).__name__}"
         )
     for frame in frames:
-        if not 0 <= frame < latent_frames:
+        if not 0 <= frame < total:
             raise ValueError(
-                f"condition_frames must be in [0, {latent_frames}) for num_frames={num_frames}, "
-                f"got {frame}"
+                f"condition_frames must be in [0, {total}) for num_frames={num_frames}, got {frame}"
             )
     if len(set(frames)) != len(frames):
         raise ValueError(f"condition_frames must be distinct, got {list(frames)}")

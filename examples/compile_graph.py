@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cosmos3_fast import ConditioningEncoder
+from cosmos3_fast import FrameEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 
 
@@ -25,7 +25,7 @@ class ConditionedLatents(nn.Module):
     Returns the latents, in the noise's shape and dtype, and the velocity mask [1, 1, T, 1, 1].
     """
 
-    def __init__(self, encoder: ConditioningEncoder) -> None:
+    def __init__(self, encoder: FrameEncoder) -> None:
         super().__init__()
         self.encoder = encoder
 
@@ -36,9 +36,7 @@ class ConditionedLatents(nn.Module):
 def narrow_model() -> ConditionedLatents:
     """Cosmos3's topology at a tenth of its width."""
     config = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": 16}, seed=0)
-    encoder = ConditioningEncoder.from_state_dict(
-        synthetic_state_dict(config, 0), config, torch.float32
-    )
+    encoder = FrameEncoder.from_state_dict(synthetic_state_dict(config, 0), config, torch.float32)
     return ConditionedLatents(encoder)
 
 

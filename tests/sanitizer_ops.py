@@ -16,7 +16,8 @@ import torch
 from op_inputs import latent, sample_inputs
 from torch import Tensor
 
-from cosmos3_fast import backends, ops, reference
+from cosmos3_fast import ops
+from cosmos3_fast.ops import registry
 
 LAYOUTS = ("contiguous", "offset", "stepped", "expanded")
 Case = tuple[str, tuple[Any, ...]]
@@ -51,7 +52,7 @@ def run(op: str, arguments: tuple[Any, ...], backend: str | None) -> tuple[Tenso
     """The outputs of an op, or of its reference where `backend` is None."""
     name, _, overload = op.partition(".")
     if backend is None:
-        result = getattr(reference, f"{name}_{overload}" if overload else name)(*arguments)
+        result = registry.select(op, "eager", arguments[0].device)(*arguments)
     elif overload:
         cond, noise, mask = arguments
         result = ops.prepare_latents(cond, noise, condition_mask=mask, backend=backend)
@@ -74,7 +75,7 @@ def check(device: str, which: tuple[str, ...] = ("cpp", "triton")) -> Counter[st
     made: Counter[str] = Counter()
     for backend in which:
         for (op, arguments), (_, theirs) in zip(cases(device), cases("cpu"), strict=True):
-            if backends.backend_error(backend, device, op) is not None:
+            if registry.backend_error(backend, device, op) is not None:
                 continue
             got, wanted = run(op, arguments, backend), run(op, theirs, None)
             for i, (ours, expected) in enumerate(zip(got, wanted, strict=True)):

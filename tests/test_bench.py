@@ -242,7 +242,7 @@ def test_a_wrong_path_ends_the_run_with_nothing_written(
 ):
     monkeypatch.setattr(bench, "SHORT", TINY)
     if suite == "op":
-        formula = suites.reference.prepare_latents_formula
+        formula = suites.prepare_latents_formula
 
         def wrong(*args: Any) -> Any:
             latents, mask = formula(*args)
@@ -250,15 +250,13 @@ def test_a_wrong_path_ends_the_run_with_nothing_written(
 
         monkeypatch.setattr(suites.reference, "prepare_latents_formula", wrong)
     else:
-        forward = suites.ConditioningEncoder.forward
+        forward = suites.FrameEncoder.forward
         monkeypatch.setattr(
-            suites.ConditioningEncoder, "forward", lambda *args: forward(*args) * (1 + 1e-4)
+            suites.FrameEncoder, "forward", lambda *args: forward(*args) * (1 + 1e-4)
         )
         # The probe of `from_vae` would refuse it first.
-        from_vae = suites.ConditioningEncoder.from_vae
-        monkeypatch.setattr(
-            suites.ConditioningEncoder, "from_vae", lambda vae: from_vae(vae, probe=False)
-        )
+        from_vae = suites.FrameEncoder.from_vae
+        monkeypatch.setattr(suites.FrameEncoder, "from_vae", lambda vae: from_vae(vae, probe=False))
     with pytest.raises(harness.GateError, match=f"correctness gate failed: {suite} 32x48"):
         bench.main(["--suites", suite, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
@@ -297,10 +295,10 @@ def test_paths_take_turns():
 
 
 def test_the_unfused_switch_is_put_back():
-    before = suites.layers._WINOGRAD_TILES, suites.layers.rms_norm_silu
+    before = suites.winograd.MIN_TILES, suites.layers.rms_norm_silu
     with suites.unfused():
-        assert suites.layers.rms_norm_silu is suites.reference.rms_norm_silu
-    assert (suites.layers._WINOGRAD_TILES, suites.layers.rms_norm_silu) == before
+        assert suites.layers.rms_norm_silu is suites.rms_norm_silu_reference
+    assert (suites.winograd.MIN_TILES, suites.layers.rms_norm_silu) == before
 
 
 def test_engine_scripts_are_run_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

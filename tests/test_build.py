@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cosmos3_fast
-from cosmos3_fast import backends
+from cosmos3_fast.ops import registry
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(cosmos3_fast.__file__).parent
@@ -39,11 +39,11 @@ def test_python_has_the_schemas_of_the_library():
     source = (ROOT / "csrc" / "ops.cpp").read_text()
     definitions = re.findall(r"m\.def\(([^;]*)\);", source)
     compiled = ["".join(re.findall(r'"([^"]*)"', d)) for d in definitions]
-    assert compiled == list(backends.SCHEMAS)
+    assert compiled == list(registry.SCHEMAS)
 
 
 def test_the_registered_schemas_are_those():
-    for schema in backends.SCHEMAS:
+    for schema in registry.SCHEMAS:
         name, _, overload = schema.split("(", maxsplit=1)[0].partition(".")
         registered = getattr(getattr(torch.ops.cosmos3, name), overload or "default")._schema
         assert str(registered) == f"cosmos3::{schema}"
@@ -74,7 +74,7 @@ def test_an_install_without_library_passes_the_op_tests(tmp_path: Path):
 
 
 def test_a_library_that_does_not_load_is_reported_and_replaced(tmp_path: Path):
-    if not backends.build_info():
+    if not registry.build_info():
         pytest.skip("this install has no library")
     copy_package(tmp_path, library=True)
     library = next((tmp_path / "cosmos3_fast").glob("_C*.so"))
@@ -82,7 +82,7 @@ def test_a_library_that_does_not_load_is_reported_and_replaced(tmp_path: Path):
     info = run(sys.executable, "-m", "cosmos3_fast", "info", cwd=tmp_path)
     assert info.returncode == 0, info.stderr
     assert f"{library.name} does not load: " in info.stdout
-    assert f"built with torch {backends.build_info()['torch']}" in info.stdout
+    assert f"built with torch {registry.build_info()['torch']}" in info.stdout
     script = """
 import torch, cosmos3_fast.ops as ops
 noise, cond = torch.randn(1, 2, 3, 4, 4), torch.randn(1, 2, 1, 4, 4)
@@ -195,7 +195,7 @@ def test_what_was_required_and_cannot_be_built_fails(
     assert re.search(reason, built.stderr)
 
 
-@pytest.mark.skipif(not backends.build_info(), reason="this install has no library")
+@pytest.mark.skipif(not registry.build_info(), reason="this install has no library")
 def test_the_library_uses_only_the_stable_abi():
     library = next(PACKAGE.glob("_C*.so"))
     symbols = run("nm", "-D", "--undefined-only", "--demangle", library, cwd=ROOT).stdout
@@ -208,9 +208,9 @@ def test_the_library_uses_only_the_stable_abi():
     assert not re.search(r"libcuda|libc10_cuda|libtorch_cuda|libtorch_python", needed)
 
 
-@pytest.mark.skipif(not backends.build_info(), reason="this install has no library")
+@pytest.mark.skipif(not registry.build_info(), reason="this install has no library")
 def test_build_info_tells_what_it_was_built_with():
-    build = backends.build_info()
+    build = registry.build_info()
     assert build["version"] == cosmos3_fast.__version__
     assert build["torch"].split(".")[0].isdigit()
     assert "-DTORCH_STABLE_ONLY" in build["cxx_flags"]

@@ -16,7 +16,7 @@ from encoder_cases import RESIDUAL, WAN21, image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 from cosmos3_fast.vae import checkpoint as checkpoint_module
 from cosmos3_fast.vae.checkpoint import CheckpointError
 from cosmos3_fast.vae.synthetic import synthetic_state_dict, synthetic_vae, write_checkpoint
@@ -40,8 +40,8 @@ def sharded(tmp_path: Path) -> Path:
     return tmp_path / "vae"
 
 
-def load(path: Path | str, **kwargs: Any) -> ConditioningEncoder:
-    return ConditioningEncoder.from_pretrained(path, **kwargs)
+def load(path: Path | str, **kwargs: Any) -> FrameEncoder:
+    return FrameEncoder.from_pretrained(path, **kwargs)
 
 
 def refuse(path: Path | str, *fragments: str, error: type[ValueError] = CheckpointError) -> None:
@@ -57,7 +57,7 @@ def test_equals_from_state_dict(
     layout: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     folder = request.getfixturevalue(layout)
-    wanted = ConditioningEncoder.from_state_dict(STATE, RESIDUAL, dtype).state_dict()
+    wanted = FrameEncoder.from_state_dict(STATE, RESIDUAL, dtype).state_dict()
     for path in (folder, folder.parent, str(folder)):
         got = load(path, dtype=dtype)
         assert got.dtype == dtype
@@ -80,7 +80,7 @@ def test_reads_what_diffusers_saves(tmp_path: Path, config: dict[str, Any]) -> N
     vae.save_pretrained(tmp_path / "one")
     vae.save_pretrained(tmp_path / "many", max_shard_size="1MB")
     assert (tmp_path / "many" / INDEX).is_file()
-    wanted = ConditioningEncoder.from_vae(vae).state_dict()
+    wanted = FrameEncoder.from_vae(vae).state_dict()
     for folder in ("one", "many"):
         got = load(tmp_path / folder, dtype=torch.float32).state_dict()
         assert all(torch.equal(got[name], wanted[name]) for name in wanted)

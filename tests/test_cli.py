@@ -12,7 +12,7 @@ from safetensors import safe_open
 from cosmos3_fast import cli, preview
 from cosmos3_fast.info import format_info
 from cosmos3_fast.latents import LatentPreparation
-from cosmos3_fast.vae import ConditioningEncoder, synthetic
+from cosmos3_fast.vae import FrameEncoder, synthetic
 
 PHOTOGRAPH = Path(__file__).parent.parent / "examples" / "falcon9_dscovr.jpg"
 SMALL = {**synthetic.COSMOS3_VAE_CONFIG, "base_dim": 8}
@@ -75,7 +75,7 @@ def test_prepare_round_trip(run, tmp_path):
     assert str(tmp_path) not in "".join(metadata.values())
 
     config = synthetic.synthetic_config(SMALL, 0)
-    encoder = ConditioningEncoder.from_state_dict(
+    encoder = FrameEncoder.from_state_dict(
         synthetic.synthetic_state_dict(config, 0), config, torch.float32
     )
     prepared = LatentPreparation(encoder)(PHOTOGRAPH, 17, 64, 96, seed=7)
@@ -251,13 +251,11 @@ def test_verify(run):
 
 def test_verify_fails_out_of_bounds(run, monkeypatch):
     pytest.importorskip("diffusers")
-    forward = ConditioningEncoder.forward
+    forward = FrameEncoder.forward
+    monkeypatch.setattr(FrameEncoder, "forward", lambda self, pixels: forward(self, pixels) * 1.001)
+    original = FrameEncoder.from_vae
     monkeypatch.setattr(
-        ConditioningEncoder, "forward", lambda self, pixels: forward(self, pixels) * 1.001
-    )
-    original = ConditioningEncoder.from_vae
-    monkeypatch.setattr(
-        ConditioningEncoder, "from_vae", lambda vae, dtype: original(vae, dtype, probe=False)
+        FrameEncoder, "from_vae", lambda vae, dtype: original(vae, dtype, probe=False)
     )
     status, out, _ = run("verify", "--size", "32x48", "--dtypes", "fp32")
     assert status == 1

@@ -16,8 +16,8 @@ from test_encoder import (
 )
 from torch import nn
 
-from cosmos3_fast.backends import LIBRARY_KERNELS
-from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.ops.registry import LIBRARY_KERNELS
+from cosmos3_fast.vae import ClipEncoder, FrameEncoder, UnsupportedVAEError
 from cosmos3_fast.vae.exact import encode_exact, encode_mode
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
@@ -172,7 +172,7 @@ def test_a_prefix_reads_and_computes_nothing_else(family: str, dtype: torch.dtyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_first_latent_is_the_single_frame_encoders(family: str, dtype: torch.dtype) -> None:
     vae = BUILDERS[family](3).to(dtype)
-    alone = ConditioningEncoder.from_vae(vae, probe=False)
+    alone = FrameEncoder.from_vae(vae, probe=False)
     encoder = ClipEncoder.from_vae(vae, probe=False)
     pixels = clip(5, 2, 5, 32, 32, dtype)
     wanted = alone(pixels[:, :, 0])
@@ -209,7 +209,7 @@ def test_ignores_tiling_and_probes_without_it() -> None:
 def test_a_changed_time_conv(setting: str, value: Any, message: str) -> None:
     vae = synthetic_vae(RESIDUAL)
     setattr(vae.encoder.down_blocks[1].downsampler.time_conv, setting, value)
-    ConditioningEncoder.from_vae(vae)
+    FrameEncoder.from_vae(vae)
     with pytest.raises(UnsupportedVAEError, match=message):
         ClipEncoder.from_vae(vae, probe=False)
 
@@ -230,7 +230,7 @@ def test_probe_reaches_the_third_chunk() -> None:
         return forward(x, cache if cache is None else cache[:, :, -1:])
 
     conv.forward = forget
-    ConditioningEncoder.from_vae(vae)
+    FrameEncoder.from_vae(vae)
     encoder = ClipEncoder.from_vae(vae, probe=False)
     pixels = clip(7, 1, 5, 32, 32, torch.float32)
     assert peak(encoder(pixels) - encode_exact(vae, pixels)) <= 1e-4
@@ -248,7 +248,7 @@ def test_probe_reports_a_vae_that_cannot_encode_clips() -> None:
         return encode(pixels)
 
     vae.encode = single
-    ConditioningEncoder.from_vae(vae)
+    FrameEncoder.from_vae(vae)
     with pytest.raises(UnsupportedVAEError, match=r"failed on 9 32x32 frames: no clips here"):
         ClipEncoder.from_vae(vae)
 
@@ -257,7 +257,7 @@ def test_probe_reports_a_vae_that_cannot_encode_clips() -> None:
 def test_another_temporal_factor(temporal: list[bool]) -> None:
     config = {**WAN21, "temperal_downsample": temporal}
     tensors = synthetic_state_dict(config)
-    ConditioningEncoder.from_state_dict(tensors, config)
+    FrameEncoder.from_state_dict(tensors, config)
     with pytest.raises(UnsupportedVAEError, match=r"one latent frame of [28] pixel frames, want"):
         ClipEncoder.from_state_dict(tensors, config)
 

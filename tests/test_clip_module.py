@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from encoder_cases import RESIDUAL, TINY_CLIP, WAN21, WAN21_ATTENTION, clip, peak
 
-from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
+from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 from cosmos3_fast.vae.checkpoint import CheckpointError
 from cosmos3_fast.vae.clip import add_pair_average
 from cosmos3_fast.vae.fold import side_by_side
@@ -202,7 +202,7 @@ def test_checkpoint_equals_from_state_dict(tmp_path: Path, config: dict, shard: 
     got = loaded.state_dict()
     assert got.keys() == wanted.state_dict().keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.state_dict().items())
-    alone = ConditioningEncoder.from_pretrained(tmp_path).state_dict()
+    alone = FrameEncoder.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(got[f"first.{name}"], tensor) for name, tensor in alone.items())
 
 

@@ -7,7 +7,7 @@ import re
 import cuda_binary
 import pytest
 
-from cosmos3_fast import backends
+from cosmos3_fast.ops import registry
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120")
 
@@ -17,7 +17,7 @@ if (error := cuda_binary.tools_error()) is not None:
 
 @pytest.fixture(scope="module")
 def kernels() -> list[cuda_binary.Kernel]:
-    if not backends.build_info().get("cuda"):
+    if not registry.build_info().get("cuda"):
         pytest.skip("the installed library was built without CUDA")
     library = cuda_binary.installed_library()
     assert library is not None
@@ -25,7 +25,7 @@ def kernels() -> list[cuda_binary.Kernel]:
 
 
 def test_every_architecture_has_every_kernel(kernels: list[cuda_binary.Kernel]):
-    built = backends.build_info()["cuda_architectures"].split(";")
+    built = registry.build_info()["cuda_architectures"].split(";")
     names = {k.name for k in kernels}
     assert len(names) >= 12
     for name in names:

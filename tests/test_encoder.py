@@ -21,7 +21,7 @@ from encoder_cases import (
     rms,
 )
 
-from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.exact import encode_exact, encode_mode, normalize_latents
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_state_dict, synthetic_vae
 
@@ -60,7 +60,7 @@ def cosmos3_vae() -> Any:
 
 
 def assert_fp32_bound(vae: Any, pixels: torch.Tensor) -> None:
-    encoder = ConditioningEncoder.from_vae(vae)
+    encoder = FrameEncoder.from_vae(vae)
     wanted = reference(vae, pixels)
     got = encoder(pixels)
     assert got.shape == wanted.shape
@@ -75,7 +75,7 @@ def assert_fp32_bound(vae: Any, pixels: torch.Tensor) -> None:
 )
 def test_fp32_matches(family: str, batch: int, cells: tuple[int, int]) -> None:
     vae = BUILDERS[family](7)
-    factor = ConditioningEncoder.from_vae(vae, probe=False).spatial_factor
+    factor = FrameEncoder.from_vae(vae, probe=False).spatial_factor
     assert factor == (16 if "2.2" in family else 8)
     assert_fp32_bound(vae, image(3, batch, cells[0] * factor, cells[1] * factor, torch.float32))
 
@@ -91,8 +91,8 @@ def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     The fp64 run is the 2-D encoder's, which `test_fp64_is_exact_algebra` holds to the 3-D VAE's:
     PyTorch's fp64 conv3d takes minutes.
     """
-    truth = ConditioningEncoder.from_vae(vae, torch.float64, probe=False)(pixels)
-    got = ConditioningEncoder.from_vae(vae, probe=False)(pixels)
+    truth = FrameEncoder.from_vae(vae, torch.float64, probe=False)(pixels)
+    got = FrameEncoder.from_vae(vae, probe=False)(pixels)
     seed_path = reference(vae, pixels)
     assert got.dtype == seed_path.dtype == pixels.dtype
     return got.double() - truth, seed_path.double() - truth
@@ -138,7 +138,7 @@ def test_first_frame_of_a_clip(family: str, frames: int) -> None:
     generator = torch.Generator().manual_seed(frames)
     clip = torch.rand(1, 3, frames, 48, 80, generator=generator) * 2 - 1
     first = encode_exact(vae, clip)[:, :, :1]
-    got = ConditioningEncoder.from_vae(vae)(clip[:, :, 0])
+    got = FrameEncoder.from_vae(vae)(clip[:, :, 0])
     assert peak(got - first) <= 1e-5 * peak(first)
 
 
@@ -152,14 +152,14 @@ def test_fp64_is_exact_algebra(family: str) -> None:
         for name in ("latents_mean", "latents_std")
     )
     wanted = (encode_mode(vae, pixels[:, :, None]) - mean) / std
-    got = ConditioningEncoder.from_vae(vae)(pixels)
+    got = FrameEncoder.from_vae(vae)(pixels)
     assert peak(got - wanted) <= 1e-12 * peak(wanted)
 
 
 def test_ignores_tiling_and_restores_the_switch() -> None:
     vae = synthetic_vae(RESIDUAL)
     vae.enable_tiling(8, 8, 8, 8)  # below the probe's size too
-    encoder = ConditioningEncoder.from_vae(vae)
+    encoder = FrameEncoder.from_vae(vae)
     assert vae.use_tiling
     pixels = image(0, 1, 64, 64, torch.float32)
     tiled = reference(vae, pixels)
@@ -186,14 +186,14 @@ class AttributeVAE(torch.nn.Module):
 
 def test_reads_sglangs_conventions() -> None:
     vae = synthetic_vae(RESIDUAL)
-    wanted = ConditioningEncoder.from_vae(vae).state_dict()
-    got = ConditioningEncoder.from_vae(AttributeVAE(vae)).state_dict()
+    wanted = FrameEncoder.from_vae(vae).state_dict()
+    got = FrameEncoder.from_vae(AttributeVAE(vae)).state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_weights_are_copies() -> None:
     vae = synthetic_vae(RESIDUAL)
-    encoder = ConditioningEncoder.from_vae(vae)
+    encoder = FrameEncoder.from_vae(vae)
     pixels = image(0, 1, 32, 32, torch.float32)
     before = encoder(pixels)
     for parameter in vae.parameters():
@@ -203,7 +203,7 @@ def test_weights_are_copies() -> None:
 
 def test_dtype_can_differ_from_the_vaes() -> None:
     vae = synthetic_vae(RESIDUAL)
-    encoder = ConditioningEncoder.from_vae(vae, dtype=torch.bfloat16)
+    encoder = FrameEncoder.from_vae(vae, dtype=torch.bfloat16)
     pixels = image(0, 1, 32, 32, torch.float32)
     assert encoder.dtype == encoder(pixels).dtype == torch.bfloat16
     assert torch.equal(encoder(pixels), encoder(pixels.bfloat16()))

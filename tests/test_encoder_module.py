@@ -1,4 +1,4 @@
-"""ConditioningEncoder as a module: inputs, errors, compile, export, copies."""
+"""FrameEncoder as a module: inputs, errors, compile, export, copies."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 import torch.nn.functional as F
 from encoder_cases import RESIDUAL, TINY, WAN21, WAN21_ATTENTION, image, peak
 
-from cosmos3_fast.vae import ConditioningEncoder
+from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.fold import fold_encoder
 from cosmos3_fast.vae.layers import add_average_shortcut, average_shortcut, rms_norm_silu
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 from cosmos3_fast.vae.topology import EncoderTopology
 
 
-def build(config: dict = RESIDUAL, dtype: torch.dtype = torch.float32) -> ConditioningEncoder:
-    return ConditioningEncoder.from_state_dict(synthetic_state_dict(config), config, dtype)
+def build(config: dict = RESIDUAL, dtype: torch.dtype = torch.float32) -> FrameEncoder:
+    return FrameEncoder.from_state_dict(synthetic_state_dict(config), config, dtype)
 
 
 @pytest.fixture(scope="module")
-def encoder() -> ConditioningEncoder:
+def encoder() -> FrameEncoder:
     return build()
 
 
 def test_attributes_at_cosmos3_topology() -> None:
     topology = EncoderTopology.from_config(synthetic_config(COSMOS3_VAE_CONFIG))
-    encoder = ConditioningEncoder(topology, torch.bfloat16, device="meta")
+    encoder = FrameEncoder(topology, torch.bfloat16, device="meta")
     assert (encoder.z_dim, encoder.spatial_factor) == (48, 16)
     assert (encoder.dtype, encoder.device.type) == (torch.bfloat16, "meta")
     shapes = topology.tensor_shapes().values()
@@ -46,7 +46,7 @@ def test_output_layout_and_dtype(dtype: torch.dtype) -> None:
     assert out.is_contiguous()
 
 
-def test_input_layouts_agree(encoder: ConditioningEncoder) -> None:
+def test_input_layouts_agree(encoder: FrameEncoder) -> None:
     pixels = image(0, 2, 48, 32, torch.float32)
     wanted = encoder(pixels)
     sliced = torch.full((3, 5, 50, 70), torch.nan)
@@ -67,14 +67,14 @@ def test_input_layouts_agree(encoder: ConditioningEncoder) -> None:
     assert torch.equal(encoder(expanded), encoder(expanded.contiguous()))
 
 
-def test_batch_entries_are_independent(encoder: ConditioningEncoder) -> None:
+def test_batch_entries_are_independent(encoder: FrameEncoder) -> None:
     pixels = image(1, 3, 32, 48, torch.float32)
     together = encoder(pixels)
     alone = torch.cat([encoder(entry[None]) for entry in pixels])
     assert peak(together - alone) <= 1e-5 * peak(alone)
 
 
-def test_fold_takes_the_last_of_all_temporal_taps(encoder: ConditioningEncoder) -> None:
+def test_fold_takes_the_last_of_all_temporal_taps(encoder: FrameEncoder) -> None:
     """The loaders hand over single taps; the fold itself takes whole 3-D tensors too."""
     whole = synthetic_state_dict(RESIDUAL)
     folded = fold_encoder(encoder.topology, whole.__getitem__, torch.float32)
@@ -83,7 +83,7 @@ def test_fold_takes_the_last_of_all_temporal_taps(encoder: ConditioningEncoder) 
     assert all(torch.equal(folded[name], wanted[name]) for name in wanted)
 
 
-def test_empty_batch(encoder: ConditioningEncoder) -> None:
+def test_empty_batch(encoder: FrameEncoder) -> None:
     assert encoder(torch.empty(0, 3, 32, 64)).shape == (0, 48, 1, 2, 4)
     assert encoder(torch.empty(0, 3, 1, 32, 64)).dtype == torch.float32
 
@@ -100,18 +100,18 @@ def test_empty_batch(encoder: ConditioningEncoder) -> None:
         ((1, 3, 0, 32), r"pixels has height 0, wanted a positive multiple of 16"),
     ],
 )
-def test_bad_shapes(encoder: ConditioningEncoder, shape: tuple[int, ...], message: str) -> None:
+def test_bad_shapes(encoder: FrameEncoder, shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         encoder(torch.zeros(shape))
 
 
-def test_bad_dtype_and_device(encoder: ConditioningEncoder) -> None:
+def test_bad_dtype_and_device(encoder: FrameEncoder) -> None:
     with pytest.raises(ValueError, match=r"pixels is torch\.int64, wanted floating point"):
         encoder(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"pixels is on meta, the encoder on cpu"):
         encoder(torch.zeros(1, 3, 32, 32, device="meta"))
     with pytest.raises(ValueError, match=r"dtype is torch\.int8, wanted one of"):
-        ConditioningEncoder(encoder.topology, torch.int8)
+        FrameEncoder(encoder.topology, torch.int8)
 
 
 def test_gradient_reaches_the_pixels_only() -> None:
@@ -172,14 +172,14 @@ def test_exports_saves_and_runs() -> None:
 def test_state_dict_round_trip(tmp_path: Path) -> None:
     encoder = build(WAN21_ATTENTION, torch.bfloat16)
     torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
-    fresh = ConditioningEncoder(encoder.topology, torch.bfloat16)
+    fresh = FrameEncoder(encoder.topology, torch.bfloat16)
     fresh.load_state_dict(torch.load(tmp_path / "encoder.pt", weights_only=True))
     pixels = image(0, 1, 16, 24, torch.bfloat16)
     assert torch.equal(fresh(pixels), encoder(pixels))
     assert not any(p.requires_grad for p in fresh.parameters())
 
 
-def test_copies_behave_alike(encoder: ConditioningEncoder) -> None:
+def test_copies_behave_alike(encoder: FrameEncoder) -> None:
     pixels = image(0, 1, 32, 48, torch.float32)
     for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
         assert torch.equal(other(pixels), encoder(pixels))
@@ -259,7 +259,7 @@ def test_bytes_equal_their_normalised_floats() -> None:
     ],
 )
 def test_bytes_of_another_shape_are_refused(
-    encoder: ConditioningEncoder, shape: tuple[int, ...], message: str
+    encoder: FrameEncoder, shape: tuple[int, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         encoder(torch.zeros(shape, dtype=torch.uint8))

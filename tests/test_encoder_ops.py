@@ -12,7 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cosmos3_fast import backends, ops, reference
+from cosmos3_fast import ops
+from cosmos3_fast.ops import registry
+from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu_reference
+from cosmos3_fast.ops.winograd import winograd_pack_reference
 from cosmos3_fast.vae.layers import Conv3x3
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -20,7 +23,7 @@ OPS = torch.ops.cosmos3
 
 
 def backends_of(op: str) -> list[str]:
-    return [b for b in backends.BACKENDS if backends.backend_error(b, "cpu", op) is None]
+    return [b for b in registry.BACKENDS if registry.backend_error(b, "cpu", op) is None]
 
 
 def image(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
@@ -57,9 +60,9 @@ def exact_norm(x: Tensor, weight: Tensor | None, silu: bool) -> Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", registry.BACKENDS)
 def test_norm_equals_the_vae_s(backend: str, layout: str, dtype: torch.dtype, poison: None):
-    if (error := backends.backend_error(backend, "cpu", "rms_norm_silu")) is not None:
+    if (error := registry.backend_error(backend, "cpu", "rms_norm_silu")) is not None:
         pytest.skip(error)
     for channels in CHANNELS:
         x = 3 * image(2, channels, 3, 5, dtype=dtype, layout=layout)
@@ -131,17 +134,17 @@ def test_norm_properties(data: st.DataObject):
     x = image(*shape, layout=data.draw(st.sampled_from(LAYOUTS)))
     weight = data.draw(st.sampled_from([None, torch.rand(shape[1])]))
     silu = data.draw(st.booleans())
-    got, wanted = OPS.rms_norm_silu(x, weight, silu), reference.rms_norm_silu(x, weight, silu)
+    got, wanted = OPS.rms_norm_silu(x, weight, silu), rms_norm_silu_reference(x, weight, silu)
     torch.testing.assert_close(got, wanted, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", registry.BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("patch_size", [1, 2, 3])
 def test_bytes_are_packed_as_the_engines_normalise_them(
     patch_size: int, dtype: torch.dtype, backend: str, poison: None
 ):
-    if (error := backends.backend_error(backend, "cpu", "pack_pixels")) is not None:
+    if (error := registry.backend_error(backend, "cpu", "pack_pixels")) is not None:
         pytest.skip(error)
     if backend == "triton" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter truncates where the kernel rounds")
@@ -154,11 +157,11 @@ def test_bytes_are_packed_as_the_engines_normalise_them(
         assert got.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("backend", backends.BACKENDS)
+@pytest.mark.parametrize("backend", registry.BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("source", DTYPES)
 def test_floats_are_packed(layout: str, source: torch.dtype, backend: str, poison: None):
-    if (error := backends.backend_error(backend, "cpu", "pack_pixels")) is not None:
+    if (error := registry.backend_error(backend, "cpu", "pack_pixels")) is not None:
         pytest.skip(error)
     pixels = image(2, 3, 6, 12, dtype=source, layout=layout)
     for dtype in DTYPES:
@@ -209,7 +212,7 @@ def convolution(
 def test_winograd_equals_convolution(
     shape: tuple[int, int, int, int, int], layout: str, backend: str, poison: None
 ):
-    if (error := backends.backend_error(backend, "cpu", "winograd_conv3x3")) is not None:
+    if (error := registry.backend_error(backend, "cpu", "winograd_conv3x3")) is not None:
         pytest.skip(error)
     x, weight, bias, residual = convolution(*shape, layout=layout)
     packed = ops.winograd_pack(weight, backend=backend)
@@ -239,9 +242,9 @@ def test_winograd_properties(batch, channels, out, height, width, layout):
 
 def test_winograd_pack_equals_its_reference():
     _, weight, _, _ = convolution(1, 48, 64, 1, 1)
-    torch.testing.assert_close(OPS.winograd_pack(weight), reference.winograd_pack(weight))
+    torch.testing.assert_close(OPS.winograd_pack(weight), winograd_pack_reference(weight))
     strided = weight.flip(3)[:, :, :, ::1].transpose(2, 3)
-    torch.testing.assert_close(OPS.winograd_pack(strided), reference.winograd_pack(strided))
+    torch.testing.assert_close(OPS.winograd_pack(strided), winograd_pack_reference(strided))
 
 
 def test_winograd_opcheck_and_empty():
@@ -282,7 +285,7 @@ def large() -> Tensor:
 
 
 needs_library = pytest.mark.skipif(
-    ("winograd_conv3x3", "cpu") not in backends.LIBRARY_KERNELS, reason="no compiled library"
+    ("winograd_conv3x3", "cpu") not in registry.LIBRARY_KERNELS, reason="no compiled library"
 )
 
 

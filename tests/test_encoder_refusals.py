@@ -10,7 +10,7 @@ import torch
 from encoder_cases import RESIDUAL, WAN21
 from torch import nn
 
-from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 from cosmos3_fast.vae.synthetic import synthetic_state_dict, synthetic_vae
 from cosmos3_fast.vae.topology import EncoderTopology
 
@@ -18,8 +18,8 @@ STATE = synthetic_state_dict(RESIDUAL)
 CONV1 = "encoder.down_blocks.1.resnets.0.conv1.weight"
 
 
-def fold(tensors: dict[str, torch.Tensor], **config: Any) -> ConditioningEncoder:
-    return ConditioningEncoder.from_state_dict(tensors, {**RESIDUAL, **config})
+def fold(tensors: dict[str, torch.Tensor], **config: Any) -> FrameEncoder:
+    return FrameEncoder.from_state_dict(tensors, {**RESIDUAL, **config})
 
 
 def without(name: str) -> dict[str, torch.Tensor]:
@@ -103,7 +103,7 @@ def test_meta_and_integer_tensors() -> None:
 
 def test_not_a_vae() -> None:
     with pytest.raises(UnsupportedVAEError, match="Linear has no encoder or no config"):
-        ConditioningEncoder.from_vae(nn.Linear(2, 2))
+        FrameEncoder.from_vae(nn.Linear(2, 2))
 
 
 def set_conv(name: str, setting: str, value: Any) -> Callable[[Any], None]:
@@ -163,10 +163,10 @@ def test_changed_module(case: str) -> None:
     pytest.importorskip("diffusers")
     change, message = CHANGES[case]
     vae = synthetic_vae(RESIDUAL)
-    ConditioningEncoder.from_vae(vae, probe=False)
+    FrameEncoder.from_vae(vae, probe=False)
     change(vae)
     with pytest.raises(UnsupportedVAEError, match=message):
-        ConditioningEncoder.from_vae(vae, probe=False)
+        FrameEncoder.from_vae(vae, probe=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -175,9 +175,9 @@ def test_probe_finds_what_attributes_hide(dtype: torch.dtype) -> None:
     vae = synthetic_vae(RESIDUAL).to(dtype)
     forward = vae.encoder.conv_out.forward
     vae.encoder.conv_out.forward = lambda *args, **kw: 1.2 * forward(*args, **kw)
-    ConditioningEncoder.from_vae(vae, probe=False)
+    FrameEncoder.from_vae(vae, probe=False)
     with pytest.raises(UnsupportedVAEError, match=r"latents differ from the 2-D encoder's by 0\."):
-        ConditioningEncoder.from_vae(vae)
+        FrameEncoder.from_vae(vae)
 
 
 def test_probe_reports_a_vae_that_cannot_encode() -> None:
@@ -189,4 +189,4 @@ def test_probe_reports_a_vae_that_cannot_encode() -> None:
 
     vae.encode = fail
     with pytest.raises(UnsupportedVAEError, match=r"vae\.encode failed on .* no encoder here"):
-        ConditioningEncoder.from_vae(vae)
+        FrameEncoder.from_vae(vae)

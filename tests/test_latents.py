@@ -11,7 +11,7 @@ from PIL import Image
 
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents
 from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.vae import ClipEncoder, ConditioningEncoder
+from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
 H, W, FRAMES = 64, 96, 17
@@ -26,7 +26,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def encoder(vae):
-    return ConditioningEncoder.from_vae(vae)
+    return FrameEncoder.from_vae(vae)
 
 
 @pytest.fixture
@@ -305,7 +305,7 @@ def test_the_first_frame_of_a_clip_is_served_fast(encoder, clip):
 
 
 def test_results_have_no_gradient_and_are_frozen(encoder, photograph):
-    encoder = ConditioningEncoder.from_vae(synthetic_vae(CONFIG, 3, 4)).requires_grad_(True)
+    encoder = FrameEncoder.from_vae(synthetic_vae(CONFIG, 3, 4)).requires_grad_(True)
     prepared = LatentPreparation(encoder)(photograph, FRAMES, H, W)
     assert isinstance(prepared, PreparedLatents)
     assert not prepared.latents.requires_grad
@@ -315,7 +315,7 @@ def test_results_have_no_gradient_and_are_frozen(encoder, photograph):
 
 
 def test_an_encoder_in_another_dtype_casts_pixels(vae, photograph):
-    encoder = ConditioningEncoder.from_vae(vae, dtype=torch.bfloat16)
+    encoder = FrameEncoder.from_vae(vae, dtype=torch.bfloat16)
     prepared = LatentPreparation(encoder)(photograph, FRAMES, H, W, seed=0, dtype=torch.float32)
     assert prepared.latents.dtype == torch.float32
     assert prepared.latents.isfinite().all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from op_inputs import SHAPES, Sample, latent, sample_inputs
 
-from cosmos3_fast import reference
+from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
 
 OPS = torch.ops.cosmos3
 SAMPLES = list(sample_inputs(layouts=("contiguous", "sliced", "permuted")))
@@ -21,7 +21,7 @@ def test_gradients_equal_the_formula_s(sample: Sample, device: str, poison: None
 
     ours, theirs = leaves(), leaves()
     latents, _velocity = OPS.prepare_latents(*ours, sample.frames)
-    wanted, _ = reference.prepare_latents_formula(*theirs, sample.frames)
+    wanted, _ = prepare_latents_formula(*theirs, sample.frames)
     upstream = latent(latents.shape, latents.dtype, device=device, seed=9)
     latents.backward(upstream)
     wanted.backward(upstream)

@@ -8,7 +8,11 @@ from op_inputs import LAYOUTS, latent
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosmos3_fast import ops, reference
+from cosmos3_fast import ops
+from cosmos3_fast.ops.prepare_latents import (
+    prepare_latents_mask_reference,
+    prepare_latents_reference,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,7 @@ def step(cond: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def eager_step(cond: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    latents, velocity = reference.prepare_latents(cond * 2, noise, (0, 2))
+    latents, velocity = prepare_latents_reference(cond * 2, noise, (0, 2))
     return latents + 1, velocity
 
 
@@ -78,8 +82,8 @@ def test_compiled_in_place_and_mask(device: str):
     assert_all_equal(
         actual,
         (
-            reference.prepare_latents_mask(cond, noise, mask)[0],
-            *reference.prepare_latents(cond, noise, (1,)),
+            prepare_latents_mask_reference(cond, noise, mask)[0],
+            *prepare_latents_reference(cond, noise, (1,)),
         ),
     )
 
@@ -87,7 +91,7 @@ def test_compiled_in_place_and_mask(device: str):
 def test_compiled_mutation_of_an_argument_is_seen(device: str):
     cond = latent((1, 3, 1, 4, 6), device=device)
     noise = latent((2, 3, 5, 4, 6), device=device, seed=1)
-    wanted, _ = reference.prepare_latents(cond, noise, (0,))
+    wanted, _ = prepare_latents_reference(cond, noise, (0,))
     torch.compile(ops.prepare_latents_, fullgraph=True)(cond, noise)
     assert torch.equal(noise, wanted)
 
@@ -121,7 +125,7 @@ def test_export_save_load_run(tmp_path, device: str):
     loaded = torch.export.load(tmp_path / "prepare.pt2").module()
     longer = latent((2, 3, 9, 4, 6), device=device, seed=2)
     for n in (noise, longer):
-        assert_all_equal(loaded(cond, n), reference.prepare_latents(cond, n, (0, 2)))
+        assert_all_equal(loaded(cond, n), prepare_latents_reference(cond, n, (0, 2)))
 
 
 @pytest.mark.parametrize("fake_device", ["cpu", "cuda"])

@@ -10,7 +10,8 @@ import torch
 from op_inputs import latent
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cosmos3_fast import backends, ops
+from cosmos3_fast import ops
+from cosmos3_fast.ops import registry
 
 COND = (1, 3, 1, 4, 6)
 NOISE = (2, 3, 5, 4, 6)
@@ -294,14 +295,14 @@ parametrize_faults = pytest.mark.parametrize(
 
 
 @parametrize_faults
-@pytest.mark.parametrize("backend", [None, *backends.BACKENDS])
+@pytest.mark.parametrize("backend", [None, *registry.BACKENDS])
 def test_each_backend_says_the_same(op: str, fault: str, backend: str | None, device: str):
-    if backend and (error := backends.backend_error(backend, device, op)) is not None:
+    if backend and (error := registry.backend_error(backend, device, op)) is not None:
         pytest.skip(error)
     make_arguments, message = CALLS[op, fault]
     arguments = [a.to(device) if isinstance(a, torch.Tensor) else a for a in make_arguments()]
     with pytest.raises(RuntimeError) as raised:
-        backends.select(op, backend, torch.device(device))(*arguments)
+        registry.select(op, backend, torch.device(device))(*arguments)
     assert str(raised.value) == message
     if op.endswith("_"):
         assert not arguments[1].any(), "nothing may have been written"
@@ -320,7 +321,7 @@ def test_the_fake_says_the_same(op: str, fault: str, fake_device: str):
             for a in arguments
         ]
         with pytest.raises(RuntimeError) as raised:
-            backends.select(op, None, torch.device(fake_device))(*fakes)
+            registry.select(op, None, torch.device(fake_device))(*fakes)
     assert str(raised.value) == message
 
 
@@ -333,7 +334,7 @@ def test_devices_must_agree(op: str):
         if isinstance(third, torch.Tensor):
             third = torch.empty(1, 1, 5, 1, 1, device="cuda")
         with pytest.raises(RuntimeError) as raised:
-            backends.select(op, None, noise.device)(cond, noise, third)
+            registry.select(op, None, noise.device)(cond, noise, third)
     name = op.partition(".")[0]
     assert f"{name}: cond_latent must be on the device of noise (cuda:0), got cpu" in str(
         raised.value
@@ -385,14 +386,14 @@ def test_frames_and_mask_exclude_each_other():
 
 
 def test_a_named_backend_that_is_absent_raises_the_original_error(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends, "triton_error", lambda: "ImportError: libtriton.so is broken")
+    monkeypatch.setattr(registry, "triton_error", lambda: "ImportError: libtriton.so is broken")
     with pytest.raises(
-        backends.BackendUnavailableError,
+        registry.BackendUnavailableError,
         match=r"backend 'triton' cannot run prepare_latents on cpu: ImportError: libtriton\.so is",
     ):
         ops.prepare_latents(latent(COND), latent(NOISE), backend="triton")
     monkeypatch.setattr(
-        backends, "LIBRARY_ERROR", "undefined symbol: aoti_x (built with torch 2.9)"
+        registry, "LIBRARY_ERROR", "undefined symbol: aoti_x (built with torch 2.9)"
     )
-    with pytest.raises(backends.BackendUnavailableError, match="undefined symbol: aoti_x"):
+    with pytest.raises(registry.BackendUnavailableError, match="undefined symbol: aoti_x"):
         ops.prepare_latents(latent(COND), latent(NOISE), backend="cpp")

@@ -7,7 +7,10 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from op_inputs import DTYPES, LAYOUTS, latent
 
-from cosmos3_fast import reference
+from cosmos3_fast.ops.prepare_latents import (
+    prepare_latents_mask_reference,
+    prepare_latents_reference,
+)
 
 OPS = torch.ops.cosmos3
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -58,7 +61,7 @@ def test_frames(call: tuple[torch.Tensor, torch.Tensor, list[int]], corrupt: boo
         noise[..., ::3] = float("nan")
     for actual, wanted in zip(
         OPS.prepare_latents(cond, noise, frames),
-        reference.prepare_latents(cond, noise, frames),
+        prepare_latents_reference(cond, noise, frames),
         strict=True,
     ):
         assert_same(actual, wanted)
@@ -76,7 +79,7 @@ def test_mask(
     mask[:, :, frames] = 1.0
     for actual, wanted in zip(
         OPS.prepare_latents(cond, noise, mask),
-        reference.prepare_latents_mask(cond, noise, mask),
+        prepare_latents_mask_reference(cond, noise, mask),
         strict=True,
     ):
         assert_same(actual, wanted)
@@ -88,7 +91,7 @@ def test_in_place(call: tuple[torch.Tensor, torch.Tensor, list[int]]):
     cond, noise, frames = call
     if is_expanded(noise):
         noise = noise.clone()
-    wanted, wanted_velocity = reference.prepare_latents(cond, noise, frames)
+    wanted, wanted_velocity = prepare_latents_reference(cond, noise, frames)
     assert_same(OPS.prepare_latents_(cond, noise, frames), wanted_velocity)
     torch.testing.assert_close(noise, wanted, rtol=0, atol=0)
 

@@ -6,18 +6,25 @@ import pytest
 import torch
 from op_inputs import DTYPES, LAYOUTS, Sample, latent, sample_inputs
 
-from cosmos3_fast import backends, ops, reference
+from cosmos3_fast import ops
+from cosmos3_fast.ops import registry
+from cosmos3_fast.ops.prepare_latents import (
+    prepare_latents_formula,
+    prepare_latents_in_place_reference,
+    prepare_latents_mask_reference,
+    prepare_latents_reference,
+)
 
 SAMPLES = list(sample_inputs())
 
 
 def available(device: str) -> list[str]:
-    return [name for name in backends.BACKENDS if backends.backend_error(name, device) is None]
+    return [name for name in registry.BACKENDS if registry.backend_error(name, device) is None]
 
 
-@pytest.fixture(params=backends.BACKENDS)
+@pytest.fixture(params=registry.BACKENDS)
 def backend(request: pytest.FixtureRequest, device: str) -> str:
-    if (error := backends.backend_error(request.param, device)) is not None:
+    if (error := registry.backend_error(request.param, device)) is not None:
         pytest.skip(error)
     return request.param
 
@@ -44,11 +51,11 @@ def test_frames_equal_the_reference(sample: Sample, backend: str, device: str, p
     cond, noise = sample.on(device)
     before = noise.clone()
     latents, velocity = ops.prepare_latents(cond, noise, sample.frames, backend=backend)
-    wanted, wanted_velocity = reference.prepare_latents(cond, noise, sample.frames)
+    wanted, wanted_velocity = prepare_latents_reference(cond, noise, sample.frames)
     assert_equal(latents, wanted, truncates(backend, device, noise.dtype))
     assert_equal(velocity, wanted_velocity)
     assert torch.equal(noise, before)
-    seed_latents, seed_velocity = reference.prepare_latents_formula(cond, noise, sample.frames)
+    seed_latents, seed_velocity = prepare_latents_formula(cond, noise, sample.frames)
     assert_equal(wanted, seed_latents.contiguous())
     assert_equal(wanted_velocity, seed_velocity)
 
@@ -60,7 +67,7 @@ def test_mask_equals_the_reference(sample: Sample, backend: str, device: str, po
     cond, noise = sample.on(device)
     for mask in (sample.mask().to(device), sample.mask()[:1].to(device, noise.dtype)):
         latents, velocity = ops.prepare_latents(cond, noise, condition_mask=mask, backend=backend)
-        wanted, wanted_velocity = reference.prepare_latents_mask(cond, noise, mask)
+        wanted, wanted_velocity = prepare_latents_mask_reference(cond, noise, mask)
         inexact = truncates(backend, device, noise.dtype)
         assert_equal(latents, wanted, inexact)
         assert_equal(velocity, wanted_velocity, inexact)
@@ -83,7 +90,9 @@ def test_in_place_writes_only_the_conditioned_frames(
     noise.copy_(sample.noise)
     cond, _ = sample.on(device)
     expected = buffer.clone()
-    wanted_velocity = reference.prepare_latents_(cond, expected.as_strided(*place), sample.frames)
+    wanted_velocity = prepare_latents_in_place_reference(
+        cond, expected.as_strided(*place), sample.frames
+    )
     velocity = ops.prepare_latents_(cond, noise, sample.frames, backend=backend)
     if truncates(backend, device, noise.dtype):
         assert_equal(buffer, expected, inexact_cast=True)
@@ -116,7 +125,7 @@ def test_frames_select_so_nothing_leaks(dtype: torch.dtype, backend: str, device
         torch.full_like(cond, float("nan")), noise, (), backend=backend
     )
     assert_equal(latents, noise)
-    leaked, _ = reference.prepare_latents_formula(cond, noise, (0,))
+    leaked, _ = prepare_latents_formula(cond, noise, (0,))
     assert leaked[:, :, 0].isnan().all(), "the engines' formula is what leaks"
 
 
@@ -140,7 +149,7 @@ def test_latents_without_elements(shape: tuple[int, ...], backend: str, device: 
     noise = latent(shape, device=device)
     cond = latent((1, shape[1], 1, *shape[3:]), device=device)
     frames = (1,) if shape[2] else ()
-    wanted, wanted_velocity = reference.prepare_latents(cond, noise, frames)
+    wanted, wanted_velocity = prepare_latents_reference(cond, noise, frames)
     latents, velocity = ops.prepare_latents(cond, noise, frames, backend=backend)
     assert_equal(latents, wanted)
     assert_equal(velocity, wanted_velocity)
@@ -189,7 +198,7 @@ def test_more_than_2_to_the_31_elements():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("backend_name", ["cpp", "triton"])
 def test_graph_capture_replays_under_changed_inputs(backend_name: str):
-    if (error := backends.backend_error(backend_name, "cuda")) is not None:
+    if (error := registry.backend_error(backend_name, "cuda")) is not None:
         pytest.skip(error)
     cond, noise = latent((1, 48, 1, 8, 8), device="cuda"), latent((1, 48, 5, 8, 8), device="cuda")
     ops.prepare_latents(cond, noise, (0,), backend=backend_name)  # Triton compiles outside
@@ -200,7 +209,7 @@ def test_graph_capture_replays_under_changed_inputs(backend_name: str):
         noise.copy_(latent(noise.shape, device="cuda", seed=seed))
         cond.copy_(latent(cond.shape, device="cuda", seed=seed + 10))
         graph.replay()
-        assert torch.equal(latents, reference.prepare_latents(cond, noise, (0,))[0])
+        assert torch.equal(latents, prepare_latents_reference(cond, noise, (0,))[0])
 
 
 @pytest.mark.gpu
@@ -214,7 +223,7 @@ def test_the_kernel_runs_on_the_current_stream(backend: str):
         moved = noise * 2
         latents, _ = ops.prepare_latents(cond, moved, (0,))
     stream.synchronize()
-    assert torch.equal(latents, reference.prepare_latents(cond, noise * 2, (0,))[0])
+    assert torch.equal(latents, prepare_latents_reference(cond, noise * 2, (0,))[0])
 
 
 @pytest.mark.gpu
@@ -224,10 +233,10 @@ def test_the_kernel_runs_on_the_device_of_its_arguments():
     with torch.cuda.device(0):
         latents, _ = ops.prepare_latents(cond, noise, (0,))
     assert latents.device == noise.device
-    assert torch.equal(latents, reference.prepare_latents(cond, noise, (0,))[0])
+    assert torch.equal(latents, prepare_latents_reference(cond, noise, (0,))[0])
 
 
 def test_every_layout_and_dtype_is_sampled():
     assert {s.noise.dtype for s in SAMPLES} == {s.cond_latent.dtype for s in SAMPLES} == set(DTYPES)
     assert len({s.noise.stride() for s in SAMPLES}) > len(LAYOUTS)
-    assert "cpp" in available("cpu") or backends.LIBRARY_ERROR
+    assert "cpp" in available("cpu") or registry.LIBRARY_ERROR

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from cosmos3_fast import backends
+from cosmos3_fast.ops import registry
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -30,7 +30,7 @@ def test_versions_are_those_the_engine_tests_install():
 
 
 def test_every_schema_of_the_latent_op_is_shown():
-    for schema in backends.SCHEMAS[:3]:
+    for schema in registry.SCHEMAS[:3]:
         assert f"cosmos3::{schema}" in README
 
 

@@ -55,7 +55,7 @@ def test_global_accesses_are_16_bytes_wide(compiled: list[dict[str, Any]]):
 def test_one_launch_per_op(monkeypatch: pytest.MonkeyPatch, frames: tuple[int, ...]):
     if torch.cuda.is_available():
         pytest.skip("counted in the interpreter")
-    from cosmos3_fast.kernels import prepare_latents as module
+    from cosmos3_fast.ops.triton import prepare_latents as module
 
     launches = []
 

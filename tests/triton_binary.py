@@ -16,10 +16,10 @@ from typing import Any
 
 import triton
 from cuda_binary import _tool
-from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.registry.compiler import GPUTarget
 
-from cosmos3_fast.kernels import pack_pixels, prepare_latents, rms_norm_silu
+from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu
 
 ARCHITECTURES = (80, 90, 100, 120)
 LATENT_STRIDES = tuple(f"{x}_{d}" for x in ("cond", "noise") for d in "bcthw")

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 
 Mode = Literal["exact", "fast", "off"]
 MODES: tuple[Mode, ...] = ("exact", "fast", "off")
@@ -59,7 +59,7 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 class FoldedVAE:
-    """The `ConditioningEncoder` of one VAE, folded when first used and again after a change.
+    """The `FrameEncoder` of one VAE, folded when first used and again after a change.
 
     A change of weights is seen by the identity and version of the parameters and by a sample of
     their values (writes through `.data` leave no other trace). The sample is `_SAMPLES` evenly
@@ -68,13 +68,13 @@ class FoldedVAE:
     neither moves the VAE (as the offload hooks of accelerate would) nor compiles it.
 
     Args:
-        vae: see `ConditioningEncoder.from_vae`.
+        vae: see `FrameEncoder.from_vae`.
     """
 
     def __init__(self, vae: Any) -> None:
         self._vae = uncompiled(vae)
         self._lock = threading.Lock()
-        self._encoder: ConditioningEncoder | None = None
+        self._encoder: FrameEncoder | None = None
         self._seen: tuple[Any, ...] | None = None
         self._sample: Tensor | None = None
 
@@ -83,7 +83,7 @@ class FoldedVAE:
         with self._lock:
             self._encoder = None
 
-    def encoder(self, device: torch.device | str) -> ConditioningEncoder:
+    def encoder(self, device: torch.device | str) -> FrameEncoder:
         """The folded encoder on `device`, in the VAE's dtype, up to date with its weights.
 
         Raises:
@@ -104,7 +104,7 @@ class FoldedVAE:
             if stale:
                 # What was sampled is what is folded, also if the weights change meanwhile.
                 with _bare(self._vae) as vae:
-                    self._encoder = ConditioningEncoder.from_vae(vae, device=device)
+                    self._encoder = FrameEncoder.from_vae(vae, device=device)
                 self._seen, self._sample = seen, sample
             assert self._encoder is not None
             if self._encoder.device != torch.empty(0, device=device).device:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.engines.common import FoldedVAE, Mode, check_mode, is_compiled, uncompiled
+from cosmos3_fast.frames import latent_frames, pixel_frames
 from cosmos3_fast.vae import UnsupportedVAEError
 from cosmos3_fast.vae.exact import as_in_clip
 
@@ -169,11 +170,11 @@ class _State:
             self._folded = vae, FoldedVAE(vae)
         return self._folded[1]
 
-    def encode(self, pipe: Any, pixels: Tensor, latent_frames: int) -> Tensor:
-        """Latents whose first `latent_frames` are those of `pipe._encode_video(pixels)`."""
+    def encode(self, pipe: Any, pixels: Tensor, wanted: int) -> Tensor:
+        """Latents whose first `wanted` are those of `pipe._encode_video(pixels)`."""
         layout = _Layout.of(pipe.vae)
         total = layout.shape(pixels)[2]
-        if latent_frames == 1 and self.mode == "fast":
+        if wanted == 1 and self.mode == "fast":
             reason = _normalises_otherwise(pipe)
             if reason is None:
                 try:
@@ -188,13 +189,13 @@ class _State:
             reason = None
 
         whole_reason = _cannot_shorten(pipe.vae)
-        if latent_frames < total and whole_reason is None:
-            head = pixels[:, :, : layout.pixel_frames(latent_frames)]
+        if wanted < total and whole_reason is None:
+            head = pixels[:, :, : pixel_frames(wanted, layout.temporal)]
             with as_in_clip(uncompiled(pipe.vae), head, total):
                 latents = type(pipe)._encode_video(pipe, head)
             self._report(Encoding("exact", head.shape[2], pixels.shape[2], reason))
             return latents
-        if latent_frames < total and whole_reason is not None:
+        if wanted < total and whole_reason is not None:
             self.fall_back(pixels, whole_reason)
         else:
             self._report(Encoding("whole", pixels.shape[2], pixels.shape[2], reason))
@@ -260,17 +261,14 @@ class _Layout:
             )
 
     def shape(self, pixels: Tensor) -> tuple[int, ...]:
-        batch, _, frames, height, width = pixels.shape
+        batch, _, total, height, width = pixels.shape
         return (
             batch,
             self.channels,
-            1 + (frames - 1) // self.temporal,
+            latent_frames(total, self.temporal),
             height // self.spatial,
             width // self.spatial,
         )
-
-    def pixel_frames(self, latent_frames: int) -> int:
-        return 1 + self.temporal * (latent_frames - 1)
 
 
 def _encode_video(self: Any, x: Tensor) -> Tensor:

@@ -32,9 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import cosmos3_fast.ops  # noqa: F401  makes torch.ops.cosmos3 exist
 from cosmos3_fast.engines.common import Mode, mode_from_environment
-from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.frames import TEMPORAL_FACTOR, frames_wanted, latent_frames, pixel_frames
+from cosmos3_fast.ops import prepare_latents, prepare_latents_
+from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 from cosmos3_fast.vae.exact import as_in_clip
 
 logger = logging.getLogger(__name__)
@@ -57,7 +58,6 @@ _KNOWN_RELEASES = {
         ),
     }
 }
-_TEMPORAL_FACTOR = 4
 
 _registered = False
 
@@ -171,18 +171,18 @@ class _StageHooks:
             Cosmos3ImagePreprocessStage,
         )
 
-        factor = getattr(stage.vae.config, "scale_factor_temporal", _TEMPORAL_FACTOR)
-        if factor != _TEMPORAL_FACTOR:
+        factor = getattr(stage.vae.config, "scale_factor_temporal", TEMPORAL_FACTOR)
+        if factor != TEMPORAL_FACTOR:
             return None
         if batch.preprocessed_video is None:
             return _Conditioning([0], 1, 1, video=False)
         frames = Cosmos3ImagePreprocessStage._resolve_condition_indexes(batch)
         whole = max(batch.preprocessed_video.shape[2], batch.num_frames)
-        needed = _TEMPORAL_FACTOR * max(frames) + 1
+        needed = pixel_frames(frames_wanted(frames))
         # Counted from the end, or out of range: the engine's to resolve or to refuse.
         if min(frames) < 0 or needed > batch.num_frames:
             return None
-        if _latent_frames(needed) == _latent_frames(whole):
+        if latent_frames(needed) == latent_frames(whole):
             return None
         obstacle = _obstacle_to_prefix(stage.vae)
         if obstacle is not None:
@@ -201,8 +201,8 @@ class _StageHooks:
         batch.preprocessed_image = None
         encoded = encoded.to(noise.dtype)
         condition_latents = torch.zeros_like(noise)
-        torch.ops.cosmos3.prepare_latents_(encoded, condition_latents, frames)
-        latents, velocity_mask = torch.ops.cosmos3.prepare_latents(encoded, noise, frames)
+        prepare_latents_(encoded, condition_latents, frames)
+        latents, velocity_mask = prepare_latents(encoded, noise, frames)
         batch.extra["condition_latents"] = condition_latents
         batch.extra["velocity_mask"] = velocity_mask.repeat(noise.shape[0], 1, 1, 1, 1)
         kind = "V2V" if conditioning.video else "I2V"
@@ -230,7 +230,7 @@ class _StageHooks:
             ):
                 return stage._vae_encode(pixels), "exact"
 
-    def _encoder(self, stage: Any, device: torch.device) -> ConditioningEncoder | None:
+    def _encoder(self, stage: Any, device: torch.device) -> FrameEncoder | None:
         """The folded encoder, up to date; None where the engine's own is to be used."""
         obstacle = _obstacle_to_folding(stage.vae)
         if obstacle is not None:
@@ -268,13 +268,13 @@ class _Folded:
 
     def __init__(self, vae: Any, device: torch.device) -> None:
         self._seen = self._state(vae)
-        self.encoder: ConditioningEncoder | None = None
+        self.encoder: FrameEncoder | None = None
         self.error: str | None = None
         if device.type != "cpu":
             # An offload's copy to the host may still be under way.
             torch.get_device_module(device).synchronize(device)
         try:
-            self.encoder = ConditioningEncoder.from_vae(vae, device=device).eval()
+            self.encoder = FrameEncoder.from_vae(vae, device=device).eval()
         except UnsupportedVAEError as error:
             self.error = str(error)
 
@@ -298,12 +298,12 @@ class _Folded:
 
 
 @functools.cache
-def _encode_folded() -> Callable[[ConditioningEncoder, Tensor], Tensor]:
+def _encode_folded() -> Callable[[FrameEncoder, Tensor], Tensor]:
     """The folded encoder behind SGLang's conditioning cache, as `vae.encode` is."""
     from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
 
     @cached_vae_encode
-    def encode(encoder: ConditioningEncoder, pixels: Tensor) -> Tensor:
+    def encode(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
         return encoder(pixels)
 
     return encode
@@ -350,10 +350,6 @@ def _has_conditioning(batch: Any) -> bool:
     if batch.data_type not in (DataType.VIDEO, DataType.ACTION):
         return False
     return batch.preprocessed_video is not None or batch.preprocessed_image is not None
-
-
-def _latent_frames(pixel_frames: int) -> int:
-    return (pixel_frames - 1) // _TEMPORAL_FACTOR + 1
 
 
 def _take_pixels(batch: Any, frames: int, device: torch.device, vae: Any) -> Tensor:
@@ -406,8 +402,8 @@ def _is_parallel(vae: Any) -> bool:
 @contextmanager
 def _as_in_clip(vae: Any, pixels: Tensor, conditioning: _Conditioning) -> Iterator[None]:
     """Inside, `vae.encode` of a clip's beginning has the bits of the whole clip's encode."""
-    whole = _latent_frames(conditioning.whole_frames)
-    if _latent_frames(conditioning.pixel_frames) == whole:
+    whole = latent_frames(conditioning.whole_frames)
+    if latent_frames(conditioning.pixel_frames) == whole:
         yield
         return
     # The conditioning cache's key holds the VAE's integer attributes named use_*: posteriors

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import (
 )
 
 from cosmos3_fast.engines.common import FoldedVAE
-from cosmos3_fast.vae import ConditioningEncoder, UnsupportedVAEError
+from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 
 __all__ = [
     "Cosmos3OmniDiffusersPipeline",
@@ -83,7 +83,7 @@ class Cosmos3OmniDiffusersPipeline(pipeline_cosmos3.Cosmos3OmniDiffusersPipeline
         with torch.no_grad():
             return encoder(self._to_vae_device(pixels, pin_cpu=pin_cpu))
 
-    def _folded_encoder(self) -> ConditioningEncoder | None:
+    def _folded_encoder(self) -> FrameEncoder | None:
         if self._cosmos3_fast is None or self._cosmos3_fast[0] is not self.vae:
             self._cosmos3_fast = self.vae, FoldedVAE(self.vae)
             logger.info("cosmos3_fast folds the VAE's encoder for single frames")

@@ -1,6 +1,10 @@
-"""The ops `torch.ops.cosmos3.*`: per op its backends, typed wrapper, fake kernel and autograd.
+"""`cosmos3::prepare_latents`: mask broadcast, blend and velocity mask in one pass over the noise.
 
-Importing this module makes the ops exist, compiled or not (see `cosmos3_fast.backends`).
+The specification is the engines' expression, `prepare_latents_formula` (SGLang's
+`Cosmos3LatentPreparationStage`, diffusers' `Cosmos3OmniPipeline.prepare_latents`). The
+`…_reference` functions are the op's own contract in plain torch and serve as its eager backend; the
+kernels are `csrc/cpu/prepare_latents.cpp`, `csrc/cuda/prepare_latents.cu` and
+`ops/triton/prepare_latents.py`.
 """
 
 from __future__ import annotations
@@ -11,58 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .backends import (
-    BackendUnavailableError,
-    default_backend,
-    register,
-    register_autograd_kernel,
-    select,
-)
-
-__all__ = [
-    "BackendUnavailableError",
-    "default_backend",
-    "pack_pixels",
-    "prepare_latents",
-    "prepare_latents_",
-    "rms_norm_silu",
-    "winograd_conv3x3",
-    "winograd_pack",
-]
-
-register(
-    "prepare_latents",
-    checks.check_frames,
-    eager=reference.prepare_latents,
-    triton="prepare_latents:prepare_latents",
-)
-register(
-    "prepare_latents.mask",
-    checks.check_mask,
-    eager=reference.prepare_latents_mask,
-    triton="prepare_latents:prepare_latents_mask",
-)
-register(
-    "prepare_latents_",
-    checks.check_frames_in_place,
-    eager=reference.prepare_latents_,
-    triton="prepare_latents:prepare_latents_",
-)
-register(
-    "rms_norm_silu",
-    checks.check_norm,
-    eager=reference.rms_norm_silu,
-    triton="rms_norm_silu:rms_norm_silu",
-)
-register(
-    "pack_pixels",
-    checks.check_pixels,
-    eager=reference.pack_pixels,
-    triton="pack_pixels:pack_pixels",
-)
-register("winograd_pack", checks.check_winograd_weight, eager=reference.winograd_pack)
-register("winograd_conv3x3", checks.check_winograd, eager=reference.winograd_conv3x3)
+from cosmos3_fast.ops.checks import check_device, check_dtype
+from cosmos3_fast.ops.registry import register, register_autograd_kernel, select
 
 
 def prepare_latents(
@@ -76,7 +30,7 @@ def prepare_latents(
     """Conditioned latents and their velocity mask, in one pass over the noise.
 
     With m = 1 at the conditioned frames, `latents = m * cond_latent + (1 - m) * noise` and
-    `velocity_mask = 1 - m` (`cosmos3_fast.reference.prepare_latents_formula`).
+    `velocity_mask = 1 - m` (`prepare_latents_formula`).
 
     Args:
         cond_latent: [1 or B, C, Tc, H, W], float32, bfloat16, float16 or float64; rounded to the
@@ -124,23 +78,201 @@ def prepare_latents_(
     return run(cond_latent, noise, list(condition_frames))
 
 
+def prepare_latents_formula(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> tuple[Tensor, Tensor]:
+    """The engines' expression. A NaN leaks from the operand that is multiplied by zero."""
+    cond_latent = cond_latent.to(noise.dtype)
+    num_frames = noise.shape[2]
+    condition_mask = noise.new_zeros(1, 1, num_frames, 1, 1)
+    condition_latents = torch.zeros_like(noise)
+    for frame in condition_frames:
+        source = frame if cond_latent.shape[2] > 1 else 0
+        condition_latents[:, :, frame] = cond_latent[:, :, source]
+        condition_mask[:, :, frame] = 1.0
+    latents = condition_mask * condition_latents + (1.0 - condition_mask) * noise
+    return latents, 1.0 - condition_mask
+
+
+def prepare_latents_in_place_reference(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> Tensor:
+    """Writes the conditioned frames into `noise`; returns the velocity mask [1, 1, T, 1, 1]."""
+    velocity_mask = noise.new_ones(1, 1, noise.shape[2], 1, 1)
+    for frame in condition_frames:
+        source = frame if cond_latent.shape[2] > 1 else 0
+        noise[:, :, frame] = cond_latent[:, :, source]
+        velocity_mask[:, :, frame] = 0.0
+    return velocity_mask
+
+
+def prepare_latents_reference(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> tuple[Tensor, Tensor]:
+    """Selects per frame: `latents[:, :, t]` is `cond_latent` for t in condition_frames, else noise.
+
+    Equal (==) to `prepare_latents_formula` for finite inputs.
+    """
+    latents = noise.clone(memory_format=torch.contiguous_format)
+    return latents, prepare_latents_in_place_reference(cond_latent, latents, condition_frames)
+
+
+def prepare_latents_mask_reference(
+    cond_latent: Tensor, noise: Tensor, condition_mask: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`m * cond + (1 - m) * noise` in float32 (float64 for float64 noise), rounded once."""
+    compute = torch.float64 if noise.dtype == torch.float64 else torch.float32
+    mask = condition_mask.to(compute)
+    cond = cond_latent.to(compute)
+    if cond.shape[2] > 1:
+        cond = cond[:, :, : noise.shape[2]]
+    latents = mask * cond + (1.0 - mask) * noise.to(compute)
+    return latents.to(noise.dtype).contiguous(), (1.0 - mask).to(noise.dtype).contiguous()
+
+
+def _check_latent(op: str, argument: str, tensor: Tensor) -> None:
+    torch._check(
+        tensor.dim() == 5,
+        lambda: (
+            f"{op}: {argument} must have 5 dimensions [B, C, T, H, W], "
+            f"got shape {list(tensor.shape)}"
+        ),
+    )
+    check_dtype(op, argument, tensor.dtype)
+
+
+def _check_pair(op: str, cond_latent: Tensor, noise: Tensor) -> None:
+    _check_latent(op, "noise", noise)
+    _check_latent(op, "cond_latent", cond_latent)
+    check_device(op, "cond_latent", cond_latent, "noise", noise)
+    for dim in (1, 3, 4):
+        torch._check(
+            cond_latent.shape[dim] == noise.shape[dim],
+            lambda: (
+                f"{op}: cond_latent must agree with noise in C, H and W; got cond_latent "
+                f"{list(cond_latent.shape)} for noise {list(noise.shape)}"
+            ),
+        )
+    if cond_latent.shape[0] != 1:
+        torch._check(
+            cond_latent.shape[0] == noise.shape[0],
+            lambda: (
+                f"{op}: cond_latent must have batch size 1 or that of noise ({noise.shape[0]}), "
+                f"got {cond_latent.shape[0]}"
+            ),
+        )
+
+
+def check_frames(
+    cond_latent: Tensor,
+    noise: Tensor,
+    condition_frames: Sequence[int] = (0,),
+    op: str = "prepare_latents",
+) -> None:
+    """Raises RuntimeError unless the arguments of a frame-list form fit each other."""
+    _check_pair(op, cond_latent, noise)
+    frames = list(condition_frames)
+    for index, frame in enumerate(frames):
+        torch._check(
+            0 <= frame < noise.shape[2],
+            lambda: (
+                f"{op}: condition_frames must lie in [0, {noise.shape[2]}), "
+                f"got {list(condition_frames)}"
+            ),
+        )
+        torch._check(
+            frame not in frames[:index],
+            lambda: f"{op}: condition_frames must not repeat a frame, got {list(condition_frames)}",
+        )
+    last = max(frames, default=-1)
+    if cond_latent.shape[2] != 1:
+        torch._check(
+            cond_latent.shape[2] > last,
+            lambda: (
+                f"{op}: cond_latent must have 1 frame or more than max(condition_frames) = {last}, "
+                f"got {cond_latent.shape[2]}"
+            ),
+        )
+
+
+def check_mask(cond_latent: Tensor, noise: Tensor, condition_mask: Tensor) -> None:
+    """Raises RuntimeError unless the arguments of the mask form fit each other."""
+    op = "prepare_latents"
+    _check_pair(op, cond_latent, noise)
+    _check_latent(op, "condition_mask", condition_mask)
+    check_device(op, "condition_mask", condition_mask, "noise", noise)
+    batch, *rest = condition_mask.shape
+    wanted = [batch if batch == 1 else noise.shape[0], 1, noise.shape[2], 1, 1]
+    for got, want in zip([batch, *rest], wanted, strict=True):
+        torch._check(
+            got == want,
+            lambda: (
+                f"{op}: condition_mask must have shape [1 or B, 1, T, 1, 1] for noise "
+                f"{list(noise.shape)}, got {list(condition_mask.shape)}"
+            ),
+        )
+    if cond_latent.shape[2] != 1:
+        torch._check(
+            cond_latent.shape[2] >= noise.shape[2],
+            lambda: (
+                f"{op}: cond_latent must have 1 frame or at least those of noise "
+                f"({noise.shape[2]}), got {cond_latent.shape[2]}"
+            ),
+        )
+
+
+def check_frames_in_place(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> None:
+    """As `check_frames`, and `noise` must not hold one element at two indices (expanded)."""
+    op = "prepare_latents_"
+    check_frames(cond_latent, noise, condition_frames, op)
+    for dim, (size, stride) in enumerate(zip(noise.shape, noise.stride(), strict=True)):
+        torch._check(
+            noise.numel() == 0 or size <= 1 or stride != 0,
+            lambda: (
+                f"{op}: noise must not be expanded: dimension {dim} has size {size} and stride 0"  # noqa: B023
+            ),
+        )
+
+
+register(
+    "prepare_latents",
+    check_frames,
+    eager=prepare_latents_reference,
+    triton="prepare_latents:prepare_latents",
+)
+register(
+    "prepare_latents.mask",
+    check_mask,
+    eager=prepare_latents_mask_reference,
+    triton="prepare_latents:prepare_latents_mask",
+)
+register(
+    "prepare_latents_",
+    check_frames_in_place,
+    eager=prepare_latents_in_place_reference,
+    triton="prepare_latents:prepare_latents_",
+)
+
+
 @torch.library.register_fake("cosmos3::prepare_latents")
 def _(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> tuple[Tensor, Tensor]:
-    checks.check_frames(cond_latent, noise, condition_frames)
+    check_frames(cond_latent, noise, condition_frames)
     return noise.new_empty(noise.shape), noise.new_empty(1, 1, noise.shape[2], 1, 1)
 
 
 @torch.library.register_fake("cosmos3::prepare_latents.mask")
 def _(cond_latent: Tensor, noise: Tensor, condition_mask: Tensor) -> tuple[Tensor, Tensor]:
-    checks.check_mask(cond_latent, noise, condition_mask)
+    check_mask(cond_latent, noise, condition_mask)
     return noise.new_empty(noise.shape), noise.new_empty(condition_mask.shape)
 
 
 @torch.library.register_fake("cosmos3::prepare_latents_")
 def _(cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)) -> Tensor:
-    checks.check_frames_in_place(cond_latent, noise, condition_frames)
+    check_frames_in_place(cond_latent, noise, condition_frames)
     return noise.new_empty(1, 1, noise.shape[2], 1, 1)
 
 
@@ -245,183 +377,3 @@ def _refuse_gradients(
 
 
 register_autograd_kernel("prepare_latents_", _refuse_gradients)
-
-
-def rms_norm_silu(
-    x: Tensor, weight: Tensor | None, silu: bool = True, *, backend: str | None = None
-) -> Tensor:
-    """`act(x / max(‖x‖₂, 1e-12) * (√C * weight))` over the channels, in one pass.
-
-    The RMS norm of the Wan VAEs (`weight` is its gamma), followed by SiLU.
-
-    Args:
-        x: [B, C, H, W] float32, bfloat16, float16 or float64; read fastest in channels-last memory.
-        weight: [C], any of those dtypes, or None: just `x / max(‖x‖₂, 1e-12)`.
-        silu: apply SiLU.
-        backend: as in `prepare_latents`.
-
-    Returns:
-        `x`'s shape and dtype, channels-last; computed in float32 (float64 for float64) and
-        rounded once.
-
-    Raises:
-        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
-    """
-    return select("rms_norm_silu", backend, x.device)(x, weight, silu)
-
-
-@torch.library.register_fake("cosmos3::rms_norm_silu")
-def _(x: Tensor, weight: Tensor | None, silu: bool = True) -> Tensor:
-    checks.check_norm(x, weight, silu)
-    return torch.empty_like(x, memory_format=torch.channels_last)
-
-
-def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.silu = inputs
-    ctx.save_for_backward(*((x,) if weight is None else (x, weight)))
-
-
-def _norm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-    # With n = x/‖x‖, y = s n, z = y sigmoid(y): dz/dy = sigmoid(y) (1 + y (1 - sigmoid(y))) and,
-    # for g = s dz/dy dz, dx = (g - n Σ g n) / ‖x‖ (no second term where the norm is clamped).
-    x, *rest = ctx.saved_tensors
-    weight = rest[0] if rest else None
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    value, slope = x.to(statistics), gradient.to(statistics)
-    norm = torch.linalg.vector_norm(value, dim=1, keepdim=True)
-    divisor = norm.clamp_min(reference.NORM_EPS)
-    unit = value / divisor
-    scale = None
-    if weight is not None:
-        scale = (weight.to(statistics) * x.shape[1] ** 0.5).view(-1, 1, 1)
-    if ctx.silu:
-        y = unit if scale is None else unit * scale
-        gate = torch.sigmoid(y)
-        slope = slope * gate * (1 + y * (1 - gate))
-    grad_x = grad_weight = None
-    if ctx.needs_input_grad[0]:
-        inner = slope if scale is None else slope * scale
-        along = unit * (inner * unit).sum(1, keepdim=True)
-        grad_x = ((inner - torch.where(norm > reference.NORM_EPS, along, 0)) / divisor).to(x.dtype)
-    if ctx.needs_input_grad[1] and weight is not None:
-        grad_weight = ((slope * unit).sum((0, 2, 3)) * x.shape[1] ** 0.5).to(weight.dtype)
-    return grad_x, grad_weight, None
-
-
-torch.library.register_autograd("cosmos3::rms_norm_silu", _norm_backward, setup_context=_norm_setup)
-
-
-def pack_pixels(
-    pixels: Tensor, patch_size: int, dtype: torch.dtype, *, backend: str | None = None
-) -> Tensor:
-    """What the first convolution reads, from pixels, in one pass.
-
-    Args:
-        pixels: uint8 [B, H, W, 3], normalised here to [-1, 1] as the engines do
-            (`2 (x / 255) - 1` in float32), or floating [B, 3, H, W], normalised already; any
-            strides.
-        patch_size: divides H and W.
-        dtype: of the result.
-        backend: as in `prepare_latents`.
-
-    Returns:
-        [B, 3·p², H/p, W/p] channels-last, channels ordered as `pixel_unshuffle` orders them.
-
-    Raises:
-        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
-    """
-    return select("pack_pixels", backend, pixels.device)(pixels, patch_size, dtype)
-
-
-@torch.library.register_fake("cosmos3::pack_pixels")
-def _(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    checks.check_pixels(pixels, patch_size, dtype)
-    batch, *sizes = pixels.shape
-    height, width = sizes[:2] if pixels.dtype == torch.uint8 else sizes[1:]
-    shape = (batch, 3 * patch_size**2, height // patch_size, width // patch_size)
-    return torch.empty(shape, dtype=dtype, device=pixels.device, memory_format=torch.channels_last)
-
-
-def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pixels, ctx.patch_size, _ = inputs
-    ctx.dtype = pixels.dtype
-
-
-def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-    # Bytes have no gradient, so the pixels were floating.
-    return torch.nn.functional.pixel_shuffle(gradient, ctx.patch_size).to(ctx.dtype), None, None
-
-
-torch.library.register_autograd("cosmos3::pack_pixels", _pack_backward, setup_context=_pack_setup)
-
-
-def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """Transform float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
-
-    Cout must be a multiple of 32 and Cin of 16. Returns [36, Cout/32, Cin, 32], four times the
-    size of `weight`. Not differentiable.
-    """
-    return select("winograd_pack", backend, weight.device)(weight)
-
-
-@torch.library.register_fake("cosmos3::winograd_pack")
-def _(weight: Tensor) -> Tensor:
-    checks.check_winograd_weight(weight)
-    return weight.new_empty(36, weight.shape[0] // 32, weight.shape[1], 32)
-
-
-def winograd_conv3x3(
-    x: Tensor,
-    packed_weight: Tensor,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    *,
-    backend: str | None = None,
-) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1) + residual` in float32 with a quarter of the products.
-
-    Winograd's F(4x4, 3x3). Its rounding error is a few times that of direct convolution (the tests
-    state it). Not differentiable.
-
-    Args:
-        x: [B, Cin, H, W] float32; read fastest in channels-last memory.
-        packed_weight: `winograd_pack(weight)`.
-        bias: [Cout] float32.
-        residual: [B, Cout, H, W] float32, added to the result.
-        backend: as in `prepare_latents`.
-
-    Returns:
-        [B, Cout, H, W] float32, channels-last.
-
-    Raises:
-        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
-    """
-    return select("winograd_conv3x3", backend, x.device)(x, packed_weight, bias, residual)
-
-
-@torch.library.register_fake("cosmos3::winograd_conv3x3")
-def _(
-    x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-) -> Tensor:
-    checks.check_winograd(x, packed_weight, bias, residual)
-    batch, _, height, width = x.shape
-    return torch.empty(
-        (batch, packed_weight.shape[1] * 32, height, width),
-        dtype=x.dtype,
-        device=x.device,
-        memory_format=torch.channels_last,
-    )
-
-
-def _refuse_winograd_gradients(op: str) -> Any:
-    def kernel(*args: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
-            raise RuntimeError(f"{op}: no argument may require a gradient; use conv2d")
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.cosmos3, op)(*args)
-
-    return kernel
-
-
-for _op in ("winograd_pack", "winograd_conv3x3"):
-    register_autograd_kernel(_op, _refuse_winograd_gradients(_op))

@@ -63,7 +63,7 @@ def _built_and_found() -> str:
 
 def _load_library() -> str | None:
     """Loads the compiled library; returns None, or why there is none."""
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     libraries = sorted(folder.glob("_C*.so"))
     if not libraries:
         reason = folder / "_not_built.txt"
@@ -101,7 +101,7 @@ def register(op: str, check: Kernel, *, eager: Kernel, triton: str | None = None
         op: name in the schema, with its overload.
         check: takes the op's arguments; raises if they do not fit.
         eager, triton: take the same arguments; `triton` as "module:function" below
-            `cosmos3_fast.kernels`, imported at the first call, or None if there is none.
+            `cosmos3_fast.ops.triton`, imported at the first call, or None if there is none.
     """
 
     def run_eager(*args: Any) -> Any:
@@ -115,7 +115,7 @@ def register(op: str, check: Kernel, *, eager: Kernel, triton: str | None = None
 
         @functools.cache
         def triton_kernel() -> Kernel:
-            return getattr(importlib.import_module(f"cosmos3_fast.kernels.{module}"), function)
+            return getattr(importlib.import_module(f"cosmos3_fast.ops.triton.{module}"), function)
 
         def run_triton(*args: Any) -> Any:
             check(*args)

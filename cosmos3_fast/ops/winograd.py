@@ -1,103 +1,84 @@
-"""The eager formulas: the specification that every kernel is tested against.
+"""`cosmos3::winograd_conv3x3`: 3x3 convolution in float32 with a quarter of the products.
 
-`prepare_latents_formula` is what the engines write today (SGLang's
-`Cosmos3LatentPreparationStage`, diffusers' `Cosmos3OmniPipeline.prepare_latents`). The other
-functions are the ops' own contract in plain torch, and serve as the `eager` backend.
+Winograd's F(4x4, 3x3): Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015).
+Kernel: `csrc/cpu/winograd.cpp`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-
-def prepare_latents_formula(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
-) -> tuple[Tensor, Tensor]:
-    """The engines' expression. A NaN leaks from the operand that is multiplied by zero."""
-    cond_latent = cond_latent.to(noise.dtype)
-    num_frames = noise.shape[2]
-    condition_mask = noise.new_zeros(1, 1, num_frames, 1, 1)
-    condition_latents = torch.zeros_like(noise)
-    for frame in condition_frames:
-        source = frame if cond_latent.shape[2] > 1 else 0
-        condition_latents[:, :, frame] = cond_latent[:, :, source]
-        condition_mask[:, :, frame] = 1.0
-    latents = condition_mask * condition_latents + (1.0 - condition_mask) * noise
-    return latents, 1.0 - condition_mask
+from cosmos3_fast.ops.checks import check_device, check_float32, check_rank
+from cosmos3_fast.ops.registry import LIBRARY_KERNELS, register, register_autograd_kernel, select
 
 
-def prepare_latents_(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
+    """Transform float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
+
+    Cout must be a multiple of 32 and Cin of 16. Returns [36, Cout/32, Cin, 32], four times the
+    size of `weight`. Not differentiable.
+    """
+    return select("winograd_pack", backend, weight.device)(weight)
+
+
+def winograd_conv3x3(
+    x: Tensor,
+    packed_weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
-    """Writes the conditioned frames into `noise`; returns the velocity mask [1, 1, T, 1, 1]."""
-    velocity_mask = noise.new_ones(1, 1, noise.shape[2], 1, 1)
-    for frame in condition_frames:
-        source = frame if cond_latent.shape[2] > 1 else 0
-        noise[:, :, frame] = cond_latent[:, :, source]
-        velocity_mask[:, :, frame] = 0.0
-    return velocity_mask
+    """`conv2d(x, weight, bias, padding=1) + residual` in float32 with a quarter of the products.
 
+    Winograd's F(4x4, 3x3). Its rounding error is a few times that of direct convolution (the tests
+    state it). Not differentiable.
 
-def prepare_latents(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
-) -> tuple[Tensor, Tensor]:
-    """Selects per frame: `latents[:, :, t]` is `cond_latent` for t in condition_frames, else noise.
+    Args:
+        x: [B, Cin, H, W] float32; read fastest in channels-last memory.
+        packed_weight: `winograd_pack(weight)`.
+        bias: [Cout] float32.
+        residual: [B, Cout, H, W] float32, added to the result.
+        backend: as in `prepare_latents`.
 
-    Equal (==) to `prepare_latents_formula` for finite inputs.
+    Returns:
+        [B, Cout, H, W] float32, channels-last.
+
+    Raises:
+        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
-    latents = noise.clone(memory_format=torch.contiguous_format)
-    return latents, prepare_latents_(cond_latent, latents, condition_frames)
+    return select("winograd_conv3x3", backend, x.device)(x, packed_weight, bias, residual)
 
 
-def prepare_latents_mask(
-    cond_latent: Tensor, noise: Tensor, condition_mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`m * cond + (1 - m) * noise` in float32 (float64 for float64 noise), rounded once."""
-    compute = torch.float64 if noise.dtype == torch.float64 else torch.float32
-    mask = condition_mask.to(compute)
-    cond = cond_latent.to(compute)
-    if cond.shape[2] > 1:
-        cond = cond[:, :, : noise.shape[2]]
-    latents = mask * cond + (1.0 - mask) * noise.to(compute)
-    return latents.to(noise.dtype).contiguous(), (1.0 - mask).to(noise.dtype).contiguous()
+# Below this many 4x4 output tiles, streaming the four times larger packed weights costs what the
+# saved products gain; it also keeps them to 270 MB for the encoder of Cosmos3 at 480x832.
+MIN_TILES = 256
 
 
-NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
+def takes_winograd(x: Tensor, weight: Tensor) -> bool:
+    """Whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
 
+    On a CPU with a compiled kernel, in float32, without gradients, for channels that the kernel
+    takes and images of at least `MIN_TILES` tiles.
 
-def rms_norm_silu(x: Tensor, weight: Tensor | None, silu: bool = True) -> Tensor:
-    """`act(x / max(‖x‖₂, 1e-12) * (√C * weight))`, the norm taken over dim 1 of [B, C, H, W].
-
-    The VAE's RMS norm with `weight` its gamma. Everything is computed in float32 (float64 for
-    float64) and rounded once; √C stays out of the stored weight because rounding their product to
-    bfloat16 would cost as much accuracy as rounding the result. Without `weight`, no √C either.
+    Args:
+        x: [B, Cin, H, W].
+        weight: [Cout, Cin, 3, 3].
     """
-    statistics = torch.promote_types(x.dtype, torch.float32)
-    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=statistics)
-    y = x / norm.clamp_min(NORM_EPS)
-    if weight is not None:
-        y = y * (weight.to(statistics) * x.shape[1] ** 0.5).view(-1, 1, 1)
-    y = (torch.nn.functional.silu(y) if silu else y).to(x.dtype)
-    return y.contiguous(memory_format=torch.channels_last)
-
-
-def pack_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """Normalised pixels in the patch order of `pixel_unshuffle`: [B, 3·p², H/p, W/p].
-
-    Bytes [B, H, W, 3] are normalised as SGLang's `preprocess_image` does: `2 (x / 255) - 1` in
-    float32. Floats [B, 3, H, W] are taken to be normalised already.
-    """
-    if pixels.dtype == torch.uint8:
-        pixels = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
-    # As pixel_unshuffle, which leaves tensors without elements as they are.
-    batch, _, height, width = pixels.shape
-    p, rows, columns = patch_size, height // patch_size, width // patch_size
-    cells = pixels.to(dtype).reshape(batch, 3, rows, p, columns, p).permute(0, 1, 3, 5, 2, 4)
-    packed = cells.reshape(batch, 3 * p * p, rows, columns)
-    return packed.contiguous(memory_format=torch.channels_last)
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        return False
+    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+    return (
+        tiles >= MIN_TILES
+        and x.dtype == weight.dtype == torch.float32
+        and weight.shape[1] % 16 == 0
+        and weight.shape[0] % 32 == 0
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and ("winograd_conv3x3", "cpu") in LIBRARY_KERNELS
+    )
 
 
 def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +109,7 @@ def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return make(inverse), make(kernel), make(inputs)
 
 
-def winograd_pack(weight: Tensor) -> Tensor:
+def winograd_pack_reference(weight: Tensor) -> Tensor:
     """`G g G^T` of every 3x3 kernel g of [Cout, Cin, 3, 3], as [36, Cout/32, Cin, 32]."""
     in_channels = weight.shape[1]
     _, kernel, _ = _winograd_matrices(weight)
@@ -136,7 +117,7 @@ def winograd_pack(weight: Tensor) -> Tensor:
     return points.permute(2, 1, 0).reshape(36, in_channels, -1, 32).transpose(1, 2).contiguous()
 
 
-def winograd_conv3x3(
+def winograd_conv3x3_reference(
     x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """Winograd's F(4x4, 3x3), whose own specification is `conv2d(x, weight, bias, padding=1)`.
@@ -159,3 +140,90 @@ def winograd_conv3x3(
     if residual is not None:
         y = y + residual
     return y.contiguous(memory_format=torch.channels_last)
+
+
+def check_winograd_weight(weight: Tensor) -> None:
+    """Raises RuntimeError unless `weight` can be packed for `winograd_conv3x3`."""
+    op = "winograd_pack"
+    check_rank(op, "weight", weight, 4, "[Cout, Cin, 3, 3]")
+    check_float32(op, "weight", weight)
+    out_channels, in_channels, height, width = weight.shape
+    torch._check(
+        out_channels % 32 == 0 and in_channels % 16 == 0 and height == 3 and width == 3,
+        lambda: (
+            f"{op}: weight must have shape [Cout, Cin, 3, 3] with Cout a multiple of 32 and Cin of "
+            f"16, got {list(weight.shape)}"
+        ),
+    )
+
+
+def check_winograd(
+    x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> None:
+    """Raises RuntimeError unless the arguments of `winograd_conv3x3` fit each other."""
+    op = "winograd_conv3x3"
+    check_rank(op, "x", x, 4, "[B, Cin, H, W]")
+    check_float32(op, "x", x)
+    check_rank(op, "packed_weight", packed_weight, 4, "[36, Cout/32, Cin, 32]")
+    check_float32(op, "packed_weight", packed_weight)
+    check_device(op, "packed_weight", packed_weight, "x", x)
+    points, panels, in_channels, lanes = packed_weight.shape
+    torch._check(
+        points == 36 and lanes == 32,
+        lambda: _packed_message(op, x, packed_weight),
+    )
+    torch._check(in_channels == x.shape[1], lambda: _packed_message(op, x, packed_weight))
+    wanted = [x.shape[0], panels * 32, x.shape[2], x.shape[3]]
+    for argument, tensor, shape in (("bias", bias, wanted[1:2]), ("residual", residual, wanted)):
+        if tensor is not None:
+            check_float32(op, argument, tensor)
+            check_device(op, argument, tensor, "x", x)
+            torch._check(
+                list(tensor.shape) == shape,
+                lambda: f"{op}: {argument} must have shape {shape}, got {list(tensor.shape)}",  # noqa: B023
+            )
+
+
+def _packed_message(op: str, x: Tensor, packed_weight: Tensor) -> str:
+    return (
+        f"{op}: packed_weight must have shape [36, Cout/32, Cin, 32] for x {list(x.shape)}, "
+        f"got {list(packed_weight.shape)}"
+    )
+
+
+register("winograd_pack", check_winograd_weight, eager=winograd_pack_reference)
+register("winograd_conv3x3", check_winograd, eager=winograd_conv3x3_reference)
+
+
+@torch.library.register_fake("cosmos3::winograd_pack")
+def _(weight: Tensor) -> Tensor:
+    check_winograd_weight(weight)
+    return weight.new_empty(36, weight.shape[0] // 32, weight.shape[1], 32)
+
+
+@torch.library.register_fake("cosmos3::winograd_conv3x3")
+def _(
+    x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    check_winograd(x, packed_weight, bias, residual)
+    batch, _, height, width = x.shape
+    return torch.empty(
+        (batch, packed_weight.shape[1] * 32, height, width),
+        dtype=x.dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
+    )
+
+
+def _refuse_winograd_gradients(op: str) -> Any:
+    def kernel(*args: Tensor | None) -> Tensor:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
+            raise RuntimeError(f"{op}: no argument may require a gradient; use conv2d")
+        with torch._C._AutoDispatchBelowAutograd():
+            return getattr(torch.ops.cosmos3, op)(*args)
+
+    return kernel
+
+
+for _op in ("winograd_pack", "winograd_conv3x3"):
+    register_autograd_kernel(_op, _refuse_winograd_gradients(_op))

@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.vae.encoder import ConditioningEncoder, FoldedEncoder
+from cosmos3_fast.frames import TEMPORAL_FACTOR, is_whole, latent_frames, pixel_frames
+from cosmos3_fast.ops import pack_pixels
+from cosmos3_fast.vae.encoder import FoldedEncoder, FrameEncoder
 from cosmos3_fast.vae.fold import Read, fold_clip
 from cosmos3_fast.vae.layers import Conv3x3, EncoderStage, ResidualBlock, add_average_shortcut
 from cosmos3_fast.vae.topology import EncoderTopology, Stage, UnsupportedVAEError
@@ -143,7 +145,7 @@ class ClipEncoder(FoldedEncoder):
     `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std`, and
     `encoder(pixels, n)` its first n latent frames, for which only the first 4n - 3 pixel frames
     are read. The first latent frame is that of `encoder.first`, bit for bit. As in
-    `ConditioningEncoder`, the VAE's tiling is ignored.
+    `FrameEncoder`, the VAE's tiling is ignored.
 
     Memory, for the VAE of Cosmos3: 149 M parameters (298 MB in bf16, 596 MB in fp32), of which
     the 53 M of `first` are the last temporal taps, stored once and used for every frame. In fp32
@@ -162,7 +164,7 @@ class ClipEncoder(FoldedEncoder):
         device: of the parameters.
 
     Attributes:
-        first: the `ConditioningEncoder` for the first frame, which can be used on its own.
+        first: the `FrameEncoder` for the first frame, which can be used on its own.
         topology, z_dim, spatial_factor: as `first`'s.
 
     Raises:
@@ -178,12 +180,12 @@ class ClipEncoder(FoldedEncoder):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(topology, dtype)
-        if topology.temporal_factor != 4:
+        if topology.temporal_factor != TEMPORAL_FACTOR:
             raise UnsupportedVAEError(
                 f"config: temperal_downsample makes one latent frame of {topology.temporal_factor} "
                 "pixel frames, wanted 4"
             )
-        self.first = ConditioningEncoder(topology, dtype, device)
+        self.first = FrameEncoder(topology, dtype, device)
         with torch.device(device or torch.get_default_device()):
             self.conv_in = CausalConv(topology.in_channels, topology.stages[0].in_channels)
             self.stages = nn.ModuleList(ClipStage(stage) for stage in topology.stages)
@@ -209,7 +211,7 @@ class ClipEncoder(FoldedEncoder):
         Args:
             pixels: [B, 3, T, H, W] in [-1, 1] with T = 1 + 4k, floating point (cast to `dtype`),
                 any strides; or bytes [B, T, H, W, 3], uint8, normalised here as the engines do
-                (`2 (x / 255) - 1`). Single frames without T as for `ConditioningEncoder`. On the
+                (`2 (x / 255) - 1`). Single frames without T as for `FrameEncoder`. On the
                 encoder's device; H and W are multiples of `spatial_factor`. B may be 0.
             num_latent_frames: n in 1 … 1 + k; None: all of them. Pixel frames from 4n - 3 on are
                 not read.
@@ -232,7 +234,7 @@ class ClipEncoder(FoldedEncoder):
     def _push(self, frame: Tensor, memory: Memory) -> Tensor | None:
         """The latent frame [B, z_dim, h, w] that this pixel frame completes, if it does."""
         first = self.first
-        packed = torch.ops.cosmos3.pack_pixels(frame, self.topology.patch_size, self.dtype)
+        packed = pack_pixels(frame, self.topology.patch_size, self.dtype)
         x: Tensor | None = self.conv_in(packed, first.conv_in, memory)
         for clip_stage, stage in zip(self.stages, first.stages, strict=True):
             x = clip_stage(x, stage, memory)
@@ -254,15 +256,15 @@ class ClipEncoder(FoldedEncoder):
         time = 1 if is_bytes else 2
         clip = pixels if pixels.dim() == 5 else pixels.unsqueeze(time)
         total = clip.shape[time]
-        if total % 4 != 1:
+        if not is_whole(total):
             raise ValueError(f"pixels has {total} frames, wanted 1 + 4k")
-        available = total // 4 + 1
+        available = latent_frames(total)
         wanted = available if num_latent_frames is None else num_latent_frames
         if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= available:
             raise ValueError(
                 f"num_latent_frames is {wanted!r}, wanted 1 to {available} for {total} pixel frames"
             )
-        frames = [clip.select(time, t) for t in range(4 * wanted - 3)]
+        frames = [clip.select(time, t) for t in range(pixel_frames(wanted))]
         # They have one shape, dtype and device.
         frames[0] = self.first._checked_frame(frames[0])
         return frames, wanted

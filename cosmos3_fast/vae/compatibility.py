@@ -22,7 +22,7 @@ def check_modules(vae: Any, topology: EncoderTopology, clips: bool = False) -> N
     nonlinearities (evaluated and compared with SiLU).
 
     Args:
-        vae: see `ConditioningEncoder.from_vae`.
+        vae: see `FrameEncoder.from_vae`.
         topology: of its encoder.
         clips: check also what acts from the second frame on (`time_conv`).
 
@@ -117,7 +117,7 @@ def probe_against(vae: Any, encoder: Any, frames: int = 1) -> None:
 
     Args:
         vae: see `exact.encode_mode`; tiling is switched off meanwhile.
-        encoder: the `ConditioningEncoder` or `ClipEncoder` folded from it.
+        encoder: the `FrameEncoder` or `ClipEncoder` folded from it.
         frames: 1 + 4k. Nine reach every state there is: from the third chunk on, each convolution
             looks back on two frames.
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos3_fast.frames import is_whole, latent_frames
 from cosmos3_fast.vae.topology import read_config
 
 
@@ -75,10 +76,10 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
     """
     if pixels.dim() != 5:
         raise ValueError(f"pixels has shape {list(pixels.shape)}, wanted [B, 3, T, H, W]")
-    if pixels.shape[2] % 4 != 1:
+    if not is_whole(pixels.shape[2]):
         raise ValueError(f"pixels has {pixels.shape[2]} frames, wanted 1 + 4k")
     weight = vae.encoder.conv_in.weight
-    with as_in_clip(vae, pixels, clip_latent_frames or 1 + pixels.shape[2] // 4):
+    with as_in_clip(vae, pixels, clip_latent_frames or latent_frames(pixels.shape[2])):
         latents = encode_mode(vae, pixels.to(weight.device, weight.dtype))
     return normalize_latents(latents, vae.config)
 
@@ -97,7 +98,7 @@ def as_in_clip(vae: Any, pixels: Tensor, clip_latent_frames: int) -> Iterator[No
         pixels: [B, 3, 1 + 4k, H, W].
         clip_latent_frames: at least 1 + k.
     """
-    frames = 1 + pixels.shape[2] // 4
+    frames = latent_frames(pixels.shape[2])
     missing = clip_latent_frames - frames
     if missing <= 0:
         yield

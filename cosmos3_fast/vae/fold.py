@@ -19,7 +19,7 @@ Read = Callable[[str], Tensor]
 
 
 def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict of `ConditioningEncoder(topology)`, on the CPU, in `dtype`."""
+    """The state dict of `FrameEncoder(topology)`, on the CPU, in `dtype`."""
     out: dict[str, Tensor] = {}
 
     def put(name: str, tensor: Tensor) -> None:

@@ -9,13 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.backends import LIBRARY_KERNELS
-from cosmos3_fast.ops import rms_norm_silu
+from cosmos3_fast.ops import rms_norm_silu, takes_winograd, winograd_conv3x3, winograd_pack
 from cosmos3_fast.vae.topology import Stage
-
-# Below this many 4x4 output tiles, streaming the four times larger packed weights costs what the
-# saved products gain; it also keeps them to 270 MB for Cosmos3 at 480x832.
-_WINOGRAD_TILES = 256
 
 
 class Conv3x3(nn.Conv2d):
@@ -30,30 +25,17 @@ class Conv3x3(nn.Conv2d):
         self._packed: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._takes_winograd(x):
-            return torch.ops.cosmos3.winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
+        if takes_winograd(x, self.weight):
+            return winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
-
-    def _takes_winograd(self, x: Tensor) -> bool:
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
-            return False
-        tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
-        return (
-            tiles >= _WINOGRAD_TILES
-            and x.dtype == self.weight.dtype == torch.float32
-            and self.in_channels % 16 == 0
-            and self.out_channels % 32 == 0
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
-            and ("winograd_conv3x3", "cpu") in LIBRARY_KERNELS
-        )
 
     def _packed_weight(self) -> Tensor:
         version = 0 if self.weight.is_inference() else self.weight._version
         key = (self.weight.data_ptr(), version)
         if self._packed is None or self._packed[0] != key:
             with torch.no_grad():
-                self._packed = key, torch.ops.cosmos3.winograd_pack(self.weight)
+                self._packed = key, winograd_pack(self.weight)
         return self._packed[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv3x3:

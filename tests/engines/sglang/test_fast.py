@@ -158,9 +158,9 @@ def test_new_weights_are_folded_again(stage):
 
 def test_the_weights_are_folded_once(stage, monkeypatch):
     folds: list[object] = []
-    from_vae = engine.ConditioningEncoder.from_vae
+    from_vae = engine.FrameEncoder.from_vae
     monkeypatch.setattr(
-        engine.ConditioningEncoder,
+        engine.FrameEncoder,
         "from_vae",
         lambda vae, **options: folds.append(vae) or from_vae(vae, **options),
     )

@@ -1,4 +1,4 @@
-"""`ConditioningEncoder`: one frame of pixels to normalised latents, as a 2-D network.
+"""`FrameEncoder`: one frame of pixels to normalised latents, as a 2-D network.
 
 `FoldedEncoder` is what it has in common with the encoder for clips (`cosmos3_fast.vae.clip`).
 """
@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.ops import pack_pixels
 from cosmos3_fast.vae.checkpoint import open_checkpoint
+from cosmos3_fast.vae.compatibility import check_modules, probe_against
 from cosmos3_fast.vae.fold import Read, fold_encoder
 from cosmos3_fast.vae.layers import Attention, Conv3x3, EncoderStage, NormSiLU, ResidualBlock
-from cosmos3_fast.vae.live import check_modules, probe_against
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError, is_encoder_tensor
 
 if TYPE_CHECKING:
@@ -160,7 +161,7 @@ class FoldedEncoder(nn.Module):
         raise NotImplementedError
 
 
-class ConditioningEncoder(FoldedEncoder):
+class FrameEncoder(FoldedEncoder):
     """The encoder of a Wan-family VAE (the one of Cosmos3) for single frames.
 
     `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std` for one
@@ -238,7 +239,7 @@ class ConditioningEncoder(FoldedEncoder):
             height, width = (size // self.spatial_factor for size in sizes)
             shape = (0, self.z_dim, 1, height, width)
             return torch.empty(shape, dtype=self.dtype, device=frame.device)
-        x = self.conv_in(torch.ops.cosmos3.pack_pixels(frame, self.topology.patch_size, self.dtype))
+        x = self.conv_in(pack_pixels(frame, self.topology.patch_size, self.dtype))
         for stage in self.stages:
             x = stage(x)
         x = self.conv_out(self.norm_out(self.middle(x)))

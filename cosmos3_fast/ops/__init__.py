@@ -1,0 +1,23 @@
+"""The ops `torch.ops.cosmos3.*`, one module each; importing this package makes them exist.
+
+A module holds everything Python about its op: typed wrapper, reference, argument check, fake
+kernel, autograd and registration. `registry` decides which backend serves.
+"""
+
+from cosmos3_fast.ops.pack_pixels import pack_pixels
+from cosmos3_fast.ops.prepare_latents import prepare_latents, prepare_latents_
+from cosmos3_fast.ops.registry import BackendUnavailableError, default_backend
+from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu
+from cosmos3_fast.ops.winograd import takes_winograd, winograd_conv3x3, winograd_pack
+
+__all__ = [
+    "BackendUnavailableError",
+    "default_backend",
+    "pack_pixels",
+    "prepare_latents",
+    "prepare_latents_",
+    "rms_norm_silu",
+    "takes_winograd",
+    "winograd_conv3x3",
+    "winograd_pack",
+]

@@ -1,0 +1,107 @@
+"""`cosmos3::pack_pixels`: bytes or floats to the patches that the first convolution reads.
+
+Kernels: `csrc/cpu/pack_pixels.cpp` and `ops/triton/pack_pixels.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_rank
+from cosmos3_fast.ops.registry import register, select
+
+
+def pack_pixels(
+    pixels: Tensor, patch_size: int, dtype: torch.dtype, *, backend: str | None = None
+) -> Tensor:
+    """What the first convolution reads, from pixels, in one pass.
+
+    Args:
+        pixels: uint8 [B, H, W, 3], normalised here to [-1, 1] as the engines do
+            (`2 (x / 255) - 1` in float32), or floating [B, 3, H, W], normalised already; any
+            strides.
+        patch_size: divides H and W.
+        dtype: of the result.
+        backend: as in `prepare_latents`.
+
+    Returns:
+        [B, 3·p², H/p, W/p] channels-last, channels ordered as `pixel_unshuffle` orders them.
+
+    Raises:
+        RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
+    """
+    return select("pack_pixels", backend, pixels.device)(pixels, patch_size, dtype)
+
+
+def pack_pixels_reference(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
+    """Normalised pixels in the patch order of `pixel_unshuffle`: [B, 3·p², H/p, W/p].
+
+    Bytes [B, H, W, 3] are normalised as SGLang's `preprocess_image` does: `2 (x / 255) - 1` in
+    float32. Floats [B, 3, H, W] are taken to be normalised already.
+    """
+    if pixels.dtype == torch.uint8:
+        pixels = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
+    # As pixel_unshuffle, which leaves tensors without elements as they are.
+    batch, _, height, width = pixels.shape
+    p, rows, columns = patch_size, height // patch_size, width // patch_size
+    cells = pixels.to(dtype).reshape(batch, 3, rows, p, columns, p).permute(0, 1, 3, 5, 2, 4)
+    packed = cells.reshape(batch, 3 * p * p, rows, columns)
+    return packed.contiguous(memory_format=torch.channels_last)
+
+
+def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> None:
+    """Raises RuntimeError unless the arguments of `pack_pixels` fit each other."""
+    op = "pack_pixels"
+    is_bytes = pixels.dtype == torch.uint8
+    check_rank(op, "pixels", pixels, 4, "[B, 3, H, W], or [B, H, W, 3] in uint8")
+    torch._check(
+        is_bytes or pixels.dtype in SUPPORTED_DTYPES,
+        lambda: (
+            f"{op}: pixels must be uint8, float32, bfloat16, float16 or float64, got {pixels.dtype}"
+        ),
+    )
+    torch._check(
+        pixels.shape[3 if is_bytes else 1] == 3,
+        lambda: (
+            f"{op}: pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
+            f"got {list(pixels.shape)}"
+        ),
+    )
+    check_dtype(op, "dtype", dtype)
+    torch._check(patch_size >= 1, lambda: f"{op}: patch_size must be at least 1, got {patch_size}")
+    for dim in (1, 2) if is_bytes else (2, 3):
+        torch._check(
+            pixels.shape[dim] % patch_size == 0,
+            lambda: (
+                f"{op}: pixels must have height and width divisible by patch_size = {patch_size}, "
+                f"got {list(pixels.shape)}"
+            ),
+        )
+
+
+register("pack_pixels", check_pixels, eager=pack_pixels_reference, triton="pack_pixels:pack_pixels")
+
+
+@torch.library.register_fake("cosmos3::pack_pixels")
+def _(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
+    check_pixels(pixels, patch_size, dtype)
+    batch, *sizes = pixels.shape
+    height, width = sizes[:2] if pixels.dtype == torch.uint8 else sizes[1:]
+    shape = (batch, 3 * patch_size**2, height // patch_size, width // patch_size)
+    return torch.empty(shape, dtype=dtype, device=pixels.device, memory_format=torch.channels_last)
+
+
+def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    pixels, ctx.patch_size, _ = inputs
+    ctx.dtype = pixels.dtype
+
+
+def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+    # Bytes have no gradient, so the pixels were floating.
+    return torch.nn.functional.pixel_shuffle(gradient, ctx.patch_size).to(ctx.dtype), None, None
+
+
+torch.library.register_autograd("cosmos3::pack_pixels", _pack_backward, setup_context=_pack_setup)
