@@ -1,6 +1,6 @@
 // Argument checks shared by the compiled backends. The wording and the order are those of
 // cosmos3_fast/checks.py, which serves the fake kernels and the Python backends;
-// tests/test_op_errors.py compares the two fault by fault.
+// tests/ops/test_errors.py compares the two fault by fault.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosmos3_fast.vae.exact import encode_exact
-from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config
+from cosmos3_fast.vae.synthetic import (
+    COSMOS3_VAE_CONFIG,
+    synthetic_config,
+    synthetic_state_dict,
+    synthetic_vae,
+)
 
 # Reduced widths; what remains is as in the real VAEs.
 RESIDUAL = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": 16})
@@ -60,6 +66,26 @@ TINY_CLIP = synthetic_config(
         "z_dim": 4,
     }
 )
+
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def qwen_vae(seed: int = 0) -> Any:
+    import diffusers
+
+    vae = diffusers.AutoencoderKLQwenImage.from_config(QWEN)
+    vae.load_state_dict(synthetic_state_dict(QWEN, seed), strict=False)
+    return vae.eval().requires_grad_(False)
+
+
+BUILDERS: dict[str, Callable[[int], Any]] = {
+    "wan2.2": lambda seed: synthetic_vae(RESIDUAL, seed),
+    "wan2.2 uneven": lambda seed: synthetic_vae(UNEVEN, seed),
+    "wan2.1": lambda seed: synthetic_vae(WAN21, seed),
+    "wan2.1 attention": lambda seed: synthetic_vae(WAN21_ATTENTION, seed),
+    "qwen-image": qwen_vae,
+}
 
 
 def image(seed: int, batch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:

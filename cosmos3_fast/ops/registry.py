@@ -20,7 +20,7 @@ import torch
 BACKENDS = ("cpp", "triton", "eager")
 DEVICES = ("cpu", "cuda")
 
-# As in csrc/ops.cpp, for installs without the library; tests/test_build.py compares the two.
+# As in csrc/ops.cpp, for installs without the library; tests/install/test_build.py compares both.
 SCHEMAS = (
     "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
     "(Tensor latents, Tensor velocity_mask)",

@@ -16,8 +16,8 @@ from typing import Any
 
 import triton
 from cuda_binary import _tool
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.registry.compiler import GPUTarget
 
 from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu
 

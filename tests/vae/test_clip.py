@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_cases import RESIDUAL, UNEVEN, WAN21, clip, peak, rms
-from test_encoder import (
-    BUILDERS,
-    HALVES,
-    attention_in_stages,  # noqa: F401  a fixture, autouse
-)
+from encoder_cases import BUILDERS, HALVES, RESIDUAL, UNEVEN, WAN21, clip, peak, rms
 from torch import nn
 
 from cosmos3_fast.ops.registry import LIBRARY_KERNELS
@@ -27,6 +22,7 @@ from cosmos3_fast.vae.synthetic import (
 )
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("attention_in_stages")
 
 
 @pytest.fixture(scope="module")

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from encoder_cases import (
-    QWEN,
+    BUILDERS,
+    HALVES,
     RESIDUAL,
-    UNEVEN,
-    WAN21,
-    WAN21_ATTENTION,
     image,
     peak,
     reference,
@@ -23,35 +20,10 @@ from encoder_cases import (
 
 from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.exact import encode_exact, encode_mode, normalize_latents
-from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_state_dict, synthetic_vae
+from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
-diffusers = pytest.importorskip("diffusers")
-
-HALVES = [torch.bfloat16, torch.float16]
-
-
-def qwen_vae(seed: int = 0) -> Any:
-    vae = diffusers.AutoencoderKLQwenImage.from_config(QWEN)
-    vae.load_state_dict(synthetic_state_dict(QWEN, seed), strict=False)
-    return vae.eval().requires_grad_(False)
-
-
-BUILDERS: dict[str, Callable[[int], Any]] = {
-    "wan2.2": lambda seed: synthetic_vae(RESIDUAL, seed),
-    "wan2.2 uneven": lambda seed: synthetic_vae(UNEVEN, seed),
-    "wan2.1": lambda seed: synthetic_vae(WAN21, seed),
-    "wan2.1 attention": lambda seed: synthetic_vae(WAN21_ATTENTION, seed),
-    "qwen-image": qwen_vae,
-}
-
-
-@pytest.fixture(autouse=True)
-def attention_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers 0.42 hands its cache to attention blocks in down_blocks, which do not take it."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
-
-    forward = WanAttentionBlock.forward
-    monkeypatch.setattr(WanAttentionBlock, "forward", lambda self, x, **cache: forward(self, x))
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("attention_in_stages")
 
 
 @pytest.fixture(scope="module")
