@@ -1,4 +1,4 @@
-"""Configurations, images and error measures shared by the encoder's tests."""
+"""Configurations, images and VAEs shared by the encoder's tests."""
 
 from __future__ import annotations
 
@@ -103,11 +103,3 @@ def clip(seed: int, batch: int, frames: int, height: int, width: int, dtype: tor
 def reference(vae: Any, pixels: Tensor) -> Tensor:
     """The seed path: [B, 3, H, W] through the 3-D VAE, normalised as SGLang does."""
     return encode_exact(vae, pixels[:, :, None])
-
-
-def rms(error: Tensor) -> float:
-    return float(error.double().square().mean().sqrt())
-
-
-def peak(error: Tensor) -> float:
-    return float(error.abs().max())
