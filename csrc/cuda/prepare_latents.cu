@@ -1,16 +1,13 @@
 // CUDA kernels of cosmos3::prepare_latents. One row is one (batch, channel, frame) plane of H x W
 // elements and belongs to one block, so that which operand it takes is decided once per block and
 // every offset is a 64-bit row base plus an index within the plane.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <tuple>
-#include <type_traits>
 
-#include "../checks.h"
-#include "../layout.h"
+#include "../dtypes.h"
+#include "../prepare_latents.h"
 #include "launch.h"
 
 namespace cosmos3 {
@@ -37,37 +34,16 @@ struct Source {
 };
 
 template <typename T>
-__device__ T from_float(float value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(value);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(value);
-  } else {
-    return static_cast<T>(value);
-  }
-}
-
-template <typename T>
-__device__ T from_double(double value) {
-  if constexpr (sizeof(T) == 2) {
-    return from_float<T>(static_cast<float>(value));  // as torch converts
-  } else {
-    return static_cast<T>(value);
-  }
-}
-
-template <typename T>
 __device__ T load_as(const Source& source, int64_t offset) {
   switch (source.dtype) {
     case ScalarType::Float:
-      return from_float<T>(static_cast<const float*>(source.data)[offset]);
+      return convert<T>(static_cast<const float*>(source.data)[offset]);
     case ScalarType::BFloat16:
-      return from_float<T>(
-          __bfloat162float(static_cast<const __nv_bfloat16*>(source.data)[offset]));
+      return convert<T>(static_cast<const BFloat16*>(source.data)[offset]);
     case ScalarType::Half:
-      return from_float<T>(__half2float(static_cast<const __half*>(source.data)[offset]));
+      return convert<T>(static_cast<const Half*>(source.data)[offset]);
     default:
-      return from_double<T>(static_cast<const double*>(source.data)[offset]);
+      return convert<T>(static_cast<const double*>(source.data)[offset]);
   }
 }
 
@@ -115,7 +91,7 @@ __global__ void prepare_latents_kernel(T* __restrict__ latents, T* __restrict__ 
     copy_row(out, noise, row_offset(noise.strides, b, c, t), shape);
   }
   if (b == 0 && c == 0 && threadIdx.x == 0) {
-    velocity_mask[t] = from_float<T>(is_condition ? 0.0f : 1.0f);
+    velocity_mask[t] = convert<T>(is_condition ? 0.0f : 1.0f);
   }
 }
 
@@ -127,7 +103,7 @@ __global__ void write_frames_kernel(T* __restrict__ noise, const Strides to, con
   // One block per (batch, channel) and one more for the velocity mask; each walks the frames.
   if (blockIdx.x == shape.b * shape.c) {
     for (int64_t i = threadIdx.x; i < num_frames; i += blockDim.x) {
-      velocity_mask[first_frame + i] = from_float<T>(frames.contains(i) ? 0.0f : 1.0f);
+      velocity_mask[first_frame + i] = convert<T>(frames.contains(i) ? 0.0f : 1.0f);
     }
     return;
   }
@@ -153,28 +129,9 @@ __global__ void write_frames_kernel(T* __restrict__ noise, const Strides to, con
 }
 
 template <typename T>
-using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <typename T>
 __device__ T blend(Compute<T> m, Compute<T> cond, Compute<T> noise) {
   // Compiled without fused multiply-adds: float32 equals the eager formula to the bit.
-  const Compute<T> value = m * cond + (Compute<T>{1} - m) * noise;
-  if constexpr (std::is_same_v<T, double>) {
-    return value;
-  } else {
-    return from_float<T>(value);
-  }
-}
-
-template <typename T>
-__device__ Compute<T> widen(T value) {
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat162float(value);
-  } else if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(value);
-  } else {
-    return value;
-  }
+  return convert<T>(m * cond + (Compute<T>{1} - m) * noise);
 }
 
 template <typename T>
@@ -202,7 +159,8 @@ __global__ void blend_kernel(T* __restrict__ latents, T* __restrict__ velocity_m
       T* lanes = reinterpret_cast<T*>(&vector);
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
-        lanes[lane] = blend<T>(m, widen(cond_lanes[lane]), widen(lanes[lane]));
+        lanes[lane] =
+            blend<T>(m, convert<Compute<T>>(cond_lanes[lane]), convert<Compute<T>>(lanes[lane]));
       }
       reinterpret_cast<uint4*>(out)[i] = vector;
     }
@@ -215,20 +173,6 @@ __global__ void blend_kernel(T* __restrict__ latents, T* __restrict__ velocity_m
   }
   if (b < mask_batch && c == 0 && threadIdx.x == 0) {
     velocity_mask[b * shape.t + t] = blend<T>(m, 0, 1);
-  }
-}
-
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(__nv_bfloat16{});
-    default:
-      return f(__half{});
   }
 }
 

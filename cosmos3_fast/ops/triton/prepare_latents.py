@@ -1,7 +1,7 @@
 """Triton kernels of `cosmos3::prepare_latents`: one program per tile of one H x W plane.
 
-Importing this module imports Triton. The launchers take arguments that
-`cosmos3_fast.checks` has passed, on a CUDA device or, under TRITON_INTERPRET=1, on the CPU.
+Importing this module imports Triton. The launchers take arguments that the checks of
+`ops/prepare_latents.py` have passed, on a CUDA device or, under TRITON_INTERPRET=1, on the CPU.
 """
 
 from __future__ import annotations
