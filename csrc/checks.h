@@ -22,6 +22,17 @@ template <typename... Parts>
   throw std::runtime_error(message.str());
 }
 
+// What `f` returns, which allocates and whose arguments have passed the checks, so that only a lack
+// of memory makes it fail: torch's stable ABI drops the message of an allocation that failed.
+template <typename F>
+auto allocating(const char* op, F&& f) {
+  try {
+    return f();
+  } catch (const std::exception& error) {
+    fail(op, ": not enough memory (", error.what(), ")");
+  }
+}
+
 inline bool is_supported(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
          dtype == ScalarType::Double;

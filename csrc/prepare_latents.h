@@ -2,6 +2,7 @@
 // [B, C, T, H, W] lie, and the checks of the arguments.
 #pragma once
 
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/macros/Macros.h>
 
@@ -105,14 +106,58 @@ inline void check_mask(const char* op, const Tensor& cond, const Tensor& noise,
   }
 }
 
-// A tensor written in place must not hold one element at two indices (torch's own rule).
-inline void check_writable(const char* op, const Tensor& noise) {
+// The bytes [begin, end) that hold the elements of `x`, which has some.
+struct Extent {
+  uintptr_t begin, end;
+
+  explicit Extent(const Tensor& x) : begin(reinterpret_cast<uintptr_t>(x.const_data_ptr())) {
+    int64_t elements = 1;
+    for (int64_t dim = 0; dim < x.dim(); ++dim) {
+      elements += (x.size(dim) - 1) * x.stride(dim);
+    }
+    end = begin + elements * x.element_size();
+  }
+  bool is_full(const Tensor& x) const {
+    return end - begin == static_cast<uintptr_t>(x.numel() * x.element_size());
+  }
+};
+
+// Whether the memory of the two is interleaved or shared.
+inline bool may_overlap(const Tensor& cond, const Tensor& noise) {
+  if (cond.numel() == 0 || noise.numel() == 0) {
+    return false;
+  }
+  const Extent ours(cond), theirs(noise);
+  return ours.begin < theirs.end && theirs.begin < ours.end;
+}
+
+inline bool is_same_view(const Tensor& a, const Tensor& b) {
+  return a.const_data_ptr() == b.const_data_ptr() && a.scalar_type() == b.scalar_type() &&
+         std::equal(a.sizes().begin(), a.sizes().end(), b.sizes().begin()) &&
+         std::equal(a.strides().begin(), a.strides().end(), b.strides().begin());
+}
+
+// As check_frames; and, as torch's own copy_ has it, `noise` must not hold one element at two
+// indices nor overlap `cond` in part.
+inline void check_frames_in_place(const char* op, const Tensor& cond, const Tensor& noise,
+                                  const std::vector<int64_t>& frames) {
+  check_frames(op, cond, noise, frames);
   for (int64_t dim = 0; dim < 5; ++dim) {
     if (noise.numel() > 0 && noise.size(dim) > 1 && noise.stride(dim) == 0) {
       fail(op, ": noise must not be expanded: dimension ", dim, " has size ", noise.size(dim),
            " and stride 0");
     }
   }
+  if (may_overlap(cond, noise) && !is_same_view(cond, noise) && Extent(cond).is_full(cond) &&
+      Extent(noise).is_full(noise)) {
+    fail(op, ": cond_latent must not overlap noise in memory; clone it");
+  }
+}
+
+// What is read while `noise` is written: where views of one buffer interleave, a copy, so that the
+// result does not depend on the order of the writes.
+inline Tensor apart(const Tensor& cond, const Tensor& noise) {
+  return may_overlap(cond, noise) ? torch::stable::clone(cond) : cond;
 }
 
 }  // namespace cosmos3

@@ -87,8 +87,10 @@ Tensor pack_pixels(Tensor pixels, int64_t patch_size, ScalarType dtype) {
   check_pixels(pixels, patch_size, dtype);
   const bool bytes = pixels.scalar_type() == ScalarType::Byte;
   const int64_t height = pixels.size(bytes ? 1 : 2), width = pixels.size(bytes ? 2 : 3);
-  Tensor out = empty_channels_last(pixels, pixels.size(0), 3 * patch_size * patch_size,
-                                   height / patch_size, width / patch_size, dtype);
+  Tensor out = allocating("pack_pixels", [&] {
+    return empty_channels_last(pixels, pixels.size(0), 3 * patch_size * patch_size,
+                               height / patch_size, width / patch_size, dtype);
+  });
   dispatch(dtype, [&](auto out_tag) {
     using Out = decltype(out_tag);
     if (bytes) {

@@ -89,9 +89,8 @@ int64_t grain_rows(const Shape& shape, int64_t element_size) {
   return row_bytes == 0 ? kGrainBytes : std::max<int64_t>(1, kGrainBytes / row_bytes);
 }
 
-std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
-                                           std::vector<int64_t> condition_frames) {
-  check_frames("prepare_latents", cond_latent, noise, condition_frames);
+std::tuple<Tensor, Tensor> select_frames(const Tensor& cond_latent, const Tensor& noise,
+                                         const std::vector<int64_t>& condition_frames) {
   const Shape shape = shape_of(noise);
   const std::vector<char> is_condition = frame_set(condition_frames, shape.t);
   Tensor latents = torch::stable::new_empty(noise, {shape.b, shape.c, shape.t, shape.h, shape.w});
@@ -153,9 +152,8 @@ void blend_row(T* out, const T* noise, const Cond* cond, Compute<T> m, const Sou
   }
 }
 
-std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise,
-                                                Tensor condition_mask) {
-  check_mask("prepare_latents", cond_latent, noise, condition_mask);
+std::tuple<Tensor, Tensor> blend_frames(const Tensor& cond_latent, const Tensor& noise,
+                                        const Tensor& condition_mask) {
   const Shape shape = shape_of(noise);
   Tensor latents = torch::stable::new_empty(noise, {shape.b, shape.c, shape.t, shape.h, shape.w});
   Tensor velocity_mask =
@@ -196,11 +194,11 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
   return {latents, velocity_mask};
 }
 
-Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> condition_frames) {
-  check_frames("prepare_latents_", cond_latent, noise, condition_frames);
-  check_writable("prepare_latents_", noise);
+Tensor write_frames(const Tensor& cond_latent, Tensor& noise,
+                    const std::vector<int64_t>& condition_frames) {
   const Shape shape = shape_of(noise);
-  const Source cond(cond_latent, shape);
+  const Tensor source = apart(cond_latent, noise);
+  const Source cond(source, shape);
   const Strides to = strides_of(noise);
   const bool dense = plane_is_dense(shape, to);
   const int64_t num_condition = condition_frames.size();
@@ -229,6 +227,26 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
                                 });
   });
   return make_velocity_mask(frame_set(condition_frames, shape.t), noise);
+}
+
+std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
+                                           std::vector<int64_t> condition_frames) {
+  const char* op = "prepare_latents";
+  check_frames(op, cond_latent, noise, condition_frames);
+  return allocating(op, [&] { return select_frames(cond_latent, noise, condition_frames); });
+}
+
+std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise,
+                                                Tensor condition_mask) {
+  const char* op = "prepare_latents";
+  check_mask(op, cond_latent, noise, condition_mask);
+  return allocating(op, [&] { return blend_frames(cond_latent, noise, condition_mask); });
+}
+
+Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> condition_frames) {
+  const char* op = "prepare_latents_";
+  check_frames_in_place(op, cond_latent, noise, condition_frames);
+  return allocating(op, [&] { return write_frames(cond_latent, noise, condition_frames); });
 }
 
 }  // namespace

@@ -122,8 +122,7 @@ void run_parallel(Tensor& out, const Tensor& x, const std::vector<Scale>& scale,
   });
 }
 
-Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
-  check_norm(x, weight);
+Tensor normalize(const Tensor& x, const std::optional<Tensor>& weight, bool silu) {
   const Tensor input = channels_last(x);
   Tensor out = empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
   const int64_t channels = x.size(1);
@@ -132,6 +131,11 @@ Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
     run_parallel<T>(out, input, scale_of<Compute<T>>(weight, channels), silu);
   });
   return out;
+}
+
+Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
+  check_norm(x, weight);
+  return allocating("rms_norm_silu", [&] { return normalize(x, weight, silu); });
 }
 
 }  // namespace

@@ -29,6 +29,9 @@ void check_winograd_weight(const Tensor& weight) {
          "got ",
          list(weight.sizes()));
   }
+  if (weight.size(1) == 0) {
+    fail(op, ": weight must have input channels, got ", list(weight.sizes()));
+  }
 }
 
 void check_winograd(const Tensor& x, const Tensor& packed_weight, const std::optional<Tensor>& bias,
@@ -43,6 +46,10 @@ void check_winograd(const Tensor& x, const Tensor& packed_weight, const std::opt
       packed_weight.size(3) != 32) {
     fail(op, ": packed_weight must have shape [36, Cout/32, Cin, 32] for x ", list(x.sizes()),
          ", got ", list(packed_weight.sizes()));
+  }
+  // The kernels take input channels by the vector.
+  if (x.size(1) == 0 || x.size(1) % 16) {
+    fail(op, ": x must have a positive multiple of 16 channels, got ", x.size(1));
   }
   const int64_t out_channels = packed_weight.size(1) * 32;
   if (bias.has_value()) {
@@ -287,8 +294,7 @@ Buffer allocate(int64_t floats) {
   return Buffer(pointer);
 }
 
-Tensor winograd_pack(Tensor weight) {
-  check_winograd_weight(weight);
+Tensor pack(const Tensor& weight) {
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t out = weight.size(0), in = weight.size(1);
   Tensor packed = torch::stable::new_empty(weight, {kPoints, out / kPanel, in, kPanel});
@@ -327,9 +333,8 @@ Tensor winograd_pack(Tensor weight) {
   return packed;
 }
 
-Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bias,
-                        std::optional<Tensor> residual) {
-  check_winograd(x, packed_weight, bias, residual);
+Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& residual) {
   const Conv conv{x.size(0),
                   x.size(2),
                   x.size(3),
@@ -348,6 +353,9 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bi
   }
   Tensor out = empty_channels_last(x, conv.batch, conv.out_channels, conv.height, conv.width,
                                    ScalarType::Float);
+  if (out.numel() == 0) {
+    return out;
+  }
   auto data = [](const Tensor& tensor) {
     return static_cast<const float*>(tensor.const_data_ptr());
   };
@@ -389,6 +397,17 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bi
     }
   });
   return out;
+}
+
+Tensor winograd_pack(Tensor weight) {
+  check_winograd_weight(weight);
+  return allocating("winograd_pack", [&] { return pack(weight); });
+}
+
+Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual) {
+  check_winograd(x, packed_weight, bias, residual);
+  return allocating("winograd_conv3x3", [&] { return convolve(x, packed_weight, bias, residual); });
 }
 
 }  // namespace
