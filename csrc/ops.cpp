@@ -1,5 +1,6 @@
 // The schema of every op in the library. Each backend registers its kernels beside their code:
-// cpu/<op>.cpp and cuda/<op>.cu; cosmos3_fast/ops.py adds the fake kernels, autograd and Triton.
+// cpu/<op>.cpp and cuda/<op>.cu; cosmos3_fast/ops/<op>.py adds the fake
+// kernel, autograd and Triton.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(cosmos3, m) {

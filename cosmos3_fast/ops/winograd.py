@@ -6,13 +6,23 @@ Kernel: `csrc/cpu/winograd.cpp`.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_float32, check_rank
-from cosmos3_fast.ops.registry import LIBRARY_KERNELS, register, register_autograd_kernel, select
+from cosmos3_fast.ops.registry import (
+    LIBRARY_KERNELS,
+    PLAIN_TENSORS,
+    has_tangent,
+    register,
+    register_kernel,
+    select,
+)
 
 
 def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
@@ -70,15 +80,40 @@ def takes_winograd(x: Tensor, weight: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
+    # The packed weight is made of the weight's memory, which only a plain tensor has.
+    if (
+        type(weight) not in PLAIN_TENSORS
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    ):
+        return False
     tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
     return (
         tiles >= MIN_TILES
         and x.dtype == weight.dtype == torch.float32
+        and weight.shape[1] > 0
         and weight.shape[1] % 16 == 0
         and weight.shape[0] % 32 == 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and ("winograd_conv3x3", "cpu") in LIBRARY_KERNELS
     )
+
+
+@functools.cache
+def _memcmp() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).memcmp
+    function.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    return function
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two CPU tensors agree in dtype, shape and every bit.
+
+    Several times faster than `torch.equal`, and a NaN equals itself.
+    """
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    a, b = a.contiguous(), b.contiguous()
+    return _memcmp()(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
 
 
 def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,6 +190,10 @@ def check_winograd_weight(weight: Tensor) -> None:
             f"16, got {list(weight.shape)}"
         ),
     )
+    torch._check(
+        in_channels > 0,
+        lambda: f"{op}: weight must have input channels, got {list(weight.shape)}",
+    )
 
 
 def check_winograd(
@@ -173,6 +212,11 @@ def check_winograd(
         lambda: _packed_message(op, x, packed_weight),
     )
     torch._check(in_channels == x.shape[1], lambda: _packed_message(op, x, packed_weight))
+    # The kernels take input channels by the vector.
+    torch._check(
+        in_channels > 0 and in_channels % 16 == 0,
+        lambda: f"{op}: x must have a positive multiple of 16 channels, got {in_channels}",
+    )
     wanted = [x.shape[0], panels * 32, x.shape[2], x.shape[3]]
     for argument, tensor, shape in (("bias", bias, wanted[1:2]), ("residual", residual, wanted)):
         if tensor is not None:
@@ -217,7 +261,8 @@ def _(
 
 def _refuse_winograd_gradients(op: str) -> Any:
     def kernel(*args: Tensor | None) -> Tensor:
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args):
+        tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
+        if tracked or has_tangent(*args):
             raise RuntimeError(f"{op}: no argument may require a gradient; use conv2d")
         with torch._C._AutoDispatchBelowAutograd():
             return getattr(torch.ops.cosmos3, op)(*args)
@@ -226,4 +271,4 @@ def _refuse_winograd_gradients(op: str) -> Any:
 
 
 for _op in ("winograd_pack", "winograd_conv3x3"):
-    register_autograd_kernel(_op, _refuse_winograd_gradients(_op))
+    register_kernel(_op, _refuse_winograd_gradients(_op), "Autograd")

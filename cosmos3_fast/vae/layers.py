@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.ops import rms_norm_silu, takes_winograd, winograd_conv3x3, winograd_pack
+from cosmos3_fast.ops.winograd import same_bits
 from cosmos3_fast.vae.topology import Stage
 
 
@@ -17,26 +18,30 @@ class Conv3x3(nn.Conv2d):
     """3x3 convolution of stride 1 and padding 1, plus an optional residual.
 
     In float32 on the CPU, large images go through `cosmos3::winograd_conv3x3`; the transformed
-    weights are made at the first such call and again after the weights have changed.
+    weights are made at the first such call and again whenever the weights differ from those they
+    were made of. Every call compares the bits, which takes about a hundredth of the convolution:
+    version counters do not see a write through `.data` or to an inference tensor.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self._packed: tuple[tuple[int, int], Tensor] | None = None
+        # A copy of the weight and what was packed from that copy, which no thread sees apart.
+        self._packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if takes_winograd(x, self.weight):
-            return winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
+            # `.to()` in another thread changes what the parameter holds, not this.
+            weight = self.weight.detach()
+            return winograd_conv3x3(x, self._packed_weight(weight), self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
 
-    def _packed_weight(self) -> Tensor:
-        version = 0 if self.weight.is_inference() else self.weight._version
-        key = (self.weight.data_ptr(), version)
-        if self._packed is None or self._packed[0] != key:
-            with torch.no_grad():
-                self._packed = key, winograd_pack(self.weight)
-        return self._packed[1]
+    def _packed_weight(self, weight: Tensor) -> Tensor:
+        packed = self._packed
+        if packed is None or not same_bits(packed[0], weight):
+            copy = weight.clone()
+            packed = self._packed = copy, winograd_pack(copy)
+        return packed[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv3x3:
         self._packed = None

@@ -23,7 +23,7 @@ from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu
 
 ARCHITECTURES = (80, 90, 100, 120)
 LATENT_STRIDES = tuple(f"{x}_{d}" for x in ("cond", "noise") for d in "bcthw")
-INTEGERS = dict.fromkeys(("C", "T", "plane", "W", "launch_frames", *LATENT_STRIDES), "i32")
+INTEGERS = dict.fromkeys(("C", "T", "plane", "W", "tiles", "launch_frames", *LATENT_STRIDES), "i32")
 BLENDED = {k: v for k, v in INTEGERS.items() if k != "launch_frames"}
 FRAMES = {"bits_low": "i64", "bits_high": "i64", "first_frame": "i32"}
 
@@ -57,10 +57,10 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             rms_norm_silu.rms_norm_silu_kernel,
             {
                 "out": "*bf16", "x": "*bf16", "weight": "*bf16", "pixels": "i32", "C": "i32",
-                "root": "fp32", "eps": "fp32",
             },
             {
-                "HAS_WEIGHT": True, "SILU": True, "COMPUTE": triton.language.float32,
+                "ROOT": 640**0.5, "EPS": 1e-12, "HAS_WEIGHT": True, "SILU": True,
+                "COMPUTE": triton.language.float32,
                 "PIXELS": rms_norm_silu.ELEMENTS // 1024, "CHANNELS": 1024,
             },
         ),
