@@ -1,4 +1,4 @@
-"""The layers of the 2-D encoder. Activations are [B, C, H, W] in channels_last memory."""
+"""The layers of the 2-D networks. Activations are [B, C, H, W] in channels_last memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.ops import rms_norm_silu, takes_winograd, winograd_conv3x3, winograd_pack
+from cosmos3_fast.vae.decoder_topology import UpStage
 from cosmos3_fast.vae.topology import Stage
 
 
@@ -172,3 +173,84 @@ class EncoderStage(nn.Module):
         if self.residual:
             y = add_average_shortcut(y, x, self.factor_t, self.factor_s)
         return y
+
+
+class Upsample(nn.Module):
+    """Nearest-neighbour 2x up-sampling and a 3x3 convolution: [B, C, H, W] → [B, C', 2H, 2W].
+
+    Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
+    (`decoder_fold.phase_kernels`): 16 products instead of 36. Each phase is padded for itself and
+    written where it belongs, so that no more than one is held beside the result.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.out_channels = out_channels
+        self.weight = nn.Parameter(torch.zeros(4 * out_channels, in_channels, 2, 2))
+        self.bias = nn.Parameter(torch.zeros(out_channels))
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1) -> Tensor:
+        """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one."""
+        batch, _, height, width = x.shape
+        out = torch.empty(
+            (batch, self.out_channels, 2 * height, 2 * width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        for phase, kernel in enumerate(self.weight.chunk(4)):
+            row, column = divmod(phase, 2)
+            padded = F.pad(x, (1 - column, column, 1 - row, row))
+            y = F.conv2d(padded, kernel, self.bias)
+            if shortcut is not None:
+                y = y + duplicated_phase(shortcut, self.out_channels, factor_t, phase)
+            out[:, :, row::2, column::2] = y
+        return out
+
+
+def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, phase: int) -> Tensor:
+    """One phase of the VAE's `DupUp3D` on one frame, at the resolution of `x`.
+
+    The 3-D layer repeats each input channel so often that output channels of `4·factor_t` values
+    (a cell: time, then row, then column) can be cut from the list. On the first chunk only the
+    last time of each cell is kept.
+
+    Args:
+        x: [B, C, H, W]; C divides `4·factor_t·out_channels`.
+        out_channels: of the result.
+        factor_t: 1 or 2.
+        phase: 2 row + column.
+
+    Returns:
+        [B, out_channels, H, W]; a view where a cell is a whole number of repetitions (every stage
+        of Cosmos3).
+    """
+    cell = 4 * factor_t
+    repeats = cell * out_channels // x.shape[1]
+    value = cell - 4 + phase
+    if cell % repeats == 0:
+        return x[:, value // repeats :: cell // repeats]
+    return x.repeat_interleave(repeats, 1)[:, value::cell]
+
+
+class DecoderStage(nn.Module):
+    """The residual blocks of one resolution, its up-sampling and shortcut."""
+
+    def __init__(self, stage: UpStage, residual: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        width = stage.in_channels
+        for _ in range(stage.num_blocks):
+            self.blocks.append(ResidualBlock(width, stage.out_channels))
+            width = stage.out_channels
+        self.upsample = None if stage.up_channels is None else Upsample(width, stage.up_channels)
+        self.residual = residual
+        self.factor_t = stage.factor_t
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        if self.upsample is None:
+            return y
+        return self.upsample(y, x if self.residual else None, self.factor_t)
