@@ -34,9 +34,7 @@ def fold_decoder(topology: DecoderTopology, read: Read, dtype: torch.dtype) -> d
         for j, source in enumerate(blocks):
             fold.residual_block(source, f"stages.{i}.blocks.{j}", j == 0 and changes_width)
         if upsampler is not None:
-            weight = phase_kernels(read(f"{upsampler}.resample.1.weight"))
-            fold.put(f"stages.{i}.upsample.weight", weight)
-            fold.put(f"stages.{i}.upsample.bias", read(f"{upsampler}.resample.1.bias"))
+            fold.conv(f"{upsampler}.resample.1", f"stages.{i}.upsample")
     fold.put("norm_out.weight", read("decoder.norm_out.gamma").flatten())
     weight = spatial_taps(read("decoder.conv_out.weight"))
     fold.put("conv_out.weight", shuffle_order(weight, topology.patch_size))
@@ -64,26 +62,6 @@ def denormalize(
         matrix * float64(std).view(-1, 1, 1),
         matrix.flatten(1) @ float64(mean) + bias.double(),
     )
-
-
-def phase_kernels(weight: Tensor) -> Tensor:
-    """The 2x2 kernels that a nearest-neighbour 2x up-sampling and a 3x3 convolution are.
-
-    Along one axis, outputs 2i and 2i + 1 of a kernel (w0, w1, w2) on the up-sampled (…, x[i-1],
-    x[i-1], x[i], x[i], x[i+1], x[i+1], …) are `w0 x[i-1] + (w1 + w2) x[i]` and
-    `(w0 + w1) x[i] + w2 x[i+1]`. Zero padding of the up-sampled image is zero padding of x.
-
-    Args:
-        weight: [Cout, Cin, 3, 3].
-
-    Returns:
-        [4·Cout, Cin, 2, 2] in fp64: the phases (row, column) = (0, 0), (0, 1), (1, 0), (1, 1) one
-        after the other.
-    """
-    # Per phase and tap of the small kernel, which taps of the large one it sums.
-    sums = float64((1, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 1)).view(2, 2, 3)
-    kernels = torch.einsum("ayi,bxj,ocij->abocyx", sums, sums, weight.double())
-    return kernels.flatten(0, 2)
 
 
 def shuffle_order(tensor: Tensor, patch_size: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -175,19 +175,17 @@ class EncoderStage(nn.Module):
         return y
 
 
-class Upsample(nn.Module):
+class Upsample(nn.Conv2d):
     """Nearest-neighbour 2x up-sampling and a 3x3 convolution: [B, C, H, W] → [B, C', 2H, 2W].
 
     Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
-    (`decoder_fold.phase_kernels`): 16 products instead of 36. Each phase is padded for itself and
-    written where it belongs, so that no more than one is held beside the result.
+    (`phase_kernels`): 16 products instead of 36. Each phase is padded for itself and written where
+    it belongs, so that no more than one is held beside the result. The kernels are made at each
+    call, which costs what a few pixels do: kept, they would be 16 weights for 9.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.out_channels = out_channels
-        self.weight = nn.Parameter(torch.zeros(4 * out_channels, in_channels, 2, 2))
-        self.bias = nn.Parameter(torch.zeros(out_channels))
+        super().__init__(in_channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1) -> Tensor:
         """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one."""
@@ -198,7 +196,7 @@ class Upsample(nn.Module):
             device=x.device,
             memory_format=torch.channels_last,
         )
-        for phase, kernel in enumerate(self.weight.chunk(4)):
+        for phase, kernel in enumerate(phase_kernels(self.weight)):
             row, column = divmod(phase, 2)
             padded = F.pad(x, (1 - column, column, 1 - row, row))
             y = F.conv2d(padded, kernel, self.bias)
@@ -206,6 +204,38 @@ class Upsample(nn.Module):
                 y = y + duplicated_phase(shortcut, self.out_channels, factor_t, phase)
             out[:, :, row::2, column::2] = y
         return out
+
+
+def phase_kernels(weight: Tensor) -> Iterator[Tensor]:
+    """The 2x2 kernels that a nearest-neighbour 2x up-sampling and a 3x3 convolution are.
+
+    Along one axis, outputs 2i and 2i + 1 of a kernel (w0, w1, w2) on the up-sampled (…, x[i-1],
+    x[i-1], x[i], x[i], x[i+1], x[i+1], …) are `w0 x[i-1] + (w1 + w2) x[i]` and
+    `(w0 + w1) x[i] + w2 x[i+1]`. Zero padding of the up-sampled image is zero padding of x.
+
+    Args:
+        weight: [Cout, Cin, 3, 3].
+
+    Yields:
+        [Cout, Cin, 2, 2] in channels_last memory for the phases (row, column) = (0, 0), (0, 1),
+        (1, 0), (1, 1); summed in float32 (float64 for float64) and rounded once.
+    """
+    taps = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for pair in _phase_sums(*taps.unbind(2)):
+        columns = [_phase_sums(*row.unbind(2)) for row in pair]
+        for column in range(2):
+            kernel = torch.empty_like(weight[:, :, :2, :2], memory_format=torch.channels_last)
+            for y in range(2):
+                for x in range(2):
+                    kernel[:, :, y, x] = columns[y][column][x]
+            yield kernel
+
+
+def _phase_sums(
+    first: Tensor, middle: Tensor, last: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two taps along one axis, for the even and for the odd outputs."""
+    return (first, middle + last), (first + middle, last)
 
 
 def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, phase: int) -> Tensor:

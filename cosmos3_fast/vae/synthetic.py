@@ -91,7 +91,9 @@ def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tenso
 
 
 def synthetic_vae(
-    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG, seed: int = 0, decoder_base_dim: int = 16
+    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG,
+    seed: int = 0,
+    decoder_base_dim: int | None = 16,
 ) -> Any:
     """A diffusers VAE in fp32 with the weights of both synthetic state dicts.
 
@@ -99,7 +101,7 @@ def synthetic_vae(
         config: `_class_name` says which class, by default `AutoencoderKLWan`; latent statistics
             are added where it has none.
         seed: of weights and statistics.
-        decoder_base_dim: a small decoder saves time and memory; 0: as `config` has it.
+        decoder_base_dim: a small decoder saves time and memory; None: as `config` has it.
             Qwen-Image's is as wide as its encoder.
     """
     import diffusers
@@ -107,7 +109,7 @@ def synthetic_vae(
     if "latents_mean" not in config:
         config = synthetic_config(config, seed)
     name = config.get("_class_name", "AutoencoderKLWan")
-    if decoder_base_dim and name == "AutoencoderKLWan":
+    if decoder_base_dim is not None and name == "AutoencoderKLWan":
         config = {**config, "decoder_base_dim": decoder_base_dim}
     # The initialisation that the meta device skips takes longer than all the rest.
     with torch.device("meta"):
