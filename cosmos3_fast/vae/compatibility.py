@@ -136,8 +136,8 @@ def _check_upsampling(name: str, layer: nn.Upsample) -> None:
 
 def _check_norm(name: str, norm: Any) -> None:
     channels = norm.gamma.numel()
-    bias = getattr(norm, "bias", None)
-    if bias is not None and bool(torch.as_tensor(bias).ne(0).any()):
+    bias = getattr(norm, "bias", None)  # a tensor or a number
+    if bool(bias.ne(0).any()) if isinstance(bias, Tensor) else bias:
         _refuse(name, "bias", "non-zero values", 0)
     scale = getattr(norm, "scale", None)
     if scale is None or abs(float(scale) - channels**0.5) > 1e-6 * channels**0.5:
