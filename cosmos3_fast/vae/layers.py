@@ -19,14 +19,19 @@ class Conv3x3(nn.Conv2d):
 
     In float32 on the CPU, large images go through `cosmos3::winograd_conv3x3`; the transformed
     weights are made at the first such call and again after the weights have changed.
+
+    Args:
+        in_channels, out_channels: widths.
+        min_tiles: see `takes_winograd`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
+        self._min_tiles = min_tiles
         self._packed: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if takes_winograd(x, self.weight):
+        if takes_winograd(x, self.weight, self._min_tiles):
             return winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
@@ -62,14 +67,18 @@ class ResidualBlock(nn.Module):
     """norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input: [B, Cin, H, W] → [B, Cout, H, W].
 
     A shortcut convolution has no bias of its own: it is part of `conv2`'s.
+
+    Args:
+        in_channels, out_channels: widths.
+        min_tiles: see `takes_winograd`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__()
         self.norm1 = NormSiLU(in_channels)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels, min_tiles)
         self.norm2 = NormSiLU(out_channels)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels, min_tiles)
         self.shortcut = (
             nn.Conv2d(in_channels, out_channels, 1, bias=False)
             if in_channels != out_channels
@@ -264,14 +273,19 @@ def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, phase: int) ->
 
 
 class DecoderStage(nn.Module):
-    """The residual blocks of one resolution, its up-sampling and shortcut."""
+    """The residual blocks of one resolution, its up-sampling and shortcut.
 
-    def __init__(self, stage: UpStage, residual: bool) -> None:
+    Args:
+        stage, residual: its structure.
+        min_tiles: see `takes_winograd`.
+    """
+
+    def __init__(self, stage: UpStage, residual: bool, min_tiles: int | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         width = stage.in_channels
         for _ in range(stage.num_blocks):
-            self.blocks.append(ResidualBlock(width, stage.out_channels))
+            self.blocks.append(ResidualBlock(width, stage.out_channels, min_tiles))
             width = stage.out_channels
         self.upsample = None if stage.up_channels is None else Upsample(width, stage.up_channels)
         self.residual = residual

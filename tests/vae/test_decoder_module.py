@@ -142,7 +142,7 @@ def test_captures_one_graph_for_every_size(config: dict[str, Any]) -> None:
     torch.compiler.reset()
     decoder = build(config)
     compiled = torch.compile(decoder, fullgraph=True, dynamic=True, backend="aot_eager")
-    compiled(latent_frame(config, 0, 2, 3, 4, torch.float32))
+    compiled(latent_frame(config, 0, 2, 5, 7, torch.float32))
     with torch.compiler.set_stance("fail_on_recompile"):
         for batch, height, width in ((3, 4, 5), (2, 6, 5)):
             latents = latent_frame(config, 1, batch, height, width, torch.float32)
