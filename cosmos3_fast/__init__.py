@@ -3,13 +3,14 @@
 from cosmos3_fast.engines.diffusers import accelerate, restore
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents
 from cosmos3_fast.ops import BackendUnavailableError, prepare_latents, prepare_latents_
-from cosmos3_fast.vae import ClipEncoder, FrameEncoder, UnsupportedVAEError
+from cosmos3_fast.vae import ClipEncoder, FrameDecoder, FrameEncoder, UnsupportedVAEError
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BackendUnavailableError",
     "ClipEncoder",
+    "FrameDecoder",
     "FrameEncoder",
     "LatentPreparation",
     "PreparedLatents",

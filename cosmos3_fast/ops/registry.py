@@ -33,6 +33,7 @@ SCHEMAS = (
     "Tensor velocity_mask",
     "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor",
     "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor",
+    "unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor",
     "winograd_pack(Tensor weight) -> Tensor",
     "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
     "-> Tensor",

@@ -68,15 +68,16 @@ def winograd_conv3x3(
 MIN_TILES = 256
 
 
-def takes_winograd(x: Tensor, weight: Tensor) -> bool:
+def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None) -> bool:
     """Whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
 
     On a CPU with a compiled kernel, in float32, without gradients, for channels that the kernel
-    takes and images of at least `MIN_TILES` tiles.
+    takes and images of enough tiles.
 
     Args:
         x: [B, Cin, H, W].
         weight: [Cout, Cin, 3, 3].
+        min_tiles: the least number of 4x4 output tiles in the batch; default: `MIN_TILES`.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
@@ -88,7 +89,7 @@ def takes_winograd(x: Tensor, weight: Tensor) -> bool:
         return False
     tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
     return (
-        tiles >= MIN_TILES
+        tiles >= (MIN_TILES if min_tiles is None else min_tiles)
         and x.dtype == weight.dtype == torch.float32
         and weight.shape[1] > 0
         and weight.shape[1] % 16 == 0

@@ -1,10 +1,10 @@
-"""Read the encoder of a VAE checkpoint: `config.json` and safetensors, one file or shards."""
+"""Read a part of a VAE checkpoint: `config.json` and safetensors, one file or shards."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cosmos3_fast.vae.topology import (
-    EncoderTopology,
-    Shape,
-    UnsupportedVAEError,
-    is_encoder_tensor,
-)
+from cosmos3_fast.vae.topology import Shape, Topology, UnsupportedVAEError
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
@@ -29,27 +24,27 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open VAE checkpoint whose encoder tensors have been checked by name, shape and dtype.
+    """An open VAE checkpoint; the tensors of one part are checked by name, shape and dtype.
 
     Attributes:
         folder: where it lies.
         config: the contents of `config.json`.
-        topology: of its encoder.
+        topology: of the part that is read.
     """
 
     folder: Path
     config: dict[str, Any]
-    topology: EncoderTopology
+    topology: Topology
     _slices: Mapping[str, Any]
 
     def read(self, name: str) -> Tensor:
         """The part of a tensor that acts on one frame.
 
-        The last temporal tap of a 3-D convolution ([Cout, Cin, 1, kH, kW]), the mean half of
-        `quant_conv`, all of anything else.
+        The last temporal tap of a 3-D convolution ([Cout, Cin, 1, kH, kW]), all of anything else;
+        of both, the rows that the topology names.
         """
         part = self._slices[name]
-        rows = slice(0, self.topology.z_dim if name.startswith("quant_conv.") else None)
+        rows = self.topology.rows(name)
         if len(part.get_shape()) == 5:
             return part[rows, :, -1:]
         return part[rows]
@@ -61,23 +56,27 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(
-    path_or_repo: str | os.PathLike[str], subfolder: str = "vae"
+    path_or_repo: str | os.PathLike[str], subfolder: str, topology_type: type[Topology]
 ) -> Iterator[Checkpoint]:
     """Find, open and check a checkpoint; its files stay open inside the block.
 
+    Args:
+        path_or_repo, subfolder: see `FoldedNetwork.from_pretrained`.
+        topology_type: of the part to read; other tensors, and files without one, are not opened.
+
     Raises:
         CheckpointError: see there.
-        UnsupportedVAEError: the configuration or a tensor is not that of a supported encoder.
+        UnsupportedVAEError: the configuration or a tensor is not that of a supported VAE.
     """
     folder = _find_folder(path_or_repo, subfolder)
     config = _read_json(folder / "config.json")
     with ExitStack() as stack:
-        slices = _open_slices(folder, stack)
+        slices = _open_slices(folder, topology_type.holds, stack)
         shapes: dict[str, Shape] = {}
         try:
             for name, part in slices.items():
                 shapes[name] = tuple(part.get_shape())
-            topology = EncoderTopology.from_state_dict(shapes, config)
+            topology = topology_type.from_state_dict(shapes, config)
             for name, part in slices.items():
                 if part.get_dtype() not in _FLOAT_DTYPES:
                     raise UnsupportedVAEError(
@@ -128,11 +127,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Lazy slices of the encoder's tensors by name; opens the files that hold them."""
+def _open_slices(folder: Path, wanted: Callable[[str], bool], stack: ExitStack) -> dict[str, Any]:
+    """Lazy slices of the wanted tensors by name; opens the files that hold them."""
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if not indices:
-        return _file_slices(_single_file(folder), stack)
+        return _file_slices(_single_file(folder), wanted, stack)
     if len(indices) > 1:
         raise CheckpointError(f"{folder} has several indices: {[p.name for p in indices]}")
     weight_map = _read_json(indices[0]).get("weight_map")
@@ -140,13 +139,13 @@ def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
         raise CheckpointError(f"{indices[0]} has no weight_map")
     shards: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
-        if is_encoder_tensor(name):
+        if wanted(name):
             if not isinstance(shard, str) or Path(shard).name != shard:
                 raise CheckpointError(f"{indices[0]}: {shard!r} for {name} is no file name")
             shards.setdefault(shard, []).append(name)
     slices: dict[str, Any] = {}
     for shard, names in shards.items():
-        held = _file_slices(folder / shard, stack)
+        held = _file_slices(folder / shard, wanted, stack)
         for name in names:
             if name not in held:
                 raise CheckpointError(f"{folder / shard} lacks {name}, which the index puts there")
@@ -165,7 +164,7 @@ def _single_file(folder: Path) -> Path:
     return found[0]
 
 
-def _file_slices(path: Path, stack: ExitStack) -> dict[str, Any]:
+def _file_slices(path: Path, wanted: Callable[[str], bool], stack: ExitStack) -> dict[str, Any]:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
@@ -173,7 +172,7 @@ def _file_slices(path: Path, stack: ExitStack) -> dict[str, Any]:
     try:
         # Opening checks the header and that the file is as long as the header says.
         file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        names = filter(is_encoder_tensor, file.keys())
+        names = filter(wanted, file.keys())
         return {name: file.get_slice(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error

@@ -1,4 +1,4 @@
-"""Exact mode: the engine's own VAE, called on only the frames that matter."""
+"""The engine's own VAE: its results, and exact mode, which calls it on what matters only."""
 
 from __future__ import annotations
 
@@ -38,6 +38,29 @@ def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
                 f"vae.encode returned {type(out).__name__}, wanted a distribution with mode()"
             )
         return mode()
+
+
+def decode_sample(vae: Any, latents: Tensor) -> Tensor:
+    """The pixels of `vae.decode(latents)`, without gradients.
+
+    Args:
+        vae: a VAE whose `decode` returns diffusers' `DecoderOutput` or 1-tuple, or a tensor as
+            SGLang's does.
+        latents: [B, z_dim, T, h, w] before normalisation, on the VAE's device and in its dtype.
+
+    Returns:
+        [B, 3, 1 + 4(T-1), H, W] in [-1, 1].
+
+    Raises:
+        TypeError: `decode` returned something else.
+    """
+    with torch.no_grad():
+        out = vae.decode(latents)
+    if not isinstance(out, Tensor):
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"vae.decode returned {type(out).__name__}, wanted pixels")
+    return out
 
 
 def normalize_latents(latents: Tensor, config: Any) -> Tensor:

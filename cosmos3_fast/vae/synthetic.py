@@ -1,6 +1,7 @@
 """A VAE of a real topology with seeded random weights, for tests, demos and timings.
 
-It encodes to noise-like latents: right shapes, costs and value ranges, no meaning.
+It encodes to noise-like latents and decodes to noise-like pixels: right shapes, costs and value
+ranges, no meaning.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cosmos3_fast.vae.decoder_topology import DecoderTopology
 from cosmos3_fast.vae.topology import EncoderTopology, Shape
 
 COSMOS3_VAE_CONFIG: dict[str, Any] = {
@@ -64,6 +66,19 @@ def synthetic_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
     return {name: _random_tensor(name, shape, generator) for name, shape in shapes.items()}
 
 
+def synthetic_decoder_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Decoder and `post_quant_conv` tensors, as `synthetic_state_dict` makes the encoder's.
+
+    The last convolution is smaller, so that most pixels lie inside [-1, 1], where no clamp hides
+    an error.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    shapes = DecoderTopology.from_config(config).tensor_shapes()
+    tensors = {name: _random_tensor(name, shape, generator) for name, shape in shapes.items()}
+    tensors["decoder.conv_out.weight"].mul_(0.4)
+    return tensors
+
+
 def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith(".gamma"):
@@ -74,26 +89,29 @@ def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tenso
 
 
 def synthetic_vae(
-    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG, seed: int = 0, decoder_base_dim: int = 16
+    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG,
+    seed: int = 0,
+    decoder_base_dim: int | None = 16,
 ) -> Any:
-    """A diffusers `AutoencoderKLWan` in fp32 whose encoder has `synthetic_state_dict`'s weights.
+    """A diffusers VAE in fp32 with the weights of both synthetic state dicts.
 
     Args:
-        config: latent statistics are added where it has none.
+        config: `_class_name` says which class, by default `AutoencoderKLWan`; latent statistics
+            are added where it has none.
         seed: of weights and statistics.
-        decoder_base_dim: a small decoder saves time and memory.
+        decoder_base_dim: a small decoder saves time and memory; None: as `config` has it.
+            Qwen-Image's is as wide as its encoder.
     """
-    from diffusers import AutoencoderKLWan
+    import diffusers
 
     if "latents_mean" not in config:
         config = synthetic_config(config, seed)
+    name = config.get("_class_name", "AutoencoderKLWan")
+    if decoder_base_dim is not None and name == "AutoencoderKLWan":
+        config = {**config, "decoder_base_dim": decoder_base_dim}
     # The initialisation that the meta device skips takes longer than all the rest.
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config({**config, "decoder_base_dim": decoder_base_dim})
-    state = synthetic_state_dict(config, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, tensor in vae.state_dict().items():
-        if name not in state:
-            state[name] = _random_tensor(name, tuple(tensor.shape), generator)
+        vae = getattr(diffusers, name).from_config(config)
+    state = synthetic_state_dict(config, seed) | synthetic_decoder_state_dict(config, seed)
     vae.load_state_dict(state, assign=True)
     return vae.eval().requires_grad_(False)

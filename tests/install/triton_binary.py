@@ -19,7 +19,7 @@ from cuda_binary import _tool
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu
+from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu, unpack_pixels
 
 ARCHITECTURES = (80, 90, 100, 120)
 LATENT_STRIDES = tuple(f"{x}_{d}" for x in ("cond", "noise") for d in "bcthw")
@@ -73,6 +73,17 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             },
             {"BYTES": True, "PATCH": 2, "BLOCK": pack_pixels.BLOCK},
         ),
+        **{
+            name: (
+                unpack_pixels.unpack_pixels_kernel,
+                {
+                    "out": out, "x": "*bf16", "elements": "i32", "H": "i32", "W": "i32",
+                    "stride_b": "i32", "stride_c": "i32", "stride_h": "i32", "stride_w": "i32",
+                },
+                {"BYTES": out == "*u8", "PATCH": 2, "BLOCK": unpack_pixels.BLOCK_BYTES // size},
+            )
+            for name, out, size in (("unpack_floats", "*bf16", 2), ("unpack_bytes", "*u8", 1))
+        },
     }  # fmt: skip
 
 
