@@ -6,16 +6,10 @@
 #include <cmath>
 
 #include "../checks.h"
-#include "simd.h"
+#include "../dtypes.h"
 
 namespace cosmos3 {
 namespace {
-
-using torch::headeronly::Half;
-
-float to_float(double value) {
-  return static_cast<float>(value);
-}
 
 // A NaN stays one.
 template <typename T>
@@ -23,7 +17,7 @@ T clamped(T value) {
   if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
     return value < T(-1) ? T(-1) : value > T(1) ? T(1) : value;
   } else {
-    return from_float<T>(clamped(to_float(value)));
+    return convert<T>(clamped(convert<float>(value)));
   }
 }
 
@@ -69,7 +63,7 @@ void unpack_bytes(Tensor& out, const Tensor& x, int64_t patch) {
   const int64_t height = out.size(1), width = out.size(2);
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   unpack<T>(x, patch, [=](int64_t b, int64_t c, int64_t y, int64_t x, T value) {
-    to[((b * height + y) * width + x) * 3 + c] = byte_of(to_float(value));
+    to[((b * height + y) * width + x) * 3 + c] = byte_of(convert<float>(value));
   });
 }
 
@@ -87,26 +81,14 @@ void check_patches(const Tensor& x, int64_t patch_size) {
   }
 }
 
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(Bf16{});
-    default:
-      return f(Half{});
-  }
-}
-
 Tensor unpack_pixels(Tensor x, int64_t patch_size, bool as_bytes) {
   check_patches(x, patch_size);
   const int64_t batch = x.size(0), height = x.size(2) * patch_size;
   const int64_t width = x.size(3) * patch_size;
-  Tensor out = as_bytes ? torch::stable::new_empty(x, {batch, height, width, 3}, ScalarType::Byte)
-                        : torch::stable::new_empty(x, {batch, 3, height, width});
+  Tensor out = allocating("unpack_pixels", [&] {
+    return as_bytes ? torch::stable::new_empty(x, {batch, height, width, 3}, ScalarType::Byte)
+                    : torch::stable::new_empty(x, {batch, 3, height, width});
+  });
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     if (as_bytes) {
