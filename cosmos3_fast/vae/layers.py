@@ -195,7 +195,7 @@ class Upsample(nn.Conv2d):
     Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
     (`phase_kernels`): 16 products instead of 36. Each phase is padded for itself and written where
     it belongs, so that no more than one is held beside the result. The kernels are made at each
-    call, which costs what a few pixels do: kept, they would be 16 weights for 9.
+    call, which is little work beside theirs: kept, they would be 16 weights for 9.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:

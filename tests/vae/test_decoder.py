@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_cases import FAMILIES, WAN22, latent_frame, reference
+from decoder_cases import FAMILIES, TINY, WAN22, latent_frame, reference
 from torch import Tensor
 
 from cosmos3_fast import FrameDecoder
+from cosmos3_fast.ops.registry import LIBRARY_KERNELS
 from cosmos3_fast.vae.exact import decode_sample
 from cosmos3_fast.vae.layers import duplicated_phase
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_vae
@@ -52,6 +53,20 @@ def test_float32_matches(family: str) -> None:
         assert got.is_contiguous()
         assert compare(got, wanted).passed
         assert torch.equal(decoder(latents.unsqueeze(2)), got)
+
+
+@pytest.mark.skipif(
+    ("winograd_conv3x3", "cpu") not in LIBRARY_KERNELS, reason="no compiled library"
+)
+def test_float32_matches_where_winograd_serves() -> None:
+    config = {**TINY, "dim_mult": [2, 2], "decoder_base_dim": 16}
+    vae = synthetic_vae(config, 0, decoder_base_dim=None)
+    decoder = FrameDecoder.from_vae(vae)
+    latents = latent_frame(config, 0, 1, 17, 16, torch.float32)
+    assert compare(decoder(latents), reference(vae, latents)).passed
+    # 9 x 8 tiles after the up-sampling, 5 x 4 before it.
+    assert decoder.stages[1].blocks[0].conv1._packed is not None
+    assert decoder.stages[0].blocks[0].conv1._packed is None
 
 
 @pytest.mark.parametrize("family", FAMILIES)
