@@ -225,24 +225,28 @@ def backend_error(
 
 def _needs_all_layers(args: tuple[Any, ...]) -> bool:
     """Whether anything but the backend's kernel has to see the call: gradients, tracing, modes."""
-    return (
+    if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        or any(
-            type(x) not in PLAIN_TENSORS or (x.requires_grad and torch.is_grad_enabled())
-            for x in args
-            if isinstance(x, torch.Tensor)
-        )
-    )
+        or torch._C._is_tracing()
+    ):
+        return True
+    tracks = torch.is_grad_enabled()
+    for x in args:
+        if isinstance(x, torch.Tensor) and (
+            type(x) not in PLAIN_TENSORS or (tracks and x.requires_grad)
+        ):
+            return True
+    return False
 
 
 def call(op: str, *args: Any) -> Any:
     """Calls the registered op; below its Python autograd layer where nobody needs that layer."""
-    if _needs_all_layers(args):
+    # In inference mode the dispatcher goes below it by itself.
+    if torch.is_inference_mode_enabled() or _needs_all_layers(args):
         return REGISTERED[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return REGISTERED[op](*args)

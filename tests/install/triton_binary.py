@@ -97,7 +97,9 @@ def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     attributes = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in ALIGNED
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in ALIGNED and name in types
     }
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32))

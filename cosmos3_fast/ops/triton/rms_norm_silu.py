@@ -34,7 +34,8 @@ def rms_norm_silu_kernel(
     inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(COMPUTE)
     norm = tl.sqrt(tl.sum(value * value, axis=1))
-    y = value / tl.maximum(norm, EPS)[:, None]
+    # A bare constant would be rounded to float32 here.
+    y = value / tl.maximum(norm, tl.full((), EPS, COMPUTE))[:, None]
     if HAS_WEIGHT:
         scale = tl.load(weight + channel, mask=channel < C, other=0.0).to(COMPUTE) * ROOT
         y = y * scale[None, :]
