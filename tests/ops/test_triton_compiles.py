@@ -32,7 +32,7 @@ def compiled() -> list[dict[str, Any]]:
         [str(TESTS.parent), environment.get("PYTHONPATH", "")]
     )
     result = subprocess.run(
-        [sys.executable, TESTS / "triton_variants.py"],
+        [sys.executable, TESTS / "install" / "triton_variants.py"],
         env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -44,7 +44,14 @@ def test_every_variant_compiles(compiled: list[dict[str, Any]]):
     for row in compiled:
         key = row["kernel"], row["architecture"]
         counts[key] = counts.get(key, 0) + 1
-    kernels = {"prepare_latents", "write_frames", "blend", "rms_norm_silu", "pack_pixels"}
+    kernels = {
+        "prepare_latents",
+        "write_frames",
+        "blend",
+        "rms_norm_silu",
+        "pack_pixels",
+        "unpack_pixels",
+    }
     architectures = {"sm_80", "sm_90", "sm_100", "sm_120"}
     assert set(counts) == {(k, a) for k in kernels for a in architectures}
     pairs = {"prepare_latents": 32, "write_frames": 32, "blend": 32, "rms_norm_silu": 20}

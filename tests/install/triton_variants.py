@@ -17,7 +17,7 @@ from typing import Any
 import triton.language as tl
 from triton_binary import ARCHITECTURES, BLENDED, FRAMES, INTEGERS, compile_case
 
-from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu
+from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu, unpack_pixels
 
 MAIN = 90
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
@@ -103,6 +103,19 @@ def pack_variants(kernel: Any) -> Iterator[Variant]:
         yield text, kernel, kinds, {**constants, **ones}
 
 
+def unpack_variants(kernel: Any) -> Iterator[Variant]:
+    names = ("elements", "H", "W", "stride_b", "stride_c", "stride_h", "stride_w")
+    sizes = dict.fromkeys(names, "i32")
+    for x, as_bytes in itertools.product(SIZES, (False, True)):
+        size = 1 if as_bytes else SIZES[x]
+        constants = {"BYTES": as_bytes, "PATCH": 2, "BLOCK": unpack_pixels.BLOCK_BYTES // size}
+        types = {"out": "*u8" if as_bytes else f"*{x}", "x": f"*{x}", **sizes}
+        yield f"{x} {as_bytes}", kernel, types, constants
+    constants = {"BYTES": True, "PATCH": 1, "BLOCK": unpack_pixels.BLOCK_BYTES}
+    for text, kinds, ones in integers({"out": "*u8", "x": "*bf16", **sizes}):
+        yield text, kernel, kinds, {**constants, **ones}
+
+
 def variants() -> dict[str, list[Variant]]:
     module = prepare_latents
     return {
@@ -111,6 +124,7 @@ def variants() -> dict[str, list[Variant]]:
         "blend": [*blend_variants(module.blend_kernel)],
         "rms_norm_silu": [*norm_variants(rms_norm_silu.rms_norm_silu_kernel)],
         "pack_pixels": [*pack_variants(pack_pixels.pack_pixels_kernel)],
+        "unpack_pixels": [*unpack_variants(unpack_pixels.unpack_pixels_kernel)],
     }
 
 
