@@ -150,6 +150,7 @@ def accelerate(vae: VAE, mode: str = "fast") -> VAE:
     state.topology(plain)
     if checked == "fast":
         state.fold(plain)
+    state.learn_returns(plain)
     vars(plain)[_STATE] = state
     return vae
 
@@ -265,7 +266,7 @@ class _Acceleration:
         wanted = total if announced is None else min(announced, total)
         reason = None
         if wanted == 0 and not (torch.is_grad_enabled() and x.requires_grad):
-            returns = self._learnt_returns(vae)
+            returns = self.learn_returns(vae)
             if returns is not None:
                 cells = [size // factor for size in sizes]
                 zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, total, *cells)
@@ -335,7 +336,7 @@ class _Acceleration:
         self._tell(f"the VAE's own {folded.methods[0]} runs: {reason}")
         return None, reason
 
-    def _learnt_returns(self, vae: Any) -> EncodeReturns | None:
+    def learn_returns(self, vae: Any) -> EncodeReturns | None:
         """What `vae.encode` returns, learnt from the smallest frame; None where that fails."""
         if self._encoder.returns is not None:
             return self._encoder.returns
