@@ -399,7 +399,12 @@ class _Folded:
             self._network, self._refusal = None, None
             try:
                 # Whatever the surroundings are, these are ordinary tensors where they should be.
-                with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+                with (
+                    torch.inference_mode(False),
+                    torch.no_grad(),
+                    torch.autocast(device.type, enabled=False),
+                    torch.device("cpu"),
+                ):
                     self._network, self.returns = self._fold(vae, device)
             except UnsupportedVAEError as error:
                 self._refusal = str(error)
