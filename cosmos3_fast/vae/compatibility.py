@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.vae.exact import decode_sample, encode_mode, normalize_latents, untiled
+from cosmos3_fast.vae.returns import EncodeReturns
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 _NO_PADDING = (0, 0, 0, 0, 0, 0)
@@ -89,14 +91,16 @@ def _check_conv(
 ) -> None:
     """A causal convolution, or one of size 1."""
     _check_kernel(name, conv, stride)
-    if any(conv.padding):
-        _refuse(name, "padding", conv.padding, (0,) * len(stride))
     if isinstance(conv, nn.Conv2d):
+        if any(conv.padding):
+            _refuse(name, "padding", conv.padding, (0, 0))
         if any(_height_padding(conv)):
             _refuse(name, "height padding", _height_padding(conv), (0, 0))
         return
     half = conv.kernel_size[1] // 2
-    padding = tuple(getattr(conv, "_padding", _NO_PADDING))
+    # TensorRT-LLM leaves the rows and columns to the convolution itself.
+    own = [extent for extent in reversed(conv.padding) for _ in range(2)]
+    padding = tuple(map(operator.add, getattr(conv, "_padding", _NO_PADDING), own))
     if _height_padding(conv) == (half, half):
         padding = (*padding[:2], half, half, *padding[4:])
     # The VAE itself puts the last frame of the previous chunk in front of time_conv's input.
@@ -187,6 +191,49 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
             f"the 2-D encoder {list(got.shape)}"
         )
     _compare_probe("encoder", "latents", got - wanted, wanted.std(), weight.dtype, encoder.dtype)
+
+
+def probe_posterior(vae: Any, encoder: Any) -> EncodeReturns:
+    """`probe_encoder` for a `PosteriorEncoder`: all that `vae.encode` returns is compared.
+
+    Returns:
+        The form of what `vae.encode` returns.
+
+    Raises:
+        UnsupportedVAEError: as `probe_encoder`, or the form is not known.
+    """
+    weight = vae.encoder.conv_in.weight
+    edge = 2 * encoder.spatial_factor
+    pixels = _uniform((1, 3, 1, edge, edge)).to(weight.device, weight.dtype)
+    try:
+        with torch.no_grad(), untiled(vae):
+            returns, wanted = EncodeReturns.of(vae.encode(pixels))
+    except Exception as error:
+        raise UnsupportedVAEError(
+            f"vae.encode failed on one {edge}x{edge} frame: {error}"
+        ) from error
+    got = encoder(pixels.to(encoder.device)).double().cpu()
+    wanted = wanted.double().cpu()
+    z_dim = encoder.z_dim
+    if returns.is_tensor and wanted.shape[1] == z_dim:
+        # A mean without log-variance, with or without normalisation.
+        got = got[:, :z_dim]
+        normalized = normalize_latents(got, vae.config)
+        if (normalized - wanted).abs().sum() < (got - wanted).abs().sum():
+            got, returns = normalized, returns.normalized(vae.config)
+        returns = returns.without_variance(z_dim)
+    if got.shape != wanted.shape:
+        raise UnsupportedVAEError(
+            f"vae.encode gives {list(wanted.shape)} for {list(pixels.shape)}, "
+            f"the 2-D encoder {list(got.shape)}"
+        )
+    # Mean and log-variance have scales of their own.
+    for name, ours, theirs in zip(
+        ("mean", "log-variance"), got.split(z_dim, 1), wanted.split(z_dim, 1), strict=False
+    ):
+        scale = theirs.std()
+        _compare_probe("encoder", name, ours - theirs, scale, weight.dtype, encoder.dtype)
+    return returns
 
 
 def probe_decoder(vae: Any, decoder: Any) -> None:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from cosmos3_fast.ops import pack_pixels
-from cosmos3_fast.vae.compatibility import probe_encoder
+from cosmos3_fast.vae.compatibility import probe_encoder, probe_posterior
 from cosmos3_fast.vae.fold import Read, fold_encoder
 from cosmos3_fast.vae.folded import FoldedNetwork
 from cosmos3_fast.vae.layers import Attention, Conv3x3, EncoderStage, NormSiLU, ResidualBlock
-from cosmos3_fast.vae.topology import EncoderTopology
+from cosmos3_fast.vae.topology import EncoderTopology, PosteriorTopology
 
 
 class FrameEncoder(FoldedNetwork):
@@ -60,7 +60,7 @@ class FrameEncoder(FoldedNetwork):
                 ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)
             )
             self.norm_out = NormSiLU(width)
-            self.conv_out = Conv3x3(width, topology.z_dim)
+            self.conv_out = Conv3x3(width, len(topology.output_statistics[0]))
         self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
 
@@ -93,7 +93,7 @@ class FrameEncoder(FoldedNetwork):
         if frame.shape[0] == 0:
             sizes = frame.shape[1:3] if frame.dtype == torch.uint8 else frame.shape[2:]
             height, width = (size // self.spatial_factor for size in sizes)
-            shape = (0, self.z_dim, 1, height, width)
+            shape = (0, self.conv_out.weight.shape[0], 1, height, width)
             return torch.empty(shape, dtype=self.dtype, device=frame.device)
         x = self.conv_in(pack_pixels(frame, self.topology.patch_size, self.dtype))
         for stage in self.stages:
@@ -143,3 +143,16 @@ class FrameEncoder(FoldedNetwork):
 
     def _probe(self, vae: Any) -> None:
         probe_encoder(vae, self)
+
+
+class PosteriorEncoder(FrameEncoder):
+    """A `FrameEncoder` whose result is the posterior's parameters, as `vae.encode` makes them.
+
+    `encoder(pixels)` is [B, 2·z_dim, 1, h, w]: mean and log-variance, not normalised, the
+    log-variance not clamped.
+    """
+
+    topology_type = PosteriorTopology
+
+    def _probe(self, vae: Any) -> None:
+        probe_posterior(vae, self)

@@ -108,7 +108,9 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
 
 
 @contextmanager
-def as_in_clip(vae: Any, pixels: Tensor, clip_latent_frames: int) -> Iterator[None]:
+def as_in_clip(
+    vae: Any, pixels: Tensor, clip_latent_frames: int, spatial_factor: int | None = None
+) -> Iterator[None]:
     """Inside, `vae.encode(pixels)` has the bits of the encode of a clip that `pixels` begins.
 
     All of the encoder works chunk by chunk, but `quant_conv` runs once over all latent frames, and
@@ -120,13 +122,14 @@ def as_in_clip(vae: Any, pixels: Tensor, clip_latent_frames: int) -> Iterator[No
         vae: has `quant_conv` (a module) and `config`.
         pixels: [B, 3, 1 + 4k, H, W].
         clip_latent_frames: at least 1 + k.
+        spatial_factor: pixels per latent cell; default: as the configuration says.
     """
     frames = latent_frames(pixels.shape[2])
     missing = clip_latent_frames - frames
     if missing <= 0:
         yield
         return
-    factor = read_config(vae.config, "scale_factor_spatial", 16)
+    factor = spatial_factor or read_config(vae.config, "scale_factor_spatial", 16)
     untiled_shape = (frames, pixels.shape[3] // factor, pixels.shape[4] // factor)
 
     def pad(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -102,8 +102,7 @@ def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> d
         read("encoder.conv_out.bias"),
         read("quant_conv.weight"),
         read("quant_conv.bias"),
-        topology.latents_mean,
-        topology.latents_std,
+        *topology.output_statistics,
     )
     fold.put("conv_out.weight", weight)
     fold.put("conv_out.bias", bias)
@@ -235,12 +234,12 @@ def head(
     Returns:
         Weight [z, C, 3, 3] and bias [z] in fp64.
     """
-    z_dim = len(mean)
+    channels = len(mean)
     mean64 = float64(mean)
     std64 = float64(std)
-    quant = quant_weight[:z_dim].double().flatten(1)
+    quant = quant_weight[:channels].double().flatten(1)
     weight = head_weight(spatial_taps(conv_weight), quant_weight, std)
-    bias = (quant @ conv_bias.double() + quant_bias[:z_dim].double() - mean64) / std64
+    bias = (quant @ conv_bias.double() + quant_bias[:channels].double() - mean64) / std64
     return weight, bias
 
 

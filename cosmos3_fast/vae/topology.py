@@ -309,6 +309,11 @@ class EncoderTopology(Topology):
         # Of the mean and the log-variance, the mean is the latent.
         return slice(0, self.z_dim if name.startswith("quant_conv.") else None)
 
+    @property
+    def output_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation that the network's output channels are normalised with."""
+        return self.latents_mean, self.latents_std
+
     def tensor_shapes(self) -> dict[str, Shape]:
         shapes = dict(
             conv_shapes("encoder.conv_in", self.in_channels, self.stages[0].in_channels, 3)
@@ -335,6 +340,18 @@ class EncoderTopology(Topology):
         shapes.update(conv_shapes("encoder.conv_out", width, 2 * self.z_dim, 3))
         shapes.update(conv_shapes("quant_conv", 2 * self.z_dim, 2 * self.z_dim, 1))
         return shapes
+
+
+@dataclass(frozen=True)
+class PosteriorTopology(EncoderTopology):
+    """The encoder with all `2 z_dim` channels of its posterior, on the VAE's own scale."""
+
+    def rows(self, name: str) -> slice:
+        return slice(None)
+
+    @property
+    def output_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return (0.0,) * (2 * self.z_dim), (1.0,) * (2 * self.z_dim)
 
 
 def conv_shapes(
