@@ -54,8 +54,9 @@ class FoldedEncoder(nn.Module):
         cls,
         vae: Any,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
         probe: bool = True,
+        winograd: bool = True,
     ) -> Self:
         """Fold the encoder of a live VAE: diffusers', SGLang's or vLLM-Omni's, read by structure.
 
@@ -67,6 +68,10 @@ class FoldedEncoder(nn.Module):
             device: default: the VAE's.
             probe: also encode one tiny random frame (nine, if it encodes clips) with both and
                 compare, so that a difference that module attributes do not show is found.
+            winograd: False: only direct convolutions. In float32 on the CPU, large images otherwise
+                take a Winograd convolution, whose largest error is up to 37 eps of its largest
+                value at 640 channels, against 2 of a direct one, and in which one NaN spoils its
+                whole tile.
 
         Raises:
             UnsupportedVAEError: the structure, a tensor, a module's setting or the probe differs
@@ -74,12 +79,21 @@ class FoldedEncoder(nn.Module):
         """
         if not hasattr(vae, "encoder") or not hasattr(vae, "config"):
             raise UnsupportedVAEError(f"{type(vae).__name__} has no encoder or no config")
+        vae = getattr(vae, "_orig_mod", vae)  # of torch.compile
+        if hasattr(vae.encoder, "_orig_mod"):
+            raise UnsupportedVAEError(
+                "vae.encoder is compiled: fold the VAE before its encoder is compiled"
+            )
         tensors = vae.state_dict()
         topology = _checked_topology(tensors, vae.config)
         check_modules(vae, topology, cls.encodes_clips)
         weight = tensors["encoder.conv_in.weight"]
         encoder = cls._from_fold(
-            topology, *_readers(tensors), dtype or weight.dtype, device or weight.device
+            topology,
+            *_readers(tensors),
+            dtype or weight.dtype,
+            weight.device if device is None else device,
+            winograd,
         )
         if probe:
             probe_against(vae, encoder, frames=9 if cls.encodes_clips else 1)
@@ -89,31 +103,50 @@ class FoldedEncoder(nn.Module):
     def from_pretrained(
         cls,
         path_or_repo: str | os.PathLike[str],
-        subfolder: str = "vae",
+        subfolder: str | None = "vae",
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
+        *,
+        variant: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        local_files_only: bool = False,
+        winograd: bool = True,
     ) -> Self:
         """Fold the encoder of a checkpoint, reading only the tensors and temporal taps it needs.
 
         Args:
             path_or_repo: a folder with `config.json` and safetensors (one file or shards with an
                 index), or one that has them under `subfolder`; or the id of a repository, fetched
-                with huggingface_hub.
-            subfolder: looked into first.
+                with huggingface_hub; or one file of weights, `.safetensors` or `.pth`, with
+                diffusers' or the original Wan tensor names. Without a `config.json` beside it,
+                its latent statistics are those of Wan 2.1 (16 channels) or Wan 2.2 (48).
+            subfolder: looked into first; None: the folder itself.
             dtype: of the parameters; weights are rounded to it once.
             device: of the parameters; default: the CPU.
+            variant: "fp16" takes `diffusion_pytorch_model.fp16.safetensors`, or its shards.
+            revision, token, cache_dir, local_files_only: as huggingface_hub takes them.
+            winograd: as for `from_vae`.
 
         Raises:
             CheckpointError: a file is missing, unreadable or truncated.
             UnsupportedVAEError: the configuration or a tensor is not that of a supported encoder.
         """
-        with open_checkpoint(path_or_repo, subfolder) as checkpoint:
+        hub = {
+            "revision": revision,
+            "token": token,
+            "cache_dir": cache_dir,
+            "local_files_only": local_files_only,
+        }
+        with open_checkpoint(path_or_repo, subfolder or "", variant, hub) as checkpoint:
             return cls._from_fold(
                 checkpoint.topology,
                 checkpoint.read,
                 checkpoint.read_earlier,
                 dtype,
-                device or "cpu",
+                "cpu" if device is None else device,
+                winograd,
             )
 
     @classmethod
@@ -122,7 +155,8 @@ class FoldedEncoder(nn.Module):
         tensors: Mapping[str, Tensor],
         config: Any,
         dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
+        winograd: bool = True,
     ) -> Self:
         """Fold a 3-D VAE's state dict (not this module's own: that is `load_state_dict`).
 
@@ -131,6 +165,7 @@ class FoldedEncoder(nn.Module):
                 ignored.
             config: the VAE's configuration, a mapping or an object.
             dtype, device: default: those of `encoder.conv_in.weight`.
+            winograd: as for `from_vae`.
 
         Raises:
             UnsupportedVAEError: see `EncoderTopology.from_state_dict`.
@@ -138,7 +173,11 @@ class FoldedEncoder(nn.Module):
         topology = _checked_topology(tensors, config)
         weight = tensors["encoder.conv_in.weight"]
         return cls._from_fold(
-            topology, *_readers(tensors), dtype or weight.dtype, device or weight.device
+            topology,
+            *_readers(tensors),
+            dtype or weight.dtype,
+            weight.device if device is None else device,
+            winograd,
         )
 
     @classmethod
@@ -148,10 +187,15 @@ class FoldedEncoder(nn.Module):
         read: Read,
         read_earlier: Read,
         dtype: torch.dtype,
-        device: torch.device | str,
+        device: torch.device | str | int,
+        winograd: bool,
     ) -> Self:
         encoder = cls(topology, dtype, device="meta")  # type: ignore[call-arg]
-        folded = encoder._fold(read, read_earlier)
+        for module in encoder.modules():
+            if isinstance(module, Conv3x3):
+                module.winograd = winograd
+        with torch.device("cpu"):  # whatever the default device is
+            folded = encoder._fold(read, read_earlier)
         encoder.load_state_dict(folded, assign=True)
         encoder.requires_grad_(False)
         return encoder.to(device)
@@ -225,15 +269,24 @@ class FrameEncoder(FoldedEncoder):
             pixels: [B, 3, H, W] or [B, 3, 1, H, W] in [-1, 1], floating point (cast to `dtype`),
                 any strides; or bytes [B, H, W, 3], uint8, normalised here as the engines do
                 (`2 (x / 255) - 1`). On the encoder's device; H and W are multiples of
-                `spatial_factor`. B may be 0.
+                `spatial_factor`. B may be 0. On the CPU, values that are not finite or beyond ±2
+                (pixels in [0, 255]) are refused.
 
         Returns:
             [B, z_dim, 1, H/spatial_factor, W/spatial_factor], normalised, contiguous, in `dtype`.
 
         Raises:
-            ValueError: wrong rank, channels, frames, size, dtype or device.
+            ValueError: wrong rank, channels, frames, size, dtype, device or values.
         """
         frame = self._checked_frame(pixels)
+        check_values(frame)
+        kind = frame.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # `dtype` is promised, and folded for
+                return self._encode(frame)
+        return self._encode(frame)
+
+    def _encode(self, frame: Tensor) -> Tensor:
         if frame.shape[0] == 0:
             sizes = frame.shape[1:3] if frame.dtype == torch.uint8 else frame.shape[2:]
             height, width = (size // self.spatial_factor for size in sizes)
@@ -284,6 +337,29 @@ class FrameEncoder(FoldedEncoder):
 
     def _fold(self, read: Read, read_earlier: Read) -> dict[str, Tensor]:
         return fold_encoder(self.topology, read, self.dtype)
+
+
+def check_values(pixels: Tensor) -> None:
+    """Refuse float pixels that are not in [-1, 1] by far; on the CPU, where looking costs no sync.
+
+    Traced tensors have no values to look at.
+
+    Raises:
+        ValueError: NaN, infinity, or a value beyond ±2: interpolation overshoots by less.
+    """
+    if (
+        pixels.device.type != "cpu"
+        or not pixels.is_floating_point()
+        or not pixels.numel()
+        or torch.compiler.is_compiling()
+        or type(pixels) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(pixels)
+    ):
+        return
+    low, high = (float(value) for value in pixels.detach().aminmax())
+    if not -2.0 <= low <= high <= 2.0:  # also false for NaN
+        hint = "; give [0,255] as uint8" if low >= 0.0 else ""
+        raise ValueError(f"pixels must be in [-1, 1], got values in [{low:g}, {high:g}]{hint}")
 
 
 def _checked_topology(tensors: Mapping[str, Tensor], config: Any) -> EncoderTopology:

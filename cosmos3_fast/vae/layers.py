@@ -18,14 +18,19 @@ class Conv3x3(nn.Conv2d):
 
     In float32 on the CPU, large images go through `cosmos3::winograd_conv3x3`; the transformed
     weights are made at the first such call and again after the weights have changed.
+
+    Attributes:
+        winograd: whether that route may be taken; False gives direct convolutions everywhere.
     """
+
+    winograd = True
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
         self._packed: tuple[tuple[int, int], Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if takes_winograd(x, self.weight):
+        if self.winograd and takes_winograd(x, self.weight):
             return winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
