@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos3_fast.arguments import as_int
 from cosmos3_fast.frames import TEMPORAL_FACTOR, is_whole, latent_frames, pixel_frames
 from cosmos3_fast.ops import pack_pixels
 from cosmos3_fast.vae.compatibility import probe_encoder
-from cosmos3_fast.vae.encoder import FrameEncoder
+from cosmos3_fast.vae.encoder import FrameEncoder, check_values
 from cosmos3_fast.vae.fold import Read, fold_clip
 from cosmos3_fast.vae.folded import FoldedNetwork
 from cosmos3_fast.vae.layers import Conv3x3, EncoderStage, ResidualBlock, add_average_shortcut
@@ -228,6 +229,15 @@ class ClipEncoder(FoldedNetwork):
         frames, wanted = self._checked_frames(pixels, num_latent_frames)
         if wanted == 1:
             return self.first(frames[0])
+        for frame in frames:
+            check_values(frame)
+        kind = frames[0].device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._encode(pixels, frames, wanted)
+        return self._encode(pixels, frames, wanted)
+
+    def _encode(self, pixels: Tensor, frames: list[Tensor], wanted: int) -> Tensor:
         if pixels.shape[0] == 0:
             return self.first(frames[0]).repeat(1, 1, wanted, 1, 1)
         memory: Memory = {}
@@ -262,10 +272,11 @@ class ClipEncoder(FoldedNetwork):
         if not is_whole(total):
             raise ValueError(f"pixels has {total} frames, wanted 1 + 4k")
         available = latent_frames(total)
-        wanted = available if num_latent_frames is None else num_latent_frames
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= available:
+        wanted = available if num_latent_frames is None else as_int(num_latent_frames)
+        if wanted is None or not 1 <= wanted <= available:
             raise ValueError(
-                f"num_latent_frames is {wanted!r}, wanted 1 to {available} for {total} pixel frames"
+                f"num_latent_frames is {num_latent_frames!r}, wanted 1 to {available} for {total} "
+                "pixel frames"
             )
         frames = [clip.select(time, t) for t in range(pixel_frames(wanted))]
         # They have one shape, dtype and device.

@@ -81,15 +81,24 @@ class FrameEncoder(FoldedNetwork):
             pixels: [B, 3, H, W] or [B, 3, 1, H, W] in [-1, 1], floating point (cast to `dtype`),
                 any strides; or bytes [B, H, W, 3], uint8, normalised here as the engines do
                 (`2 (x / 255) - 1`). On the encoder's device; H and W are multiples of
-                `spatial_factor`. B may be 0.
+                `spatial_factor`. B may be 0. On the CPU, values that are not finite or beyond ±2
+                (pixels in [0, 255]) are refused.
 
         Returns:
             [B, z_dim, 1, H/spatial_factor, W/spatial_factor], normalised, contiguous, in `dtype`.
 
         Raises:
-            ValueError: wrong rank, channels, frames, size, dtype or device.
+            ValueError: wrong rank, channels, frames, size, dtype, device or values.
         """
         frame = self._checked_frame(pixels)
+        check_values(frame)
+        kind = frame.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # `dtype` is promised, and folded for
+                return self._encode(frame)
+        return self._encode(frame)
+
+    def _encode(self, frame: Tensor) -> Tensor:
         if frame.shape[0] == 0:
             sizes = frame.shape[1:3] if frame.dtype == torch.uint8 else frame.shape[2:]
             height, width = (size // self.spatial_factor for size in sizes)
@@ -156,3 +165,26 @@ class PosteriorEncoder(FrameEncoder):
 
     def _probe(self, vae: Any) -> None:
         probe_posterior(vae, self)
+
+
+def check_values(pixels: Tensor) -> None:
+    """Refuse float pixels that are not in [-1, 1] by far; on the CPU, where looking costs no sync.
+
+    Traced tensors have no values to look at.
+
+    Raises:
+        ValueError: NaN, infinity, or a value beyond ±2: interpolation overshoots by less.
+    """
+    if (
+        pixels.device.type != "cpu"
+        or not pixels.is_floating_point()
+        or not pixels.numel()
+        or torch.compiler.is_compiling()
+        or type(pixels) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(pixels)
+    ):
+        return
+    low, high = (float(value) for value in pixels.detach().aminmax())
+    if not -2.0 <= low <= high <= 2.0:  # also false for NaN
+        hint = "; give [0,255] as uint8" if low >= 0.0 else ""
+        raise ValueError(f"pixels must be in [-1, 1], got values in [{low:g}, {high:g}]{hint}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import is_whole, latent_frames
-from cosmos3_fast.vae.topology import read_config
+from cosmos3_fast.vae.topology import read_config, read_factors
 
 
 def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
@@ -74,7 +74,7 @@ def normalize_latents(latents: Tensor, config: Any) -> Tensor:
         config: the VAE's configuration, with `latents_mean` and `latents_std`.
     """
     mean, std = (
-        torch.as_tensor(read_config(config, name))
+        torch.as_tensor(read_config(config, name), dtype=torch.float32, device=latents.device)
         .view(1, -1, 1, 1, 1)
         .to(latents.device, latents.dtype)
         for name in ("latents_mean", "latents_std")
@@ -124,12 +124,13 @@ def as_in_clip(
         clip_latent_frames: at least 1 + k.
         spatial_factor: pixels per latent cell; default: as the configuration says.
     """
-    frames = latent_frames(pixels.shape[2])
+    factor, temporal_factor = read_factors(vae.config)
+    frames = latent_frames(pixels.shape[2], temporal_factor)
     missing = clip_latent_frames - frames
     if missing <= 0:
         yield
         return
-    factor = spatial_factor or read_config(vae.config, "scale_factor_spatial", 16)
+    factor = spatial_factor or factor
     untiled_shape = (frames, pixels.shape[3] // factor, pixels.shape[4] // factor)
 
     def pad(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -26,7 +26,12 @@ class Conv3x3(nn.Conv2d):
     Args:
         in_channels, out_channels: widths.
         min_tiles: see `takes_winograd`.
+
+    Attributes:
+        winograd: whether that route may be taken; False gives direct convolutions everywhere.
     """
+
+    winograd = True
 
     def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -35,7 +40,7 @@ class Conv3x3(nn.Conv2d):
         self._packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if takes_winograd(x, self.weight, self._min_tiles):
+        if self.winograd and takes_winograd(x, self.weight, self._min_tiles):
             # `.to()` in another thread changes what the parameter holds, not this.
             weight = self.weight.detach()
             return winograd_conv3x3(x, self._packed_weight(weight), self.bias, residual)

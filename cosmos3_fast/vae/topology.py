@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 if TYPE_CHECKING:
     from typing import Self
 
+from cosmos3_fast.arguments import LARGEST, as_int, quoted
+from cosmos3_fast.frames import TEMPORAL_FACTOR
+
 Shape = tuple[int, ...]
 
 # The class defaults of AutoencoderKLWan in diffusers 0.42, for keys a configuration leaves out.
@@ -35,6 +38,12 @@ _CONFIG_DEFAULTS: dict[str, Any] = {
 }
 
 _LISTED = 4
+_NAME = 120
+# Far beyond every VAE of the family, and little enough to be listed at once.
+_MOST_STAGES = 16
+_MOST_BLOCKS = 64
+# Smaller deviations make latents that no 16-bit number holds.
+_LEAST_STD = 1e-6
 
 
 class UnsupportedVAEError(ValueError):
@@ -46,6 +55,25 @@ def read_config(config: Any, name: str, default: Any = None) -> Any:
     if isinstance(config, Mapping):
         return config.get(name, default)
     return getattr(config, name, default)
+
+
+def read_factors(config: Any) -> tuple[int, int]:
+    """Pixels per latent cell and pixel frames per latent frame, as the structure makes them.
+
+    Configurations also state them (`scale_factor_spatial`), but not all do, and a class default may
+    be another family's. What is stated counts only where there is no structure.
+    """
+    multipliers = read_config(config, "dim_mult")
+    if multipliers is None:
+        return (
+            int(read_config(config, "scale_factor_spatial", 16)),
+            int(read_config(config, "scale_factor_temporal", TEMPORAL_FACTOR)),
+        )
+    default = _CONFIG_DEFAULTS["temperal_downsample"]
+    halvings = len(multipliers) - 1
+    temporal = list(read_config(config, "temperal_downsample") or default)[:halvings]
+    patch_size = read_config(config, "patch_size") or 1
+    return int(patch_size) * 2**halvings, 2 ** sum(map(bool, temporal))
 
 
 @dataclass(frozen=True)
@@ -64,7 +92,7 @@ class ConfigValues:
     base_dim: int
     multipliers: tuple[int, ...]
     num_blocks: int
-    temporal: tuple[Any, ...]
+    temporal: tuple[bool, ...]
     attention_scales: tuple[Any, ...]
     z_dim: int
     patch_size: int
@@ -85,6 +113,10 @@ class ConfigValues:
         multipliers = _sequence("dim_mult", values["dim_mult"])
         if not multipliers:
             raise UnsupportedVAEError("config: dim_mult is empty")
+        if len(multipliers) > _MOST_STAGES:
+            raise UnsupportedVAEError(
+                f"config: dim_mult has {len(multipliers)} values, wanted at most {_MOST_STAGES}"
+            )
         temporal = _sequence("temperal_downsample", values["temperal_downsample"])
         if len(temporal) < len(multipliers) - 1:
             raise UnsupportedVAEError(
@@ -94,12 +126,12 @@ class ConfigValues:
         return cls(
             base_dim=positive_int("base_dim", values["base_dim"]),
             multipliers=tuple(positive_int("dim_mult", m) for m in multipliers),
-            num_blocks=positive_int("num_res_blocks", values["num_res_blocks"]),
-            temporal=temporal,
+            num_blocks=positive_int("num_res_blocks", values["num_res_blocks"], _MOST_BLOCKS),
+            temporal=tuple(_flag("temperal_downsample", each) for each in temporal),
             attention_scales=_sequence("attn_scales", values["attn_scales"]),
             z_dim=z_dim,
             patch_size=1 if patch_size is None else positive_int("patch_size", patch_size),
-            residual=bool(values["is_residual"]),
+            residual=_flag("is_residual", values["is_residual"]),
             latents_mean=_statistics(config, "latents_mean", z_dim),
             latents_std=_statistics(config, "latents_std", z_dim),
         )
@@ -182,12 +214,12 @@ class Topology:
             for name in wanted.keys() - found.keys()
         ]
         faults += [
-            f"{name} has shape {list(found[name])}, wanted {list(wanted[name])}"
+            f"{name} has shape {quoted(list(found[name]))}, wanted {list(wanted[name])}"
             for name in wanted.keys() & found.keys()
             if found[name] != wanted[name]
         ]
         faults += [
-            f"{name} with shape {list(found[name])} is unexpected"
+            f"{name[:_NAME]} with shape {quoted(list(found[name]))} is unexpected"
             for name in found.keys() - wanted.keys()
         ]
         if faults:
@@ -381,15 +413,25 @@ def attention_shapes(name: str, channels: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.proj.bias", (channels,)
 
 
-def positive_int(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UnsupportedVAEError(f"config: {name}={value!r}, wanted a positive integer")
-    return value
+def positive_int(name: str, value: Any, most: int = LARGEST) -> int:
+    number = as_int(value)
+    if number is None or not 1 <= number <= most:
+        limit = "" if most == LARGEST else f" of at most {most}"
+        raise UnsupportedVAEError(
+            f"config: {name}={quoted(value)}, wanted a positive integer{limit}"
+        )
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if value is True or value is False or as_int(value) in (0, 1):
+        return bool(value)
+    raise UnsupportedVAEError(f"config: {name} holds {quoted(value)}, wanted true or false")
 
 
 def _sequence(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise UnsupportedVAEError(f"config: {name}={value!r}, wanted a list")
+        raise UnsupportedVAEError(f"config: {name}={quoted(value)}, wanted a list")
     return tuple(value)
 
 
@@ -398,10 +440,21 @@ def _statistics(config: Any, name: str, z_dim: int) -> tuple[float, ...]:
     if value is None:
         raise UnsupportedVAEError(f"config: {name} is missing, wanted {z_dim} numbers")
     if not isinstance(value, list | tuple) or len(value) != z_dim:
-        size = f"{len(value)} values" if isinstance(value, list | tuple) else repr(value)
+        size = f"{len(value)} values" if isinstance(value, list | tuple) else quoted(value)
         raise UnsupportedVAEError(f"config: {name} has {size}, wanted z_dim={z_dim} numbers")
-    for i, entry in enumerate(value):
-        number = isinstance(entry, int | float) and math.isfinite(entry)
-        if not number or (name == "latents_std" and entry <= 0):
-            raise UnsupportedVAEError(f"config: {name}[{i}]={entry!r} is not a usable number")
-    return tuple(float(entry) for entry in value)
+    numbers = tuple(map(_finite, value))
+    for i, number in enumerate(numbers):
+        if number is None or (name == "latents_std" and number <= _LEAST_STD):
+            wanted = f", wanted more than {_LEAST_STD:g}" if name == "latents_std" else ""
+            raise UnsupportedVAEError(
+                f"config: {name}[{i}]={quoted(value[i])} is not a usable number{wanted}"
+            )
+    return tuple(number for number in numbers if number is not None)
+
+
+def _finite(value: Any) -> float | None:
+    try:
+        number = float(value) if isinstance(value, int | float) else math.nan
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

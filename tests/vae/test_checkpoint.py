@@ -113,13 +113,13 @@ class CountingSlice:
 
 def test_reads_only_what_one_frame_needs(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str, int] = {}
-    open_slices = checkpoint_module._open_slices
+    open_slices = checkpoint_module.open_slices
 
     def counted(*args: Any) -> dict[str, Any]:
         slices = open_slices(*args)
         return {name: CountingSlice(name, part, taken) for name, part in slices.items()}
 
-    monkeypatch.setattr(checkpoint_module, "_open_slices", counted)
+    monkeypatch.setattr(checkpoint_module, "open_slices", counted)
     load(single)
     wanted = {}
     for name, tensor in STATE.items():
