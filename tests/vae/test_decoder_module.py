@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import write_checkpoint
 from decoder_cases import FAMILIES, QWEN, TINY, WAN22, latent_frame
 
 from cosmos3_fast import FrameDecoder
@@ -20,7 +21,6 @@ from cosmos3_fast.vae.synthetic import (
     synthetic_config,
     synthetic_decoder_state_dict,
     synthetic_state_dict,
-    write_checkpoint,
 )
 from cosmos3_fast.vae.verify import relative_error
 
