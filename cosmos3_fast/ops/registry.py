@@ -226,8 +226,7 @@ def backend_error(
 def _needs_all_layers(args: tuple[Any, ...]) -> bool:
     """Whether anything but the backend's kernel has to see the call: gradients, tracing, modes."""
     if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or forward_ad._current_level >= 0
@@ -245,8 +244,11 @@ def _needs_all_layers(args: tuple[Any, ...]) -> bool:
 
 def call(op: str, *args: Any) -> Any:
     """Calls the registered op; below its Python autograd layer where nobody needs that layer."""
-    # In inference mode the dispatcher goes below it by itself.
-    if torch.is_inference_mode_enabled() or _needs_all_layers(args):
+    if (
+        torch.compiler.is_compiling()  # first: what follows cannot be traced
+        or torch.is_inference_mode_enabled()  # the dispatcher goes below that layer by itself
+        or _needs_all_layers(args)
+    ):
         return REGISTERED[op](*args)
     with torch._C._AutoDispatchBelowAutograd():
         return REGISTERED[op](*args)

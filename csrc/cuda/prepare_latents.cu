@@ -76,9 +76,8 @@ __device__ void copy_plane(T* __restrict__ out, const Source& source, int64_t of
       uint4 held[kInFlight];
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {
-        if (i + k * step < vectors) {
-          held[k] = from[i + k * step];
-        }
+        // Past the end the first one again: a branch would keep the loads from overlapping.
+        held[k] = from[i + k * step < vectors ? i + k * step : i];
       }
 #pragma unroll
       for (int k = 0; k < kInFlight; ++k) {

@@ -104,3 +104,11 @@ def test_function_transforms(layers: list[bool], device: str):
 def test_a_backend_by_its_name_is_direct_too(layers: list[bool], device: str):
     ops.prepare_latents(*pair(device), backend=registry.default_backend(device))
     assert layers == [False]
+
+
+def test_compiled_in_one_graph(layers: list[bool], device: str):
+    cond, noise = pair(device)
+    compiled = torch.compile(ops.prepare_latents, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        latents, _ = compiled(cond, noise, (1,))
+    assert torch.equal(latents, ops.prepare_latents(cond, noise, (1,))[0])
