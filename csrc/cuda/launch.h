@@ -1,5 +1,11 @@
-// What every CUDA op needs around its launch: the device guard, torch's current stream, the check.
+// What every CUDA op needs around its launch: the device guard, torch's current stream, the launch
+// and its check, the registration. Where COSMOS3_EMULATED is defined, tests/ops/cuda_emulation.h
+// gives the same names to a C++ compiler, and the kernels run on the CPU.
 #pragma once
+
+#ifdef COSMOS3_EMULATED
+#include "cuda_emulation.h"
+#else
 
 #include <cuda_runtime.h>
 #include <dlfcn.h>
@@ -7,7 +13,11 @@
 
 #include "../checks.h"
 
+#define COSMOS3_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(cosmos3, CUDA, m)
+
 namespace cosmos3 {
+
+using torch::stable::accelerator::DeviceGuard;
 
 // The stream is looked up at run time instead of linked, so that this library also loads where
 // torch has no CUDA. libtorch_cuda is in the process already whenever a CUDA tensor exists.
@@ -28,7 +38,12 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
-inline void check_launch(const char* op) {
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            cudaStream_t stream, const Arguments&... arguments) {
+  // clang-format off: in a header it takes the last bracket for an operator
+  kernel<<<grid, threads, 0, stream>>>(arguments...);
+  // clang-format on
   const cudaError_t error = cudaGetLastError();
   if (error != cudaSuccess) {
     fail(op, ": CUDA launch failed: ", cudaGetErrorString(error));
@@ -36,3 +51,5 @@ inline void check_launch(const char* op) {
 }
 
 }  // namespace cosmos3
+
+#endif

@@ -137,7 +137,7 @@ __global__ void write_frames_kernel(T* __restrict__ noise, const Strides to, con
   const int64_t t = first_frame + blockIdx.x;
   const bool is_condition = frames.contains(blockIdx.x);
   write_velocity(velocity_mask, t, is_condition);
-  if (!is_condition) {
+  if (!is_condition || shape.plane() == 0) {  // a tensor without elements may have no address
     return;
   }
   for_each_channel(shape, [&](int64_t b, int64_t c) {
@@ -212,8 +212,8 @@ __global__ void blend_kernel(T* __restrict__ latents, T* __restrict__ velocity_m
 
 bool is_vector_aligned(const void* data, const Shape& shape, const Strides& strides, int64_t size) {
   auto aligned = [&](int64_t elements) { return elements * size % sizeof(uint4) == 0; };
-  return reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0 && aligned(shape.plane()) &&
-         aligned(strides.b) && aligned(strides.c) && aligned(strides.t) &&
+  return shape.plane() > 0 && reinterpret_cast<uintptr_t>(data) % sizeof(uint4) == 0 &&
+         aligned(shape.plane()) && aligned(strides.b) && aligned(strides.c) && aligned(strides.t) &&
          plane_is_dense(shape, strides);
 }
 
@@ -257,7 +257,7 @@ std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
                                            std::vector<int64_t> condition_frames) {
   const char* op = "prepare_latents";
   check_frames(op, cond_latent, noise, condition_frames);
-  const torch::stable::accelerator::DeviceGuard guard(noise.get_device_index());
+  const DeviceGuard guard(noise.get_device_index());
   const Shape shape = shape_of(noise);
   auto [latents, velocity_mask] = allocating(op, [&] {
     return std::make_tuple(
@@ -271,11 +271,10 @@ std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
     using T = decltype(tag);
     for (int64_t first = 0; first < shape.t; first += kMaxFrames) {
       const int64_t count = std::min(kMaxFrames, shape.t - first);
-      prepare_latents_kernel<T>
-          <<<grid_of(op, count, shape), threads_for(shape, sizeof(T)), 0, stream>>>(
-              static_cast<T*>(out.mutable_data_ptr()), static_cast<T*>(velocity.mutable_data_ptr()),
-              cond, base, shape, first, frame_set(condition_frames, first, count));
-      check_launch(op);
+      launch(op, prepare_latents_kernel<T>, grid_of(op, count, shape),
+             threads_for(shape, sizeof(T)), stream, static_cast<T*>(out.mutable_data_ptr()),
+             static_cast<T*>(velocity.mutable_data_ptr()), cond, base, shape, first,
+             frame_set(condition_frames, first, count));
     }
   });
   return {latents, velocity_mask};
@@ -285,7 +284,7 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
                                                 Tensor condition_mask) {
   const char* op = "prepare_latents";
   check_mask(op, cond_latent, noise, condition_mask);
-  const torch::stable::accelerator::DeviceGuard guard(noise.get_device_index());
+  const DeviceGuard guard(noise.get_device_index());
   const Shape shape = shape_of(noise);
   const int64_t mask_batch = condition_mask.size(0);
   auto [latents, velocity_mask] = allocating(op, [&] {
@@ -302,12 +301,11 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
   }
   dispatch(noise.scalar_type(), [&, out = latents, velocity = velocity_mask](auto tag) {
     using T = decltype(tag);
-    blend_kernel<T><<<grid_of(op, launched.t, launched), threads_for(launched, sizeof(T)), 0,
-                      current_stream(noise.get_device_index())>>>(
-        static_cast<T*>(out.mutable_data_ptr()), static_cast<T*>(velocity.mutable_data_ptr()),
-        source_of(cond_latent, shape, noise.scalar_type()),
-        source_of(noise, shape, noise.scalar_type()), mask, mask_batch, launched);
-    check_launch(op);
+    launch(op, blend_kernel<T>, grid_of(op, launched.t, launched), threads_for(launched, sizeof(T)),
+           current_stream(noise.get_device_index()), static_cast<T*>(out.mutable_data_ptr()),
+           static_cast<T*>(velocity.mutable_data_ptr()),
+           source_of(cond_latent, shape, noise.scalar_type()),
+           source_of(noise, shape, noise.scalar_type()), mask, mask_batch, launched);
   });
   return {latents, velocity_mask};
 }
@@ -315,7 +313,7 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
 Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> condition_frames) {
   const char* op = "prepare_latents_";
   check_frames_in_place(op, cond_latent, noise, condition_frames);
-  const torch::stable::accelerator::DeviceGuard guard(noise.get_device_index());
+  const DeviceGuard guard(noise.get_device_index());
   const Shape shape = shape_of(noise);
   auto [source, velocity_mask] = allocating(op, [&] {
     return std::make_tuple(apart(cond_latent, noise),
@@ -329,12 +327,10 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
     cond.vectorized &= is_vector_aligned(noise.const_data_ptr(), shape, to, sizeof(T));
     for (int64_t first = 0; first < shape.t; first += kMaxFrames) {
       const int64_t count = std::min(kMaxFrames, shape.t - first);
-      write_frames_kernel<T>
-          <<<grid_of(op, count, shape), threads_for(shape, sizeof(T)), 0, stream>>>(
-              static_cast<T*>(noise.mutable_data_ptr()), to, plane_is_dense(shape, to), cond, shape,
-              first, frame_set(condition_frames, first, count),
-              static_cast<T*>(velocity.mutable_data_ptr()));
-      check_launch(op);
+      launch(op, write_frames_kernel<T>, grid_of(op, count, shape), threads_for(shape, sizeof(T)),
+             stream, static_cast<T*>(noise.mutable_data_ptr()), to, plane_is_dense(shape, to), cond,
+             shape, first, frame_set(condition_frames, first, count),
+             static_cast<T*>(velocity.mutable_data_ptr()));
     }
   });
   return velocity_mask;
@@ -343,7 +339,7 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
 }  // namespace
 }  // namespace cosmos3
 
-STABLE_TORCH_LIBRARY_IMPL(cosmos3, CUDA, m) {
+COSMOS3_CUDA_KERNELS(m) {
   m.impl("prepare_latents", TORCH_BOX(&cosmos3::prepare_latents));
   m.impl("prepare_latents.mask", TORCH_BOX(&cosmos3::prepare_latents_mask));
   m.impl("prepare_latents_", TORCH_BOX(&cosmos3::prepare_latents_));

@@ -1,0 +1,320 @@
+"""Random calls of the emulated CUDA ops, each compared with the reference to the bit.
+
+A process of its own runs it, since a fault may end the process: sanitizers abort, and a wild write
+of a planted fault can do anything. Prints how many calls it made, or the first that is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from cuda_emulation import Emulation
+from op_inputs import DTYPES
+from torch import Tensor
+
+from cosmos3_fast.ops.prepare_latents import (
+    prepare_latents_in_place_reference,
+    prepare_latents_mask_reference,
+    prepare_latents_reference,
+)
+
+INTEGERS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+FORMS = ("frames", "mask", "in place")
+# Around the words of a FrameSet and the frames that one launch takes.
+EDGES = (31, 32, 33, 63, 64, 65, 4095, 4096, 4097, 8191, 8192, 8193, 8200)
+
+
+@dataclass
+class Case:
+    form: str
+    cond: Tensor
+    noise: Tensor
+    frames: list[int]
+    mask: Tensor
+    seed: int
+
+    def __str__(self) -> str:
+        def text(x: Tensor) -> str:
+            return f"{x.dtype} {list(x.shape)} strides {x.stride()} at {x.storage_offset()}"
+
+        return (
+            f"case {self.seed}, {self.form}: cond {text(self.cond)}, noise {text(self.noise)}, "
+            f"frames {self.frames}, mask {text(self.mask)}"
+        )
+
+
+def values(count: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Normal ones; an eighth any bits at all, an eighth what arithmetic treats apart."""
+    plain = torch.randn(count, generator=generator, dtype=torch.float32).to(dtype)
+    integer = INTEGERS[dtype.itemsize]
+    info = torch.iinfo(integer)
+    bits = torch.randint(info.min, info.max, (count,), generator=generator, dtype=integer)
+    tiny = torch.finfo(dtype).tiny
+    special = torch.tensor(
+        [0.0, -0.0, 1.0, float("inf"), float("-inf"), float("nan"), tiny / 4, -tiny / 4,
+         torch.finfo(dtype).max],
+        dtype=dtype,
+    )  # fmt: skip
+    which = torch.randint(len(special), (count,), generator=generator)
+    kind = torch.randint(8, (count,), generator=generator)
+    plain = torch.where(kind == 0, bits.view(dtype), plain)
+    return torch.where(kind == 1, special[which], plain)
+
+
+def strided(
+    rng: random.Random, shape: list[int], dtype: torch.dtype, seed: int, expand: bool
+) -> Tensor:
+    """Any order of dimensions, padding after each, an offset; dimensions of one element have
+    strides without a meaning, and with `expand` some of the others have stride 0."""
+    order = list(range(5))
+    layout = rng.randrange(4)
+    if layout == 2:
+        order[:3] = rng.sample(order[:3], 3)
+    elif layout == 3:
+        rng.shuffle(order)
+    strides, step = [0] * 5, 1
+    for dim in reversed(order):
+        strides[dim] = step
+        if expand and shape[dim] > 1 and rng.random() < 0.1:
+            strides[dim] = 0
+        else:
+            # Padding by whole 16-byte vectors as well as by odd amounts.
+            padding = rng.choice((0, 0, 1, 3, 8, 16)) if layout and rng.random() < 0.4 else 0
+            step = step * max(shape[dim], 1) + padding
+        if shape[dim] == 1 and rng.random() < 0.5:
+            strides[dim] = rng.choice((0, 1, 7, 10**12))
+    offset = rng.choice((0, 0, 0, 8, 1, 5, 17))
+    last = sum((n - 1) * s for n, s in zip(shape, strides, strict=True) if n > 1)
+    generator = torch.Generator().manual_seed(seed)
+    memory = values(offset + last + 1, dtype, generator)
+    return memory.as_strided(shape, strides, offset)
+
+
+def sizes(rng: random.Random, large: bool) -> list[int]:
+    """[B, C, T, H, W]: many small, some of many frames, some of planes that take several rounds."""
+    kind = rng.random()
+    if kind < 0.08:
+        frames = rng.choice(EDGES) if large else rng.choice(EDGES[:6])
+        return [rng.choice((1, 2)), rng.choice((1, 2)), frames, 1, rng.choice((1, 2, 4, 8))]
+    if kind < 0.2:
+        plane = rng.choice(((20, 52), (33, 64), (63, 65), (80, 104), (16, 1024), (129, 128)))
+        return [1, rng.choice((1, 2)), rng.choice((1, 2, 3)), *plane]
+    shape = [rng.randint(1, 3), rng.randint(1, 4), rng.randint(1, 9)]
+    shape += [rng.choice((1, 2, 3, 4, 8, 12)), rng.choice((1, 2, 3, 4, 8, 16, 17))]
+    if kind > 0.95:
+        shape[rng.randrange(5)] = 0
+    return shape
+
+
+def random_case(seed: int, large: bool = True) -> Case:
+    rng = random.Random(seed)
+    form = FORMS[seed % 3]
+    noise_dtype, cond_dtype, mask_dtype = (rng.choice(DTYPES) for _ in range(3))
+    if rng.random() < 0.4:
+        cond_dtype = noise_dtype
+    b, c, t, h, w = sizes(rng, large)
+    noise = strided(rng, [b, c, t, h, w], noise_dtype, 3 * seed, expand=form != "in place")
+    count = rng.choice((0, 1, min(2, t), min(t, 40), t if t <= 65 else min(t, 300)))
+    frames = rng.sample(range(t), min(count, t))
+    if t > 31 and rng.random() < 0.5:
+        frames = [*{*frames, t - 1, *(f for f in (31, 32, 4095, 4096) if f < t)}]
+    needed = max(t if form == "mask" else max(frames, default=0) + 1, 2)
+    cond_frames = rng.choice((1, needed, needed + rng.randrange(3)))
+    cond_shape = [rng.choice((1, b)), c, cond_frames, h, w]
+    cond = strided(rng, cond_shape, cond_dtype, 3 * seed + 1, expand=True)
+    mask = strided(rng, [rng.choice((1, b)), 1, t, 1, 1], mask_dtype, 3 * seed + 2, expand=True)
+    weights = memory_of(mask)
+    weights.copy_(weights.nan_to_num(0.5).abs().clamp(max=1))  # the op takes masks in [0, 1]
+    return Case(form, cond, noise, frames, mask, seed)
+
+
+def interleaved_cases() -> Iterator[Case]:
+    """In place, where both operands are views of one buffer, which torch's copy_ allows."""
+    for seed, dtype in enumerate(DTYPES):
+        memory = values(2 * 3 * 5 * 8 * 16, dtype, torch.Generator().manual_seed(seed))
+        x = memory.view(2, 3, 5, 8, 16)
+        mask = torch.ones(1, 1, 5, 1, 1)
+        yield Case("in place", x, x, [4, 0, 2], mask, -1)
+        yield Case("in place", x[..., ::2], x[..., 1::2], [3, 1], mask, -2)
+        yield Case("in place", x[:, :, 1:2, ::2], x[:, :, :, 1::2], [1, 3], mask, -3)
+
+
+def limit_cases() -> Iterator[Case]:
+    """More channels and batch entries than a grid has, in y and in z."""
+    for seed, (form, shape) in enumerate(
+        (form, shape) for form in FORMS for shape in ([1, 65540, 1, 1, 1], [65537, 1, 2, 1, 1])
+    ):
+        generator = torch.Generator().manual_seed(seed)
+        noise = values(int(np.prod(shape)), torch.float32, generator).view(shape)
+        cond = values(shape[1], torch.bfloat16, generator).view(1, shape[1], 1, 1, 1)
+        mask = torch.rand(shape[0], 1, shape[2], 1, 1, generator=generator)
+        yield Case(form, cond, noise, [0], mask, -10 - seed)
+
+
+def same_bits(got: Tensor, wanted: Tensor) -> bool:
+    """A NaN that was converted or computed may have any payload."""
+    integer = INTEGERS[wanted.dtype.itemsize]
+    if got.shape != wanted.shape or got.dtype != wanted.dtype:
+        return False
+    equal = got.contiguous().view(integer) == wanted.contiguous().view(integer)
+    return bool((equal | (got.isnan() & wanted.isnan())).all())
+
+
+def memory_of(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+
+
+def clone_memory(case: Case) -> tuple[Tensor, Tensor]:
+    """(cond, noise) over copies of their memory, which stays shared where it was."""
+    memory = memory_of(case.noise).clone()
+    noise = memory.as_strided(case.noise.shape, case.noise.stride(), case.noise.storage_offset())
+    if case.cond.untyped_storage().data_ptr() == case.noise.untyped_storage().data_ptr():
+        where = (case.cond.shape, case.cond.stride(), case.cond.storage_offset())
+        return memory.as_strided(*where), noise
+    return case.cond, noise
+
+
+def call(emulation: Emulation, case: Case, noise: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
+    emulation.seed(case.seed)
+    if case.form == "frames":
+        return emulation.prepare_latents(cond, noise, case.frames)
+    if case.form == "mask":
+        return emulation.prepare_latents_mask(cond, noise, case.mask)
+    return (emulation.prepare_latents_(cond, noise, case.frames),)
+
+
+def fault_in_values(emulation: Emulation, case: Case) -> str | None:
+    """What is wrong with the outputs, and with all memory around an output in place."""
+    cond, noise = clone_memory(case)
+    before = memory_of(cond).clone()
+    got = call(emulation, case, noise, cond)
+    if case.form == "frames":
+        wanted = prepare_latents_reference(case.cond, case.noise, case.frames)
+    elif case.form == "mask":
+        wanted = prepare_latents_mask_reference(case.cond, case.noise, case.mask)
+    else:
+        their_cond, their_noise = clone_memory(case)
+        wanted = (
+            memory_of(their_noise),
+            prepare_latents_in_place_reference(their_cond, their_noise, case.frames),
+        )
+        got = (memory_of(noise), *got)
+    names = ("memory of noise" if case.form == "in place" else "latents", "velocity_mask")
+    for name, ours, theirs in zip(names, got, wanted, strict=True):
+        if not same_bits(ours, theirs):
+            return f"{name} differs from the reference"
+    shares = cond.untyped_storage().data_ptr() == noise.untyped_storage().data_ptr()
+    if not shares and not torch.equal(memory_of(cond).view(torch.uint8), before.view(torch.uint8)):
+        return "cond_latent was written"
+    if case.form != "in place" and any(not x.is_contiguous() for x in got):
+        return "an output is not contiguous"
+    return None
+
+
+def bytes_of(x: Tensor) -> np.ndarray:
+    """The addresses of every byte that `x` has."""
+    addresses = np.full((1,), x.data_ptr(), np.int64)
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        step = stride if size > 1 else 0
+        addresses = (addresses[:, None] + np.arange(size) * step * x.element_size()).reshape(-1)
+    addresses = np.unique(addresses)
+    return (addresses[:, None] + np.arange(x.element_size())).reshape(-1)
+
+
+def fault_in_accesses(emulation: Emulation, case: Case) -> str | None:
+    """What is wrong with the loads and stores: each reads what the contract needs and all of it,
+    each output byte is written once, on its boundary, and by no thread beside another."""
+    cond, noise = clone_memory(case)
+    emulation.accesses()
+    got = call(emulation, case, noise, cond)
+    accesses = emulation.accesses()
+    rest = [t for t in range(noise.shape[2]) if t not in set(case.frames)]
+    parts = [cond.select(2, t if cond.shape[2] > 1 else 0) for t in case.frames]
+    if case.form == "mask":
+        read = [cond[:, :, : noise.shape[2]], noise, case.mask]
+        written = list(got)
+    elif case.form == "frames":
+        read = [*parts, *(noise.select(2, t) for t in rest)]
+        written = list(got)
+    else:
+        read = parts
+        written = [*(noise.select(2, t) for t in case.frames), *got]
+    if noise.numel() == 0:
+        read = [case.mask] if case.form == "mask" else []
+    sizes_ = accesses["size"].astype(np.int64)
+    if np.any(accesses["address"].astype(np.int64) % np.maximum(sizes_, 1)):
+        return "an access is not aligned to its size"
+    index = np.repeat(np.arange(len(accesses)), sizes_)
+    within = np.arange(len(index)) - np.repeat(np.cumsum(sizes_) - sizes_, sizes_)
+    where = accesses["address"].astype(np.int64)[index] + within
+    store = accesses["store"][index] != 0
+
+    def union(tensors: list[Tensor]) -> np.ndarray:
+        return np.unique(np.concatenate([np.empty(0, np.int64), *map(bytes_of, tensors)]))
+
+    if not np.array_equal(np.unique(where[~store]), union(read)):
+        return "it does not read exactly the elements that the result takes"
+    stored = np.sort(where[store])
+    if np.any(stored[1:] == stored[:-1]):
+        return "a byte is written twice"
+    if not np.array_equal(stored, union(written)):
+        return "it does not write exactly the elements of the outputs"
+    # Each byte has one store, so that a load by another thread is the only race left.
+    thread = accesses["thread"][index].astype(np.int64) << 32 | accesses["launch"][index]
+    order = np.argsort(where[store])
+    owner = thread[store][order]
+    shared = np.isin(where[~store], stored)
+    position = np.searchsorted(stored, where[~store][shared])
+    if np.any(owner[position] != thread[~store][shared]):
+        return "a thread reads a byte that another one writes"
+    return None
+
+
+def run(emulation: Emulation, first: int, count: int, traced: bool) -> Counter[str]:
+    """Calls made per form.
+
+    Raises:
+        AssertionError: the first call that is wrong, and what is wrong with it.
+    """
+    torch.set_num_threads(1)
+    made: Counter[str] = Counter()
+    check = fault_in_accesses if traced else fault_in_values
+    fixed = [] if traced or first else [*interleaved_cases(), *limit_cases()]
+    random_cases = (random_case(seed, large=not traced) for seed in range(first, first + count))
+    for case in itertools.chain(fixed, random_cases):
+        fault = check(emulation, case)
+        assert fault is None, f"{fault} in {case}"
+        made[case.form] += 1
+    return made
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--count", type=int, default=3000)
+    parser.add_argument("--traced", action="store_true", help="check every load and store instead")
+    given = parser.parse_args()
+    emulation = Emulation(given.library)
+    try:
+        made = run(emulation, given.first, given.count, given.traced)
+    except AssertionError as error:
+        print(error)
+        return 1
+    for form, count in made.items():
+        print(f"{form}: {count} calls")
+    print(f"{emulation.launches()} launches")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
