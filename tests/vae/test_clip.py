@@ -197,7 +197,7 @@ def test_ignores_tiling_and_probes_without_it() -> None:
         ("stride", (1, 1, 1), r"time_conv has stride \(1, 1, 1\), wanted \(2, 1, 1\)"),
         # What SGLang's encode leaves there with use_feature_cache=False.
         ("_padding", (0, 0, 0, 0, 2, 0), r"time_conv has causal padding \(0, 0, 0, 0, 2, 0\)"),
-        ("padding", (1, 0, 0), r"time_conv has padding \(1, 0, 0\)"),
+        ("padding", (1, 0, 0), r"time_conv has causal padding \(0, 0, 0, 0, 1, 1\)"),
         ("padding_mode", "replicate", r"time_conv has padding_mode replicate"),
         ("dilation", (2, 1, 1), r"time_conv has dilation \(2, 1, 1\)"),
         ("groups", 2, r"time_conv has groups 2"),

@@ -133,7 +133,10 @@ CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
         set_conv("conv_in", "_padding", (1, 1, 1, 1, 1, 1)),
         r"conv_in has causal padding \(1, 1, 1, 1, 1, 1\), wanted \(1, 1, 1, 1, 2, 0\)",
     ),
-    "padding of its own": (set_conv("conv_in", "padding", (0, 1, 1)), r"conv_in has padding"),
+    "padding of its own": (
+        set_conv("conv_in", "padding", (0, 1, 1)),
+        r"conv_in has causal padding \(2, 2, 2, 2, 2, 0\)",
+    ),
     "symmetric down-sampling": (
         replace_padding(nn.ZeroPad2d((1, 0, 1, 0))),
         r"resample\.0 has padding \(1, 0, 1, 0\), wanted \(0, 1, 0, 1\)",

@@ -205,7 +205,7 @@ def test_reads_a_checkpoint(tmp_path: Path, family: str, monkeypatch: pytest.Mon
     tensors = synthetic_decoder_state_dict(config)
     write_checkpoint(tmp_path / "vae", config, {**synthetic_state_dict(config), **tensors}, 2**20)
     taken: dict[str, int] = {}
-    open_slices = checkpoint_module._open_slices
+    open_slices = checkpoint_module.open_slices
 
     class CountingSlice:
         def __init__(self, name: str, part: Any) -> None:
@@ -222,7 +222,7 @@ def test_reads_a_checkpoint(tmp_path: Path, family: str, monkeypatch: pytest.Mon
     def counted(*args: Any) -> dict[str, Any]:
         return {name: CountingSlice(name, part) for name, part in open_slices(*args).items()}
 
-    monkeypatch.setattr(checkpoint_module, "_open_slices", counted)
+    monkeypatch.setattr(checkpoint_module, "open_slices", counted)
     got = FrameDecoder.from_pretrained(tmp_path, dtype=torch.float32).state_dict()
     wanted = build(config).state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)

@@ -95,8 +95,8 @@ def test_values_that_do_not_fit_the_dtype() -> None:
         match=r"stages\.1\.blocks\.0\.conv1\.weight, once folded, is not finite in torch\.float16",
     ):
         FrameDecoder.from_state_dict(large, TINY, torch.float16)
-    # Its reciprocal exceeds float32's range.
-    config = {**TINY_ENCODER, "latents_std": [1e-40] * TINY_ENCODER["z_dim"]}
+    # Its reciprocal exceeds float16's range.
+    config = {**TINY_ENCODER, "latents_std": [2e-6] * TINY_ENCODER["z_dim"]}
     with pytest.raises(UnsupportedVAEError, match=r"conv_out\.weight, once folded, is not finite"):
         FrameEncoder.from_state_dict(synthetic_state_dict(config), config)
 

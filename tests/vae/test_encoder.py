@@ -64,9 +64,9 @@ def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """
     truth = FrameEncoder.from_vae(vae, torch.float64, probe=False)(pixels)
     got = FrameEncoder.from_vae(vae, probe=False)(pixels)
-    seed_path = reference(vae, pixels)
-    assert got.dtype == seed_path.dtype == pixels.dtype
-    return got.double() - truth, seed_path.double() - truth
+    vae_path = reference(vae, pixels)
+    assert got.dtype == vae_path.dtype == pixels.dtype
+    return got.double() - truth, vae_path.double() - truth
 
 
 def assert_no_worse(errors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -78,9 +78,11 @@ def assert_no_worse(errors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("family", BUILDERS)
-def test_half_error_is_no_larger_than_the_seed_paths(family: str, dtype: torch.dtype) -> None:
+def test_half_error_is_no_larger_than_the_vaes(family: str, dtype: torch.dtype) -> None:
     errors = []
-    for seed in range(4):
+    # Largest errors scatter most with attention: on a processor without bfloat16 instructions theirs
+    # are 1.02 of the VAE's over the first four images and 0.84 over 32.
+    for seed in range(8 if "attention" in family else 4):
         vae = BUILDERS[family](seed).to(dtype)
         size = (64, 80) if "2.2" in family else (32, 40)
         errors.append(half_errors(vae, image(seed, 2, *size, dtype)))
