@@ -98,7 +98,7 @@ def test_values_that_do_not_fit_the_dtype() -> None:
     # Its reciprocal exceeds float16's range.
     config = {**TINY_ENCODER, "latents_std": [2e-6] * TINY_ENCODER["z_dim"]}
     with pytest.raises(UnsupportedVAEError, match=r"conv_out\.weight, once folded, is not finite"):
-        FrameEncoder.from_state_dict(synthetic_state_dict(config), config)
+        FrameEncoder.from_state_dict(synthetic_state_dict(config), config, torch.float16)
 
 
 def test_first_taps_of_the_decoder_are_not_read() -> None:

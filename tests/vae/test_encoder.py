@@ -80,7 +80,7 @@ def assert_no_worse(errors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
 @pytest.mark.parametrize("family", BUILDERS)
 def test_half_error_is_no_larger_than_the_vaes(family: str, dtype: torch.dtype) -> None:
     errors = []
-    # Largest errors scatter most with attention: on a processor without bfloat16 instructions theirs
+    # Largest errors scatter most with attention: on a processor without bfloat16 instructions they
     # are 1.02 of the VAE's over the first four images and 0.84 over 32.
     for seed in range(8 if "attention" in family else 4):
         vae = BUILDERS[family](seed).to(dtype)
