@@ -1,181 +1,30 @@
-"""A result as Markdown: the whole of it, and the sections of README and benchmarks/README.
+"""The sections of README and benchmarks/README that show the committed result.
 
-python benchmarks/report.py writes those sections, and the plots, from the committed result.
+`python -m benchmarks.readme` writes them, and the plots, from benchmarks/results/cpu/result.json.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from suites import COMPILED, COPY, FORMULA, OURS, UNFUSED, USUAL_CASES
+from benchmarks import plots
+from benchmarks.formatting import provenance, ratio, seconds, size, table
+from benchmarks.harness import ROOT
+from benchmarks.paths import OURS, UNFUSED
+from benchmarks.report import goal_lines
+from benchmarks.suites import Row, engines, profile
+from benchmarks.suites.op import COMPILED, COPY, FORMULA, USUAL_CASES
 
 Result = dict[str, Any]
-Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parent.parent
+Section = Callable[[Result], str]
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / "result.json"
 NOT_MEASURED = "Not measured yet: `make bench-full` does."
-DTYPES = ("float32", "bfloat16")
 
 
-def seconds(value: float) -> str:
-    for scale, unit in ((1, "s"), (1e3, "ms"), (1e6, "µs")):
-        if value * scale >= 1:
-            return f"{_three_digits(value * scale)} {unit}"
-    return f"{_three_digits(value * 1e6)} µs"
-
-
-def ratio(value: float) -> str:
-    return f"{_three_digits(value)}×"
-
-
-def _three_digits(value: float) -> str:
-    return (
-        f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
-    )
-
-
-def size(text: str) -> str:
-    """The text with a multiplication sign between the sides of a size."""
-    return re.sub(r"(?<=\d)x(?=\d)", "×", text)
-
-
-def table(header: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """Lines; the first column flush left, the others right."""
-    return [
-        "| " + " | ".join(header) + " |",
-        "|---|" + "---:|" * (len(header) - 1),
-        *("| " + " | ".join(cells) + " |" for cells in body),
-    ]
-
-
-def provenance(result: Result) -> str:
-    return (
-        f"{result['machine']}, diffusers {result['versions']['diffusers']}; commit "
-        f"{result['commit']}, {result['date']}"
-    )
-
-
-def markdown(result: Result) -> str:
-    """The whole result as text and tables."""
-    lines = [
-        f"{provenance(result)}; {result['setting']} setting, {result['minutes']} minutes, "
-        f"load average before the start {result['load_before']:.1f}.",
-    ]
-    if result["goals"]:
-        lines += ["", "## Goals", "", *_goals(result)]
-    for suite in dict.fromkeys(row["suite"] for row in result["rows"]):
-        rows = [row for row in result["rows"] if row["suite"] == suite]
-        lines += ["", f"## {suite}", ""]
-        lines += table(
-            ("case", "path", "median", "10 % to 90 %", "rounds", "speed", "of", "error"),
-            [_cells(row) for row in rows],
-        )
-    if "memory" in result:
-        lines += ["", "## memory", "", *_memory(result["memory"])]
-    if "profile" in result:
-        lines += ["", "## profile", "", *_profile(result["profile"])]
-    if "engines" in result:
-        lines += ["", "## engines", "", *_engines(result["engines"])]
-    return "\n".join(lines)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    return (
-        f"{size(row['case'])}, {row['dtype']}",
-        row["path"],
-        seconds(row["median"]),
-        f"{seconds(row['q10'])} to {seconds(row['q90'])}",
-        str(len(row["seconds"])),
-        ratio(row["speedup"]),
-        row["baseline"],
-        "" if row["error"] is None else f"{row['error']:.1e}",
-    )
-
-
-def _goals(result: Result) -> list[str]:
-    def figure(value: float, unit: str) -> str:
-        return f"{_three_digits(value)}{unit}"
-
-    return table(
-        ("goal", "wanted", "measured", "met"),
-        [
-            (
-                size(goal["name"]),
-                f"{goal['relation']} {goal['bound']:g}{goal['unit']}",
-                figure(goal["value"], goal["unit"]),
-                "yes" if goal["met"] else "**no**",
-            )
-            for goal in result["goals"]
-        ],
-    )
-
-
-def _memory(memory: Result) -> list[str]:
-    rows = []
-    for dtype in DTYPES:
-        for name, key in (("3-D VAE without its decoder", "vae"), ("ours", "ours")):
-            figures = memory[dtype][key]
-            rows.append(
-                (
-                    f"{name}, {dtype}",
-                    f"{figures['resident']:.0f} MiB",
-                    f"{figures['peak'] - figures['resident']:.0f} MiB",
-                    f"{figures['peak']:.0f} MiB",
-                )
-            )
-    header = (f"first encode at {size(memory['size'])}", "weights", "encode adds", "peak")
-    megabytes = memory["bfloat16_parameters_bytes"] / 1e6
-    return [*table(header, rows), "", f"Parameters in bfloat16: {megabytes:.1f} MB."]
-
-
-def _profile(profile: Result) -> list[str]:
-    lines = []
-    for dtype, figures in profile.items():
-        lines += [
-            f"{size(figures['size'])}, {dtype}: {seconds(figures['seconds'])}, "
-            f"{figures['tflop']:.3f} TFLOP as direct convolutions, "
-            f"{figures['tflop_per_s']:.3f} TFLOP/s (a square matrix product: "
-            f"{figures['matmul_tflop_per_s']:.3f}).",
-            "",
-            *table(
-                ("operation", "self CPU time"),
-                [(f"`{name}`", f"{share:.1%}") for name, share in figures["shares"].items()],
-            ),
-            "",
-        ]
-    return lines[:-1]
-
-
-def _engines(engines: Result) -> list[str]:
-    rows = []
-    skipped = []
-    for engine, figures in engines.items():
-        if "skipped" in figures:
-            skipped.append(f"{engine}: skipped, {figures['skipped']}.")
-            continue
-        where = f"{figures['height']}×{figures['width']}, {figures['num_frames']} frames"
-        for row in figures["rows"]:
-            rows.append(
-                (
-                    f"{engine.replace('_', '-')} {figures['version']}, {where}, {row['request']}",
-                    row["mode"],
-                    str(row["pixel_frames_encoded"]),
-                    f"{row['tflop']:.2f}",
-                    seconds(row["median_s"]),
-                    ratio(row["ratio"]),
-                )
-            )
-    header = ("engine's own stage", "mode", "pixel frames encoded", "TFLOP", "median", "speed")
-    lines = table(header, rows) if rows else []
-    return [*lines, *([""] if rows and skipped else []), *skipped]
-
-
-def measured_section(result: Result) -> str:
+def measured(result: Result) -> str:
     """README's table and plot."""
     header = ("", "engines today", "alternative", "this package", "faster by")
     memory = result["memory"]["float32"]
@@ -199,7 +48,7 @@ def measured_section(result: Result) -> str:
 
 def _measured(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     for ours in rows:
-        if ours["path"] != OURS or ours["suite"] == "growth":
+        if ours["path"] != OURS or ours["suite"] not in ("op", "encoder", "stage"):
             continue
         where = (ours["suite"], ours["case"], ours["dtype"])
         paths = {
@@ -222,33 +71,45 @@ def _measured(rows: list[Row]) -> Iterator[tuple[str, ...]]:
         )
 
 
-def engines_section(result: Result) -> str:
-    """README's table of each engine before and after."""
-    return "\n".join(_engines(result["engines"]))
+def engines_in_short(result: Result) -> str:
+    """README's three rows: an image through each engine's own stage, unpatched and fast."""
+    rows = []
+    for engine, figures in result["engines"].items():
+        of = {row["mode"]: row for row in figures.get("rows", ()) if row["request"] == "I2V"}
+        if {"unpatched", "fast"} <= of.keys():
+            times = (seconds(of[mode]["median_s"]) for mode in ("unpatched", "fast"))
+            name = engines.request_name(engine, figures, of["fast"])
+            rows.append((name, *times, f"**{ratio(of['fast']['ratio'])}**"))
+    return "\n".join(table(("engine's own stage", "unpatched", "fast", "faster by"), rows))
 
 
-def judged_section(result: Result) -> str:
+def engines_in_full(result: Result) -> str:
+    """benchmarks/README's table of each engine before and after."""
+    return "\n".join(engines.lines(result["engines"]))
+
+
+def judged(result: Result) -> str:
     """benchmarks/README's goals and profile."""
     return "\n".join(
         [
             f"{provenance(result)}; {result['minutes']} minutes.",
             "",
-            *_goals(result),
+            *goal_lines(result["goals"]),
             "",
             "Where an encode's time goes:",
             "",
-            *_profile(result["profile"]),
+            *profile.lines(result["profile"]),
         ]
     )
 
 
-SECTIONS = {
-    "README.md": {"measured": measured_section, "engines": engines_section},
-    "benchmarks/README.md": {"judged": judged_section},
+SECTIONS: dict[str, dict[str, Section]] = {
+    "README.md": {"measured": measured, "engines": engines_in_short},
+    "benchmarks/README.md": {"judged": judged, "engines": engines_in_full},
 }
 
 
-def updated(text: str, result: Result | None, sections: dict[str, Any]) -> str:
+def updated(text: str, result: Result | None, sections: Mapping[str, Section]) -> str:
     """`text` with each section between its markers; without a result, that it is not measured."""
     for name, section in sections.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
@@ -269,8 +130,6 @@ def main() -> int:
         path = ROOT / name
         path.write_text(updated(path.read_text(), result, sections))
     if result is not None:
-        import plots
-
         plots.draw(result, COMMITTED.parent)
     return 0
 

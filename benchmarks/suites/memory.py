@@ -1,9 +1,9 @@
-"""Resident and peak memory of one encode at 480x832, in a process of its own.
+"""Resident and peak memory of one encode, each side in a process of its own.
 
-python benchmarks/memory.py vae|ours DTYPE prints JSON, in MiB: what the process holds beyond its
-imports with the weights loaded (`resident`), and at its peak during the first encode (`peak`, which
-includes the weights, activations, workspaces and what is prepared from the weights at first use).
-The VAE is measured without its decoder, in its favour.
+`python -m benchmarks.suites.memory vae|ours DTYPE SIZE` prints JSON, in MiB: what the process holds
+beyond its imports with the weights loaded (`resident`), and at its peak during the first encode
+(`peak`, which includes the weights, activations, workspaces and what is prepared from the weights
+at first use). The VAE is measured without its decoder, in its favour.
 """
 
 from __future__ import annotations
@@ -19,75 +19,98 @@ from typing import Any
 
 import torch
 
+from benchmarks.formatting import size as sized
+from benchmarks.formatting import table
+from benchmarks.harness import ROOT, Call, say
+from benchmarks.paths import DTYPES, TINY_DIM, sides, vae_config
+from benchmarks.suites import Figures, Suite
 from cosmos3_fast.vae import FrameEncoder, synthetic
-
-HEIGHT, WIDTH = 480, 832
-DTYPES = ("float32", "bfloat16")
+from cosmos3_fast.vae.topology import EncoderTopology
 
 
-def _status(field: str) -> float:
+def status_mib(field: str) -> float:
+    """A field of this process's status, such as VmRSS."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-@torch.no_grad()
-def measure(which: str, dtype: torch.dtype) -> dict[str, float]:
-    config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, 0)
-    pixels = (torch.rand(1, 3, HEIGHT, WIDTH) * 2 - 1).to(dtype)
-    encode: Callable[[], Any]
-    if which == "vae":
-        import diffusers  # noqa: F401 - its import is not the encode's memory
-
-        before = _status("VmRSS")
-        vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0), dtype)
-        del vae.decoder
-
-        def encode() -> Any:
-            return vae.encode(pixels[:, :, None])
-    else:
-        before = _status("VmRSS")
-        encoder = FrameEncoder.from_state_dict(
-            synthetic.synthetic_state_dict(config, 0), config, dtype
-        )
-
-        def encode() -> Any:
-            return encoder(pixels)
-
+def of_first_call(load: Callable[[], Call]) -> dict[str, float]:
+    """`resident` after `load()`, and the `peak` of the call that it returns, beyond what was."""
+    before = status_mib("VmRSS")
+    call = load()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    resident = _status("VmRSS") - before
+    resident = status_mib("VmRSS") - before
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
-    encode()
-    return {"resident": resident, "peak": _status("VmHWM") - before}
+    call()
+    return {"resident": resident, "peak": status_mib("VmHWM") - before}
 
 
-def compare() -> dict[str, Any]:
+@torch.no_grad()
+def measure_side(which: str, dtype: str, size: str, base_dim: int | None) -> dict[str, float]:
+    config = synthetic.synthetic_config(vae_config(base_dim), 0)
+    pixels = (torch.rand(1, 3, *sides(size)) * 2 - 1).to(DTYPES[dtype])
+
+    def load_vae() -> Call:
+        vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0), DTYPES[dtype])
+        del vae.decoder
+        return lambda: vae.encode(pixels[:, :, None])
+
+    def load_ours() -> Call:
+        state = synthetic.synthetic_state_dict(config, 0)
+        encoder = FrameEncoder.from_state_dict(state, config, DTYPES[dtype])
+        return lambda: encoder(pixels)
+
+    if which == "ours":
+        return of_first_call(load_ours)
+    import diffusers  # noqa: F401 - its import is not the encode's memory
+
+    return of_first_call(load_vae)
+
+
+def memory(size: str, base_dim: int | None = None) -> Figures:
     """Both in both dtypes, each in a fresh process, and the bytes of the parameters in bfloat16."""
-    config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, 0)
-    topology = synthetic.EncoderTopology.from_config(config)
+    topology = EncoderTopology.from_config(vae_config(base_dim))
     folded = FrameEncoder(topology, torch.bfloat16, device="meta")
     result: dict[str, Any] = {
-        "size": f"{HEIGHT}x{WIDTH}",
+        "size": size,
         "bfloat16_parameters_bytes": sum(p.numel() * p.element_size() for p in folded.parameters()),
     }
     for dtype in DTYPES:
-        print(f"memory {dtype} ...", file=sys.stderr, flush=True)
-        both: dict[str, Any] = {
-            which: json.loads(
-                subprocess.run(
-                    [sys.executable, __file__, which, dtype],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    check=True,
-                ).stdout
-            )
-            for which in ("vae", "ours")
-        }
+        say(f"memory {dtype} ...")
+        both = {}
+        for which in ("vae", "ours"):
+            command = [sys.executable, "-m", __name__, which, dtype, size, str(base_dim or "")]
+            both[which] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
         result[dtype] = {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
     return result
 
 
+def lines(figures: Figures) -> list[str]:
+    rows = []
+    for dtype in DTYPES:
+        for name, key in (("3-D VAE without its decoder", "vae"), ("ours", "ours")):
+            resident, peak = figures[dtype][key]["resident"], figures[dtype][key]["peak"]
+            shown = (resident, peak - resident, peak)
+            rows.append((f"{name}, {dtype}", *(f"{value:.0f} MiB" for value in shown)))
+    header = (f"first encode at {sized(figures['size'])}", "weights", "encode adds", "peak")
+    megabytes = figures["bfloat16_parameters_bytes"] / 1e6
+    return [*table(header, rows), "", f"Parameters in bfloat16: {megabytes:.1f} MB."]
+
+
+SUITE = Suite(
+    memory,
+    {
+        "tiny": {"size": "32x48", "base_dim": TINY_DIM},
+        "short": {"size": "480x832"},
+        "full": {"size": "480x832"},
+    },
+    order=50,
+    lines=lines,
+)
+
 if __name__ == "__main__":
-    print(json.dumps(measure(sys.argv[1], getattr(torch, sys.argv[2]))))
+    side, of_dtype, at_size, dim = sys.argv[1:]
+    print(json.dumps(measure_side(side, of_dtype, at_size, int(dim) if dim else None)))
