@@ -59,7 +59,7 @@ bench-full: $(VENV)/bench.stamp
 
 ## make test    set up, check style and types, inspect the CUDA kernels, run every test
 test: lint
-	$(BIN)/python tests/cuda_binary.py
+	$(BIN)/python tests/install/cuda_binary.py
 	$(BIN)/python -m pytest --ignore tests/engines
 
 build/wheel.stamp: $(VENV)/torch.stamp $(SOURCES) $(PACKAGE_FILES)

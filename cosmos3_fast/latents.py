@@ -161,7 +161,7 @@ class LatentPreparation:
 
     def _choose_mode(self, mode: Mode | None, frames: tuple[int, ...]) -> Mode:
         serves = self.encoder is not None and (
-            frames == (0,) or getattr(self.encoder, "encodes_clips", False)
+            frames == (0,) or getattr(self.encoder, "takes_clips", False)
         )
         if mode is None:
             mode = "fast" if serves else "exact"

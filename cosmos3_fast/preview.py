@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from cosmos3_fast.frames import pixel_frames
 from cosmos3_fast.latents import PreparedLatents
 
 if TYPE_CHECKING:
@@ -25,11 +26,16 @@ _NOISE = (196, 199, 205)
 
 
 def render_preview(
-    pixels: torch.Tensor, prepared: PreparedLatents, *, title: str, notes: Sequence[str] = ()
+    pixels: torch.Tensor,
+    prepared: PreparedLatents,
+    *,
+    title: str,
+    notes: Sequence[str] = (),
+    decoded: torch.Tensor | None = None,
 ) -> Image:
     """Draw the conditioning photograph, its latent frame, and the strip of latent frames.
 
-    The latent channels are shown as colours: their first three principal components over the first
+    The latent channels are shown as colors: their first three principal components over the first
     conditioned frame, each stretched from its 1st to its 99th percentile. Noise frames go through
     the same projection, with their own common scale.
 
@@ -39,6 +45,8 @@ def render_preview(
         prepared: What `LatentPreparation` made of them. Of a batch, the first is shown.
         title: One line, drawn large.
         notes: Lines drawn small below the title.
+        decoded: uint8 [H,W,3], the first conditioned latent frame as `FrameDecoder` shows it: drawn
+            between the photograph and the latent frame.
 
     Returns:
         An RGB image `WIDTH` pixels wide; its height depends on the shape of the latents.
@@ -52,7 +60,8 @@ def render_preview(
     frames, rows, columns = latents.shape[1:]
     basis, center = _principal_components(latents[:, first])
 
-    panel_width = (WIDTH - 2 * _MARGIN - _GAP) // 2
+    panels = 2 if decoded is None else 3
+    panel_width = (WIDTH - 2 * _MARGIN - (panels - 1) * _GAP) // panels
     panel_height = max(1, round(panel_width * rows / columns))
     shown = min(frames, _MAX_TILES)
     per_row = min(shown, 11 if shown <= 33 else 16)
@@ -74,31 +83,27 @@ def render_preview(
         draw.text((_MARGIN, top + 46 + 26 * i), note, fill=_MUTED, font=_font(18))
 
     low, high = _stretch(_project(latents[:, first], basis, center))
-    latent_colours = _colours(latents[:, first], basis, center, low, high)
-    second = _MARGIN + panel_width + _GAP
-    photograph = _photograph(pixels, 4 * first)
-    canvas.paste(
-        photograph.resize((panel_width, panel_height), Image.Resampling.LANCZOS),
-        (_MARGIN, panels_top),
-    )
-    canvas.paste(
-        latent_colours.resize((panel_width, panel_height), Image.Resampling.NEAREST),
-        (second, panels_top),
-    )
-    caption_top = panels_top + panel_height + 10
-    draw.text(
-        (_MARGIN, caption_top),
-        f"Conditioning pixels, {photograph.width}x{photograph.height}",
-        fill=_MUTED,
-        font=_font(18),
-    )
-    draw.text(
-        (second, caption_top),
-        f"Latent frame {first}, {columns}x{rows}: {latents.shape[0]} channels as colours "
-        "(three principal components)",
-        fill=_MUTED,
-        font=_font(18),
-    )
+    latent_colors = _colors(latents[:, first], basis, center, low, high)
+    photograph = _photograph(pixels, pixel_frames(first + 1) - 1)
+    smooth, blocks = Image.Resampling.LANCZOS, Image.Resampling.NEAREST
+    shown_panels = [
+        (photograph, smooth, f"Conditioning pixels, {photograph.width}x{photograph.height}"),
+        (latent_colors, blocks, f"Latent frame {first}, {columns}x{rows}, as colors"),
+    ]
+    if decoded is None:
+        shown_panels[1] = (
+            latent_colors,
+            blocks,
+            f"Latent frame {first}, {columns}x{rows}: {latents.shape[0]} channels as colors "
+            "(three principal components)",
+        )
+    else:
+        back = Image.fromarray(decoded.cpu().contiguous().numpy())
+        shown_panels.insert(1, (back, smooth, f"Latent frame {first}, decoded"))
+    for i, (image, resampling, caption) in enumerate(shown_panels):
+        left = _MARGIN + i * (panel_width + _GAP)
+        canvas.paste(image.resize((panel_width, panel_height), resampling), (left, panels_top))
+        draw.text((left, panels_top + panel_height + 10), caption, fill=_MUTED, font=_font(18))
 
     noise = [frame for frame in range(frames) if frame not in fixed]
     noise_low, noise_high = (
@@ -111,7 +116,7 @@ def render_preview(
         y = tiles_top + (i // per_row) * tile_pitch
         is_fixed = i in fixed
         scale = (low, high) if is_fixed else (noise_low, noise_high)
-        tile = _colours(latents[:, i], basis, center, *scale)
+        tile = _colors(latents[:, i], basis, center, *scale)
         canvas.paste(tile.resize((tile_width, tile_height), Image.Resampling.NEAREST), (x, y))
         outline, line_width = (_FIXED, 4) if is_fixed else (_NOISE, 1)
         right, bottom = x + tile_width + line_width - 1, y + tile_height + line_width - 1
@@ -144,14 +149,14 @@ def _font(size: int):  # type: ignore[no-untyped-def]
 def _legend(draw, y: int) -> None:  # type: ignore[no-untyped-def]
     font = _font(18)
     x = float(WIDTH - _MARGIN)
-    for text, colour in (
+    for text, color in (
         ("noise, velocity mask 1", _NOISE),
         ("fixed to the condition, velocity mask 0", _FIXED),
     ):
         x -= draw.textlength(text, font=font)
         draw.text((x, y + 3), text, fill=_MUTED, font=font)
         x -= 26
-        draw.rectangle((x, y + 5, x + 16, y + 21), outline=colour, width=4)
+        draw.rectangle((x, y + 5, x + 16, y + 21), outline=color, width=4)
         x -= 28
 
 
@@ -170,7 +175,7 @@ def _principal_components(frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     centred = values - center[:, None]
     _, vectors = torch.linalg.eigh(centred @ centred.T)
     basis = vectors[:, -3:].flip(1)
-    # An eigenvector's sign is arbitrary: fix it, so that the same latents give the same colours.
+    # An eigenvector's sign is arbitrary: fix it, so that the same latents give the same colors.
     largest = basis.gather(0, basis.abs().argmax(dim=0, keepdim=True))
     return (basis * largest.sign()).float(), center.float()
 
@@ -185,7 +190,7 @@ def _stretch(components: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.quantile(flat, 0.01, dim=0), torch.quantile(flat, 0.99, dim=0)
 
 
-def _colours(
+def _colors(
     frame: torch.Tensor,
     basis: torch.Tensor,
     center: torch.Tensor,

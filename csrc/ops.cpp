@@ -1,5 +1,6 @@
 // The schema of every op in the library. Each backend registers its kernels beside their code:
-// cpu/<op>.cpp and cuda/<op>.cu; cosmos3_fast/ops.py adds the fake kernels, autograd and Triton.
+// cpu/<op>.cpp and cuda/<op>.cu; cosmos3_fast/ops/<op>.py adds the fake
+// kernel, autograd and Triton.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(cosmos3, m) {
@@ -14,6 +15,7 @@ STABLE_TORCH_LIBRARY(cosmos3, m) {
       "Tensor velocity_mask");
   m.def("rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor");
   m.def("pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor");
+  m.def("unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor");
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "

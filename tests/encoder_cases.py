@@ -1,14 +1,20 @@
-"""Configurations, images and error measures shared by the encoder's tests."""
+"""Configurations, images and VAEs shared by the encoder's tests."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from cosmos3_fast.vae.exact import encode_exact
-from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config
+from cosmos3_fast.vae.synthetic import (
+    COSMOS3_VAE_CONFIG,
+    synthetic_config,
+    synthetic_state_dict,
+    synthetic_vae,
+)
 
 # Reduced widths; what remains is as in the real VAEs.
 RESIDUAL = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": 16})
@@ -62,6 +68,26 @@ TINY_CLIP = synthetic_config(
 )
 
 
+HALVES = [torch.bfloat16, torch.float16]
+
+
+def qwen_vae(seed: int = 0) -> Any:
+    import diffusers
+
+    vae = diffusers.AutoencoderKLQwenImage.from_config(QWEN)
+    vae.load_state_dict(synthetic_state_dict(QWEN, seed), strict=False)
+    return vae.eval().requires_grad_(False)
+
+
+BUILDERS: dict[str, Callable[[int], Any]] = {
+    "wan2.2": lambda seed: synthetic_vae(RESIDUAL, seed),
+    "wan2.2 uneven": lambda seed: synthetic_vae(UNEVEN, seed),
+    "wan2.1": lambda seed: synthetic_vae(WAN21, seed),
+    "wan2.1 attention": lambda seed: synthetic_vae(WAN21_ATTENTION, seed),
+    "qwen-image": qwen_vae,
+}
+
+
 def image(seed: int, batch: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
     """[B, 3, H, W] uniform in [-1, 1]."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -77,11 +103,3 @@ def clip(seed: int, batch: int, frames: int, height: int, width: int, dtype: tor
 def reference(vae: Any, pixels: Tensor) -> Tensor:
     """The seed path: [B, 3, H, W] through the 3-D VAE, normalised as SGLang does."""
     return encode_exact(vae, pixels[:, :, None])
-
-
-def rms(error: Tensor) -> float:
-    return float(error.double().square().mean().sqrt())
-
-
-def peak(error: Tensor) -> float:
-    return float(error.abs().max())

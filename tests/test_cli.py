@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import write_checkpoint
 from PIL import Image
 from safetensors import safe_open
 
@@ -145,7 +146,7 @@ def test_a_checkpoint_folder(run, tmp_path, layout):
 def test_a_truncated_checkpoint(run, tmp_path):
     config = synthetic.synthetic_config(SMALL, 0)
     folder = tmp_path / "checkpoint" / "vae"
-    synthetic.write_checkpoint(folder, config, synthetic.synthetic_state_dict(config, 0))
+    write_checkpoint(folder, config, synthetic.synthetic_state_dict(config, 0))
     weights = next(folder.glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
     status, _, err = run(*prepare_args(tmp_path, "--vae", tmp_path / "checkpoint"))

@@ -96,18 +96,6 @@ def test_alpha_is_dropped_not_composited():
     assert torch.equal(load_pixels(rgba, 32, 32), load_pixels(rgba[..., :3].copy(), 32, 32))
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_wide_modes_saturate_as_in_the_engines_and_warn(dtype, tmp_path):
-    image = Image.fromarray((noise_array(32, 32).astype(np.uint32) * 257).astype(dtype))
-    with pytest.warns(UserWarning, match="above 255"):
-        pixels = load_pixels(image, 32, 32)
-    assert torch.equal(pixels, sglang_image(image, 32, 32))
-    if dtype == np.uint16:
-        image.save(tmp_path / "wide.png")
-        with pytest.warns(UserWarning, match="above 255"):
-            assert torch.equal(load_pixels(tmp_path / "wide.png", 32, 32), pixels)
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(orientation, tmp_path):
     exif = Image.Exif()
@@ -210,7 +198,6 @@ def test_truncated_file(kind, tmp_path):
         (torch.full((3, 32, 32), -1.5), ValueError, r"got values in \[-1.5, -1.5\]$"),
         (torch.full((3, 32, 32), math.nan), ValueError, "NaN or infinite"),
         (torch.full((3, 32, 32), math.inf), ValueError, "NaN or infinite"),
-        (Image.new("RGB", (1, 20_000)), ValueError, "too narrow"),
         (Image.new("RGB", (0, 4)), ValueError, "is empty"),
     ],
 )

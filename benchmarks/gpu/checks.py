@@ -151,7 +151,7 @@ def sanitizer(tool: str) -> Step:
         done = _run(
             [
                 *("compute-sanitizer", "--tool", tool, "--error-exitcode", "86"),
-                *("--print-limit", "20", sys.executable, str(ROOT / "tests/sanitizer_ops.py")),
+                *("--print-limit", "20", sys.executable, str(ROOT / "tests/ops/sanitizer_ops.py")),
             ],
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",

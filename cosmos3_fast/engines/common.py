@@ -6,31 +6,18 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
+from cosmos3_fast.vae.accelerated import Mode, check_mode, uncompiled
 
-Mode = Literal["exact", "fast", "off"]
-MODES: tuple[Mode, ...] = ("exact", "fast", "off")
 MODE_VARIABLE = "COSMOS3_FAST"
 
 # Elements compared per tensor: enough to see any training step, cheap beside an encode.
 _SAMPLES = 16
-
-
-def check_mode(mode: str, argument: str = "mode") -> Mode:
-    """`mode` itself.
-
-    Raises:
-        ValueError: it is none of "exact", "fast" and "off".
-    """
-    for known in MODES:
-        if mode == known:
-            return known
-    raise ValueError(f"{argument} is {mode!r}, wanted one of {', '.join(MODES)}")
 
 
 def mode_from_environment() -> Mode:
@@ -41,21 +28,6 @@ def mode_from_environment() -> Mode:
     """
     value = os.environ.get(MODE_VARIABLE, "").strip().lower()
     return check_mode(value or "exact", MODE_VARIABLE)
-
-
-def uncompiled(module: Any) -> Any:
-    """The module that `torch.compile(module)` wraps, or the module itself."""
-    return getattr(module, "_orig_mod", module)
-
-
-def is_compiled(module: nn.Module) -> bool:
-    """Whether the module or one below it runs through torch.compile."""
-    return any(
-        "_orig_mod" in each._modules
-        or getattr(each, "_compiled_call_impl", None) is not None
-        or hasattr(vars(each).get("forward"), "_torchdynamo_orig_callable")
-        for each in module.modules()
-    )
 
 
 class FoldedVAE:

@@ -8,6 +8,7 @@ from cosmos3_fast.ops.pack_pixels import pack_pixels
 from cosmos3_fast.ops.prepare_latents import prepare_latents, prepare_latents_
 from cosmos3_fast.ops.registry import BackendUnavailableError, default_backend
 from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu
+from cosmos3_fast.ops.unpack_pixels import unpack_pixels
 from cosmos3_fast.ops.winograd import takes_winograd, winograd_conv3x3, winograd_pack
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "prepare_latents_",
     "rms_norm_silu",
     "takes_winograd",
+    "unpack_pixels",
     "winograd_conv3x3",
     "winograd_pack",
 ]

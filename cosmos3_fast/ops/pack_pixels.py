@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, select
+from cosmos3_fast.ops.registry import register, register_autograd, select
 
 
 def pack_pixels(
@@ -104,4 +104,4 @@ def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return torch.nn.functional.pixel_shuffle(gradient, ctx.patch_size).to(ctx.dtype), None, None
 
 
-torch.library.register_autograd("cosmos3::pack_pixels", _pack_backward, setup_context=_pack_setup)
+register_autograd("pack_pixels", _pack_backward, _pack_setup, pack_pixels_reference)

@@ -14,9 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype
-from cosmos3_fast.ops.registry import register, register_autograd_kernel, select
+from cosmos3_fast.ops.registry import (
+    has_tangent,
+    register,
+    register_autograd,
+    register_kernel,
+    select,
+)
 
 
 def prepare_latents(
@@ -72,7 +79,9 @@ def prepare_latents_(
     """Writes the conditioned frames into `noise`; returns the velocity mask [1, 1, T, 1, 1].
 
     Touches B * C * len(condition_frames) * H * W elements. Arguments and errors are those of
-    `prepare_latents`; `noise` must not be expanded, and nothing may require a gradient.
+    `prepare_latents`; `noise` must not be expanded, nothing may require a gradient, and as for
+    `Tensor.copy_` the two must not overlap in part (the same view twice changes nothing; where
+    strided views of one buffer interleave, `cond_latent` is read before anything is written).
     """
     run = select("prepare_latents_", backend, noise.device)
     return run(cond_latent, noise, list(condition_frames))
@@ -94,10 +103,62 @@ def prepare_latents_formula(
     return latents, 1.0 - condition_mask
 
 
+def _extent(x: Tensor) -> int:
+    """The elements from the first to the last of `x`."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def _fills_its_extent(x: Tensor) -> bool:
+    return _extent(x) == x.numel()
+
+
+def _has_address(x: Tensor) -> bool:
+    return not isinstance(x, FakeTensor) and x.device.type != "meta"
+
+
+def _begin(x: Tensor) -> int | torch.SymInt:
+    return x.data_ptr() if _has_address(x) else x.storage_offset() * x.element_size()
+
+
+def may_overlap(cond_latent: Tensor, noise: Tensor) -> bool:
+    """Whether the memory of the two is interleaved or shared."""
+    if not _has_address(noise):
+        # The storage is still one or another.
+        storages = (cond_latent.untyped_storage(), noise.untyped_storage())
+        if storages[0]._cdata != storages[1]._cdata:
+            return False
+    if cond_latent.numel() == 0 or noise.numel() == 0:
+        return False
+    ours, theirs = _begin(cond_latent), _begin(noise)
+    return (
+        ours < theirs + _extent(noise) * noise.element_size()
+        and theirs < ours + _extent(cond_latent) * cond_latent.element_size()
+    )
+
+
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    return (
+        _begin(a) == _begin(b)
+        and a.dtype == b.dtype
+        and a.shape == b.shape
+        and a.stride() == b.stride()
+    )
+
+
+def apart(cond_latent: Tensor, noise: Tensor) -> Tensor:
+    """What is read while `noise` is written: where views of one buffer interleave, a copy, so that
+    the result does not depend on the order of the writes."""
+    return cond_latent.clone() if may_overlap(cond_latent, noise) else cond_latent
+
+
 def prepare_latents_in_place_reference(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
     """Writes the conditioned frames into `noise`; returns the velocity mask [1, 1, T, 1, 1]."""
+    return _write_frames(apart(cond_latent, noise), noise, condition_frames)
+
+
+def _write_frames(cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int]) -> Tensor:
     velocity_mask = noise.new_ones(1, 1, noise.shape[2], 1, 1)
     for frame in condition_frames:
         source = frame if cond_latent.shape[2] > 1 else 0
@@ -114,7 +175,7 @@ def prepare_latents_reference(
     Equal (==) to `prepare_latents_formula` for finite inputs.
     """
     latents = noise.clone(memory_format=torch.contiguous_format)
-    return latents, prepare_latents_in_place_reference(cond_latent, latents, condition_frames)
+    return latents, _write_frames(cond_latent, latents, condition_frames)
 
 
 def prepare_latents_mask_reference(
@@ -224,7 +285,8 @@ def check_mask(cond_latent: Tensor, noise: Tensor, condition_mask: Tensor) -> No
 def check_frames_in_place(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> None:
-    """As `check_frames`, and `noise` must not hold one element at two indices (expanded)."""
+    """As `check_frames`; and, as torch's own copy_ has it, `noise` must not hold one element at two
+    indices (expanded) nor overlap `cond_latent` in part."""
     op = "prepare_latents_"
     check_frames(cond_latent, noise, condition_frames, op)
     for dim, (size, stride) in enumerate(zip(noise.shape, noise.stride(), strict=True)):
@@ -233,6 +295,11 @@ def check_frames_in_place(
             lambda: (
                 f"{op}: noise must not be expanded: dimension {dim} has size {size} and stride 0"  # noqa: B023
             ),
+        )
+    if may_overlap(cond_latent, noise) and not _is_same_view(cond_latent, noise):
+        torch._check(
+            not (_fills_its_extent(cond_latent) and _fills_its_extent(noise)),
+            lambda: f"{op}: cond_latent must not overlap noise in memory; clone it",
         )
 
 
@@ -309,9 +376,7 @@ def _frames_backward(
     return grad_cond, grad_noise, None
 
 
-torch.library.register_autograd(
-    "cosmos3::prepare_latents", _frames_backward, setup_context=_frames_setup
-)
+register_autograd("prepare_latents", _frames_backward, _frames_setup, prepare_latents_reference)
 
 
 def _mask_setup(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -357,23 +422,61 @@ def _mask_backward(
     return grad_cond, grad_noise, grad_mask
 
 
-torch.library.register_autograd(
-    "cosmos3::prepare_latents.mask", _mask_backward, setup_context=_mask_setup
+register_autograd(
+    "prepare_latents.mask", _mask_backward, _mask_setup, prepare_latents_mask_reference
 )
 
 
 def _refuse_gradients(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
-    if torch.is_grad_enabled() and (cond_latent.requires_grad or noise.requires_grad):
+    tracked = torch.is_grad_enabled() and (cond_latent.requires_grad or noise.requires_grad)
+    if tracked or has_tangent(cond_latent, noise):
         raise RuntimeError(
             "prepare_latents_: cond_latent and noise must not require a gradient; "
             "use prepare_latents, which is differentiable"
         )
     with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+
+
+def _count_the_write(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> Tensor:
+    """As every in-place op of torch: also in inference mode, where no Autograd kernel runs."""
+    if noise.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "prepare_latents_: noise must not be an inference tensor outside torch.inference_mode; "
+            "clone it"
+        )
+    with torch._C._ExcludeDispatchKeyGuard(_ADINPLACEORVIEW):
         velocity_mask = torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
-    torch.autograd.graph.increment_version(noise)
+    if not noise.is_inference():
+        torch.autograd.graph.increment_version(noise)
     return velocity_mask
 
 
-register_autograd_kernel("prepare_latents_", _refuse_gradients)
+def _write_negated(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> Tensor:
+    """For views that torch negates when they are read, such as `z.conj().imag`."""
+    cond_latent = cond_latent.resolve_neg()
+    if noise.is_neg():
+        # Writing -x into the memory beneath the view.
+        cond_latent, noise = -cond_latent, torch._neg_view(noise)
+    return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+
+
+def _resolve_conjugates(
+    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+) -> Tensor:
+    # Only complex tensors get here, which the op then refuses.
+    arguments = cond_latent.resolve_conj(), noise.resolve_conj(), condition_frames
+    return torch.ops.cosmos3.prepare_latents_(*arguments)
+
+
+_ADINPLACEORVIEW = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+register_kernel("prepare_latents_", _refuse_gradients, "Autograd")
+register_kernel("prepare_latents_", _count_the_write, "ADInplaceOrView")
+register_kernel("prepare_latents_", _write_negated, "Negative")
+register_kernel("prepare_latents_", _resolve_conjugates, "Conjugate")

@@ -12,15 +12,18 @@ import functools
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd import forward_ad
 
 BACKENDS = ("cpp", "triton", "eager")
 DEVICES = ("cpu", "cuda")
 
-# As in csrc/ops.cpp, for installs without the library; tests/test_build.py compares the two.
+# As in csrc/ops.cpp, for installs without the library; tests/install/test_build.py compares both.
 SCHEMAS = (
     "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
     "(Tensor latents, Tensor velocity_mask)",
@@ -30,10 +33,12 @@ SCHEMAS = (
     "Tensor velocity_mask",
     "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor",
     "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor",
+    "unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor",
     "winograd_pack(Tensor weight) -> Tensor",
     "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
     "-> Tensor",
 )
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 OPS = tuple(schema.split("(", maxsplit=1)[0] for schema in SCHEMAS)
 
 Kernel = Callable[..., Any]
@@ -82,6 +87,13 @@ if LIBRARY_ERROR:
         _definitions.define(_schema)
 
 
+def _overload(op: str) -> Any:
+    name, _, overload = op.partition(".")
+    return getattr(getattr(torch.ops.cosmos3, name), overload or "default")
+
+
+# `torch.ops.cosmos3.<op>`, by the name in the schema.
+REGISTERED = {op: _overload(op) for op in OPS}
 _python_kernels: dict[tuple[str, str], Kernel] = {}
 
 
@@ -119,7 +131,10 @@ def register(op: str, check: Kernel, *, eager: Kernel, triton: str | None = None
 
         def run_triton(*args: Any) -> Any:
             check(*args)
-            return triton_kernel()(*args)
+            # Triton launches on the current device, which need not be the tensors'.
+            device = args[0].device
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                return triton_kernel()(*args)
 
         _python_kernels[op, "triton"] = run_triton
 
@@ -133,9 +148,36 @@ def register(op: str, check: Kernel, *, eager: Kernel, triton: str | None = None
         _definitions.impl(op, run_cuda, "CUDA")
 
 
-def register_autograd_kernel(op: str, kernel: Kernel) -> None:
-    """Registers what runs above every backend, for ops that autograd formulas cannot describe."""
-    _definitions.impl(op, kernel, "Autograd")
+def register_kernel(op: str, kernel: Kernel, key: str) -> None:
+    """Registers what runs above every backend, at the dispatch key `key`."""
+    _definitions.impl(op, kernel, key)
+
+
+def has_tangent(*args: Any) -> bool:
+    """Whether forward-mode AD follows one of `args`."""
+    if forward_ad._current_level < 0:
+        return False
+    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
+def register_autograd(op: str, backward: Kernel, setup_context: Kernel, reference: Kernel) -> None:
+    """Makes `op` differentiable.
+
+    Args:
+        op: name in the schema, with its overload.
+        backward, setup_context: as `torch.library.register_autograd` takes them.
+        reference: the op in plain torch, which runs in its place under forward-mode AD, for which
+            `torch.library` has no formula: without it every tangent would be zero.
+    """
+    reverse = make_autograd_impl(REGISTERED[op], Info(backward, setup_context))
+
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        if has_tangent(*args, *kwargs.values()):
+            return reference(*args, **kwargs)
+        return reverse(keyset, *args, **kwargs)
+
+    _definitions.impl(op, kernel, "Autograd", with_keyset=True)
 
 
 @functools.cache
@@ -181,6 +223,37 @@ def backend_error(
     raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
 
 
+def _needs_all_layers(args: tuple[Any, ...]) -> bool:
+    """Whether anything but the backend's kernel has to see the call: gradients, tracing, modes."""
+    if (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._len_torch_function_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    ):
+        return True
+    tracks = torch.is_grad_enabled()
+    for x in args:
+        if isinstance(x, torch.Tensor) and (
+            type(x) not in PLAIN_TENSORS or (tracks and x.requires_grad)
+        ):
+            return True
+    return False
+
+
+def call(op: str, *args: Any) -> Any:
+    """Calls the registered op; below its Python autograd layer where nobody needs that layer."""
+    if (
+        torch.compiler.is_compiling()  # first: what follows cannot be traced
+        or torch.is_inference_mode_enabled()  # the dispatcher goes below that layer by itself
+        or _needs_all_layers(args)
+    ):
+        return REGISTERED[op](*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return REGISTERED[op](*args)
+
+
 def select(op: str, backend: str | None, device: torch.device) -> Kernel:
     """What to call for `op` on `device`: the registered op, or a backend asked for by name.
 
@@ -188,12 +261,13 @@ def select(op: str, backend: str | None, device: torch.device) -> Kernel:
         ValueError: `backend` is not None nor one of `BACKENDS`.
         BackendUnavailableError: it cannot serve here; quotes the original error.
     """
-    name, _, overload = op.partition(".")
-    registered = getattr(getattr(torch.ops.cosmos3, name), overload or "default")
     if backend is None:
-        return registered
+        return functools.partial(call, op)
+    name = op.partition(".")[0]
     if (error := backend_error(backend, device, op)) is not None:
         raise BackendUnavailableError(
             f"cosmos3_fast backend {backend!r} cannot run {name} on {device}: {error}"
         )
-    return registered if backend == default_backend(device, op) else _python_kernels[op, backend]
+    if backend == default_backend(device, op):
+        return functools.partial(call, op)
+    return _python_kernels[op, backend]

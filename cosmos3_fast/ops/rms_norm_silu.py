@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, select
+from cosmos3_fast.ops.registry import register, register_autograd, select
 
 NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
 
@@ -118,4 +118,4 @@ def _norm_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | 
     return grad_x, grad_weight, None
 
 
-torch.library.register_autograd("cosmos3::rms_norm_silu", _norm_backward, setup_context=_norm_setup)
+register_autograd("rms_norm_silu", _norm_backward, _norm_setup, rms_norm_silu_reference)

@@ -1,8 +1,7 @@
-"""Read the encoder of a VAE checkpoint: `config.json` and safetensors, one file or shards."""
+"""Read a part of a VAE checkpoint: checked by name, shape and dtype, only what is needed."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -12,44 +11,40 @@ from typing import Any
 
 from torch import Tensor
 
-from cosmos3_fast.vae.topology import (
-    EncoderTopology,
-    Shape,
-    UnsupportedVAEError,
-    is_encoder_tensor,
-)
+from cosmos3_fast.vae.checkpoint_files import CheckpointError, find_checkpoint, open_slices
+from cosmos3_fast.vae.tensor_names import family_config
+from cosmos3_fast.vae.topology import Shape, Topology, UnsupportedVAEError
 
-_WEIGHTS = "diffusion_pytorch_model.safetensors"
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
+
+__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
+
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint file is missing, unreadable or incomplete; the message names it."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An open VAE checkpoint whose encoder tensors have been checked by name, shape and dtype.
+    """An open VAE checkpoint; the tensors of one part are checked by name, shape and dtype.
 
     Attributes:
-        folder: where it lies.
-        config: the contents of `config.json`.
-        topology: of its encoder.
+        location: the folder or file where it lies.
+        config: the contents of `config.json`, or of its family where there is none.
+        topology: of the part that is read.
     """
 
-    folder: Path
+    location: Path
     config: dict[str, Any]
-    topology: EncoderTopology
+    topology: Topology
     _slices: Mapping[str, Any]
 
     def read(self, name: str) -> Tensor:
         """The part of a tensor that acts on one frame.
 
-        The last temporal tap of a 3-D convolution ([Cout, Cin, 1, kH, kW]), the mean half of
-        `quant_conv`, all of anything else.
+        The last temporal tap of a 3-D convolution ([Cout, Cin, 1, kH, kW]), all of anything else;
+        of both, the rows that the topology names.
         """
         part = self._slices[name]
-        rows = slice(0, self.topology.z_dim if name.startswith("quant_conv.") else None)
+        rows = self.topology.rows(name)
         if len(part.get_shape()) == 5:
             return part[rows, :, -1:]
         return part[rows]
@@ -61,119 +56,47 @@ class Checkpoint:
 
 @contextmanager
 def open_checkpoint(
-    path_or_repo: str | os.PathLike[str], subfolder: str = "vae"
+    path_or_repo: str | os.PathLike[str],
+    subfolder: str,
+    topology_type: type[Topology],
+    variant: str | None = None,
+    hub: Mapping[str, Any] | None = None,
 ) -> Iterator[Checkpoint]:
     """Find, open and check a checkpoint; its files stay open inside the block.
 
+    Args:
+        path_or_repo, subfolder, variant, hub: see `checkpoint_files`.
+        topology_type: of the part to read; other tensors, and shards without one, are not opened.
+
     Raises:
         CheckpointError: see there.
-        UnsupportedVAEError: the configuration or a tensor is not that of a supported encoder.
+        UnsupportedVAEError: the configuration or a tensor is not that of a supported VAE.
     """
-    folder = _find_folder(path_or_repo, subfolder)
-    config = _read_json(folder / "config.json")
+    location, config = find_checkpoint(path_or_repo, subfolder, variant, hub or {})
     with ExitStack() as stack:
-        slices = _open_slices(folder, stack)
-        shapes: dict[str, Shape] = {}
+        held = open_slices(location, topology_type.holds, stack, variant)
+        slices = {name: part for name, part in held.items() if topology_type.holds(name)}
         try:
-            for name, part in slices.items():
-                shapes[name] = tuple(part.get_shape())
-            topology = EncoderTopology.from_state_dict(shapes, config)
+            _refuse_float8(held)
+            if config is None:
+                config = family_config({n: tuple(part.get_shape()) for n, part in held.items()})
+            shapes: dict[str, Shape] = {n: tuple(part.get_shape()) for n, part in slices.items()}
+            topology = topology_type.from_state_dict(shapes, config)
             for name, part in slices.items():
                 if part.get_dtype() not in _FLOAT_DTYPES:
                     raise UnsupportedVAEError(
                         f"{name} is {part.get_dtype()}, wanted one of {list(_FLOAT_DTYPES)}"
                     )
         except UnsupportedVAEError as error:
-            raise UnsupportedVAEError(f"{folder}: {error}") from None
-        yield Checkpoint(folder, config, topology, slices)
+            raise UnsupportedVAEError(f"{location}: {error}") from None
+        yield Checkpoint(location, config, topology, slices)
 
 
-def _find_folder(path_or_repo: str | os.PathLike[str], subfolder: str) -> Path:
-    root = Path(path_or_repo)
-    if not root.exists():
-        root = _fetch(os.fspath(path_or_repo), subfolder)
-    for folder in (root / subfolder, root):
-        if (folder / "config.json").is_file():
-            return folder
-    raise CheckpointError(f"no config.json in {root / subfolder} or {root}")
-
-
-def _fetch(repo: str, subfolder: str) -> Path:
-    problem = f"{repo!r} is not a folder"
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise CheckpointError(
-            f"{problem}; to fetch it as a repository, install huggingface_hub"
-        ) from None
-    prefix = f"{subfolder}/" if subfolder else ""
-    patterns = [
-        prefix + name for name in ("config.json", "*.safetensors", "*.safetensors.index.json")
-    ]
-    try:
-        return Path(snapshot_download(repo, allow_patterns=patterns))
-    except Exception as error:
-        raise CheckpointError(
-            f"{problem} and could not be fetched as a repository: {error}"
-        ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, wanted a JSON object")
-    return content
-
-
-def _open_slices(folder: Path, stack: ExitStack) -> dict[str, Any]:
-    """Lazy slices of the encoder's tensors by name; opens the files that hold them."""
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    if not indices:
-        return _file_slices(_single_file(folder), stack)
-    if len(indices) > 1:
-        raise CheckpointError(f"{folder} has several indices: {[p.name for p in indices]}")
-    weight_map = _read_json(indices[0]).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise CheckpointError(f"{indices[0]} has no weight_map")
-    shards: dict[str, list[str]] = {}
-    for name, shard in weight_map.items():
-        if is_encoder_tensor(name):
-            if not isinstance(shard, str) or Path(shard).name != shard:
-                raise CheckpointError(f"{indices[0]}: {shard!r} for {name} is no file name")
-            shards.setdefault(shard, []).append(name)
-    slices: dict[str, Any] = {}
-    for shard, names in shards.items():
-        held = _file_slices(folder / shard, stack)
-        for name in names:
-            if name not in held:
-                raise CheckpointError(f"{folder / shard} lacks {name}, which the index puts there")
-            slices[name] = held[name]
-    return slices
-
-
-def _single_file(folder: Path) -> Path:
-    preferred = folder / _WEIGHTS
-    if preferred.is_file():
-        return preferred
-    found = sorted(folder.glob("*.safetensors"))
-    if len(found) != 1:
-        names = [path.name for path in found] or "no *.safetensors"
-        raise CheckpointError(f"{folder} has no {_WEIGHTS}, and {names}")
-    return found[0]
-
-
-def _file_slices(path: Path, stack: ExitStack) -> dict[str, Any]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
-    try:
-        # Opening checks the header and that the file is as long as the header says.
-        file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        names = filter(is_encoder_tensor, file.keys())
-        return {name: file.get_slice(name) for name in names}
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a complete safetensors file: {error}") from error
+def _refuse_float8(slices: Mapping[str, Any]) -> None:
+    """Eight-bit weights mean nothing without their scales, which every tool stores differently."""
+    for name, part in slices.items():
+        if part.get_dtype().startswith("F8_"):
+            raise UnsupportedVAEError(
+                f"{name[:120]} is {part.get_dtype()}: (scaled) fp8 weights are not read, take the "
+                "bf16, fp16 or fp32 file"
+            )

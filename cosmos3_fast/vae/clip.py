@@ -9,16 +9,19 @@ Every layer remembers the one or two frames it looks back on, and nothing else i
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos3_fast.arguments import as_int
 from cosmos3_fast.frames import TEMPORAL_FACTOR, is_whole, latent_frames, pixel_frames
 from cosmos3_fast.ops import pack_pixels
-from cosmos3_fast.vae.encoder import FoldedEncoder, FrameEncoder
+from cosmos3_fast.vae.compatibility import probe_encoder
+from cosmos3_fast.vae.encoder import FrameEncoder, check_values
 from cosmos3_fast.vae.fold import Read, fold_clip
+from cosmos3_fast.vae.folded import FoldedNetwork
 from cosmos3_fast.vae.layers import Conv3x3, EncoderStage, ResidualBlock, add_average_shortcut
 from cosmos3_fast.vae.topology import EncoderTopology, Stage, UnsupportedVAEError
 
@@ -139,7 +142,7 @@ def add_pair_average(y: Tensor, pair: list[Tensor], factor_s: int) -> Tensor:
     return y + listed.unflatten(1, (y.shape[1], -1)).mean(2)
 
 
-class ClipEncoder(FoldedEncoder):
+class ClipEncoder(FoldedNetwork):
     """The encoder of a Wan-family VAE (the one of Cosmos3) for clips of 1 + 4k frames.
 
     `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std`, and
@@ -171,13 +174,14 @@ class ClipEncoder(FoldedEncoder):
         UnsupportedVAEError: another temporal factor.
     """
 
-    encodes_clips: ClassVar[bool] = True
+    topology_type = EncoderTopology
+    takes_clips = True
 
     def __init__(
         self,
         topology: EncoderTopology,
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__(topology, dtype)
         if topology.temporal_factor != TEMPORAL_FACTOR:
@@ -186,7 +190,7 @@ class ClipEncoder(FoldedEncoder):
                 "pixel frames, wanted 4"
             )
         self.first = FrameEncoder(topology, dtype, device)
-        with torch.device(device or torch.get_default_device()):
+        with torch.device(torch.get_default_device() if device is None else device):
             self.conv_in = CausalConv(topology.in_channels, topology.stages[0].in_channels)
             self.stages = nn.ModuleList(ClipStage(stage) for stage in topology.stages)
             width = topology.stages[-1].out_channels
@@ -225,6 +229,15 @@ class ClipEncoder(FoldedEncoder):
         frames, wanted = self._checked_frames(pixels, num_latent_frames)
         if wanted == 1:
             return self.first(frames[0])
+        for frame in frames:
+            check_values(frame)
+        kind = frames[0].device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):
+                return self._encode(pixels, frames, wanted)
+        return self._encode(pixels, frames, wanted)
+
+    def _encode(self, pixels: Tensor, frames: list[Tensor], wanted: int) -> Tensor:
         if pixels.shape[0] == 0:
             return self.first(frames[0]).repeat(1, 1, wanted, 1, 1)
         memory: Memory = {}
@@ -259,10 +272,11 @@ class ClipEncoder(FoldedEncoder):
         if not is_whole(total):
             raise ValueError(f"pixels has {total} frames, wanted 1 + 4k")
         available = latent_frames(total)
-        wanted = available if num_latent_frames is None else num_latent_frames
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or not 1 <= wanted <= available:
+        wanted = available if num_latent_frames is None else as_int(num_latent_frames)
+        if wanted is None or not 1 <= wanted <= available:
             raise ValueError(
-                f"num_latent_frames is {wanted!r}, wanted 1 to {available} for {total} pixel frames"
+                f"num_latent_frames is {num_latent_frames!r}, wanted 1 to {available} for {total} "
+                "pixel frames"
             )
         frames = [clip.select(time, t) for t in range(pixel_frames(wanted))]
         # They have one shape, dtype and device.
@@ -271,3 +285,8 @@ class ClipEncoder(FoldedEncoder):
 
     def _fold(self, read: Read, read_earlier: Read) -> dict[str, Tensor]:
         return fold_clip(self.topology, read, read_earlier, self.dtype)
+
+    def _probe(self, vae: Any) -> None:
+        # Nine frames reach every state there is: from the third chunk on, each convolution looks
+        # back on two frames.
+        probe_encoder(vae, self, frames=9)

@@ -1,167 +1,21 @@
-"""`FrameEncoder`: one frame of pixels to normalised latents, as a 2-D network.
-
-`FoldedEncoder` is what it has in common with the encoder for clips (`cosmos3_fast.vae.clip`).
-"""
+"""`FrameEncoder`: one frame of pixels to normalised latents, as a 2-D network."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cosmos3_fast.ops import pack_pixels
-from cosmos3_fast.vae.checkpoint import open_checkpoint
-from cosmos3_fast.vae.compatibility import check_modules, probe_against
+from cosmos3_fast.vae.compatibility import probe_encoder, probe_posterior
 from cosmos3_fast.vae.fold import Read, fold_encoder
+from cosmos3_fast.vae.folded import FoldedNetwork
 from cosmos3_fast.vae.layers import Attention, Conv3x3, EncoderStage, NormSiLU, ResidualBlock
-from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError, is_encoder_tensor
-
-if TYPE_CHECKING:
-    from typing import Self
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from cosmos3_fast.vae.topology import EncoderTopology, PosteriorTopology
 
 
-class FoldedEncoder(nn.Module):
-    """A network folded from the encoder of a Wan-family VAE: its sources and common attributes.
-
-    Args:
-        topology: the structure.
-        dtype: of the parameters and of the latents; fp32, bf16, fp16 or fp64.
-
-    Attributes:
-        topology: the `EncoderTopology`.
-        z_dim: latent channels.
-        spatial_factor: pixels per latent cell along height and width.
-        encodes_clips: whether it takes more than one frame.
-    """
-
-    encodes_clips: ClassVar[bool] = False
-
-    def __init__(self, topology: EncoderTopology, dtype: torch.dtype) -> None:
-        super().__init__()
-        if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype}, wanted one of {[str(d) for d in _DTYPES]}")
-        self.topology = topology
-        self.z_dim = topology.z_dim
-        self.spatial_factor = topology.spatial_factor
-
-    @classmethod
-    def from_vae(
-        cls,
-        vae: Any,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-        probe: bool = True,
-    ) -> Self:
-        """Fold the encoder of a live VAE: diffusers', SGLang's or vLLM-Omni's, read by structure.
-
-        The weights are copied; the VAE can be changed or dropped afterwards.
-
-        Args:
-            vae: has `encoder`, `quant_conv`, `config`, `state_dict()` and, to probe, `encode`.
-            dtype: default: the VAE's.
-            device: default: the VAE's.
-            probe: also encode one tiny random frame (nine, if it encodes clips) with both and
-                compare, so that a difference that module attributes do not show is found.
-
-        Raises:
-            UnsupportedVAEError: the structure, a tensor, a module's setting or the probe differs
-                from what this encoder computes.
-        """
-        if not hasattr(vae, "encoder") or not hasattr(vae, "config"):
-            raise UnsupportedVAEError(f"{type(vae).__name__} has no encoder or no config")
-        tensors = vae.state_dict()
-        topology = _checked_topology(tensors, vae.config)
-        check_modules(vae, topology, cls.encodes_clips)
-        weight = tensors["encoder.conv_in.weight"]
-        encoder = cls._from_fold(
-            topology, *_readers(tensors), dtype or weight.dtype, device or weight.device
-        )
-        if probe:
-            probe_against(vae, encoder, frames=9 if cls.encodes_clips else 1)
-        return encoder
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        path_or_repo: str | os.PathLike[str],
-        subfolder: str = "vae",
-        dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """Fold the encoder of a checkpoint, reading only the tensors and temporal taps it needs.
-
-        Args:
-            path_or_repo: a folder with `config.json` and safetensors (one file or shards with an
-                index), or one that has them under `subfolder`; or the id of a repository, fetched
-                with huggingface_hub.
-            subfolder: looked into first.
-            dtype: of the parameters; weights are rounded to it once.
-            device: of the parameters; default: the CPU.
-
-        Raises:
-            CheckpointError: a file is missing, unreadable or truncated.
-            UnsupportedVAEError: the configuration or a tensor is not that of a supported encoder.
-        """
-        with open_checkpoint(path_or_repo, subfolder) as checkpoint:
-            return cls._from_fold(
-                checkpoint.topology,
-                checkpoint.read,
-                checkpoint.read_earlier,
-                dtype,
-                device or "cpu",
-            )
-
-    @classmethod
-    def from_state_dict(
-        cls,
-        tensors: Mapping[str, Tensor],
-        config: Any,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Self:
-        """Fold a 3-D VAE's state dict (not this module's own: that is `load_state_dict`).
-
-        Args:
-            tensors: names as in diffusers; entries outside `encoder.` and `quant_conv.` are
-                ignored.
-            config: the VAE's configuration, a mapping or an object.
-            dtype, device: default: those of `encoder.conv_in.weight`.
-
-        Raises:
-            UnsupportedVAEError: see `EncoderTopology.from_state_dict`.
-        """
-        topology = _checked_topology(tensors, config)
-        weight = tensors["encoder.conv_in.weight"]
-        return cls._from_fold(
-            topology, *_readers(tensors), dtype or weight.dtype, device or weight.device
-        )
-
-    @classmethod
-    def _from_fold(
-        cls,
-        topology: EncoderTopology,
-        read: Read,
-        read_earlier: Read,
-        dtype: torch.dtype,
-        device: torch.device | str,
-    ) -> Self:
-        encoder = cls(topology, dtype, device="meta")  # type: ignore[call-arg]
-        folded = encoder._fold(read, read_earlier)
-        encoder.load_state_dict(folded, assign=True)
-        encoder.requires_grad_(False)
-        return encoder.to(device)
-
-    def _fold(self, read: Read, read_earlier: Read) -> dict[str, Tensor]:
-        """The state dict of this network; the readers are those of `fold.fold_clip`."""
-        raise NotImplementedError
-
-
-class FrameEncoder(FoldedEncoder):
+class FrameEncoder(FoldedNetwork):
     """The encoder of a Wan-family VAE (the one of Cosmos3) for single frames.
 
     `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std` for one
@@ -186,14 +40,16 @@ class FrameEncoder(FoldedEncoder):
         spatial_factor: pixels per latent cell along height and width.
     """
 
+    topology_type = EncoderTopology
+
     def __init__(
         self,
         topology: EncoderTopology,
         dtype: torch.dtype = torch.bfloat16,
-        device: torch.device | str | None = None,
+        device: torch.device | str | int | None = None,
     ) -> None:
         super().__init__(topology, dtype)
-        with torch.device(device or torch.get_default_device()):
+        with torch.device(torch.get_default_device() if device is None else device):
             width = topology.stages[0].in_channels
             self.conv_in = Conv3x3(topology.in_channels, width)
             self.stages = nn.ModuleList(
@@ -204,7 +60,7 @@ class FrameEncoder(FoldedEncoder):
                 ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)
             )
             self.norm_out = NormSiLU(width)
-            self.conv_out = Conv3x3(width, topology.z_dim)
+            self.conv_out = Conv3x3(width, len(topology.output_statistics[0]))
         self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.requires_grad_(False)
 
@@ -225,19 +81,28 @@ class FrameEncoder(FoldedEncoder):
             pixels: [B, 3, H, W] or [B, 3, 1, H, W] in [-1, 1], floating point (cast to `dtype`),
                 any strides; or bytes [B, H, W, 3], uint8, normalised here as the engines do
                 (`2 (x / 255) - 1`). On the encoder's device; H and W are multiples of
-                `spatial_factor`. B may be 0.
+                `spatial_factor`. B may be 0. On the CPU, values that are not finite or beyond ±2
+                (pixels in [0, 255]) are refused.
 
         Returns:
             [B, z_dim, 1, H/spatial_factor, W/spatial_factor], normalised, contiguous, in `dtype`.
 
         Raises:
-            ValueError: wrong rank, channels, frames, size, dtype or device.
+            ValueError: wrong rank, channels, frames, size, dtype, device or values.
         """
         frame = self._checked_frame(pixels)
+        check_values(frame)
+        kind = frame.device.type
+        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False):  # `dtype` is promised, and folded for
+                return self._encode(frame)
+        return self._encode(frame)
+
+    def _encode(self, frame: Tensor) -> Tensor:
         if frame.shape[0] == 0:
             sizes = frame.shape[1:3] if frame.dtype == torch.uint8 else frame.shape[2:]
             height, width = (size // self.spatial_factor for size in sizes)
-            shape = (0, self.z_dim, 1, height, width)
+            shape = (0, self.conv_out.weight.shape[0], 1, height, width)
             return torch.empty(shape, dtype=self.dtype, device=frame.device)
         x = self.conv_in(pack_pixels(frame, self.topology.patch_size, self.dtype))
         for stage in self.stages:
@@ -285,27 +150,41 @@ class FrameEncoder(FoldedEncoder):
     def _fold(self, read: Read, read_earlier: Read) -> dict[str, Tensor]:
         return fold_encoder(self.topology, read, self.dtype)
 
-
-def _checked_topology(tensors: Mapping[str, Tensor], config: Any) -> EncoderTopology:
-    used = {name: tensor for name, tensor in tensors.items() if is_encoder_tensor(name)}
-    topology = EncoderTopology.from_state_dict(
-        {name: tuple(tensor.shape) for name, tensor in used.items()}, config
-    )
-    for name, tensor in used.items():
-        if tensor.is_meta:
-            raise UnsupportedVAEError(f"{name} is on the meta device: it has no values to fold")
-        if tensor.dtype not in _DTYPES:
-            raise UnsupportedVAEError(
-                f"{name} is {tensor.dtype}, wanted one of {[str(d) for d in _DTYPES]}"
-            )
-    return topology
+    def _probe(self, vae: Any) -> None:
+        probe_encoder(vae, self)
 
 
-def _readers(tensors: Mapping[str, Tensor]) -> tuple[Read, Read]:
-    """The last temporal tap of each convolution, and those before it."""
+class PosteriorEncoder(FrameEncoder):
+    """A `FrameEncoder` whose result is the posterior's parameters, as `vae.encode` makes them.
 
-    def last(name: str) -> Tensor:
-        tensor = tensors[name].detach()
-        return (tensor[:, :, -1:] if tensor.dim() == 5 else tensor).cpu()
+    `encoder(pixels)` is [B, 2·z_dim, 1, h, w]: mean and log-variance, not normalised, the
+    log-variance not clamped.
+    """
 
-    return last, lambda name: tensors[name].detach()[:, :, :-1].cpu()
+    topology_type = PosteriorTopology
+
+    def _probe(self, vae: Any) -> None:
+        probe_posterior(vae, self)
+
+
+def check_values(pixels: Tensor) -> None:
+    """Refuse float pixels that are not in [-1, 1] by far; on the CPU, where looking costs no sync.
+
+    Traced tensors have no values to look at.
+
+    Raises:
+        ValueError: NaN, infinity, or a value beyond ±2: interpolation overshoots by less.
+    """
+    if (
+        pixels.device.type != "cpu"
+        or not pixels.is_floating_point()
+        or not pixels.numel()
+        or torch.compiler.is_compiling()
+        or type(pixels) not in (Tensor, nn.Parameter)
+        or torch._C._functorch.is_functorch_wrapped_tensor(pixels)
+    ):
+        return
+    low, high = (float(value) for value in pixels.detach().aminmax())
+    if not -2.0 <= low <= high <= 2.0:  # also false for NaN
+        hint = "; give [0,255] as uint8" if low >= 0.0 else ""
+        raise ValueError(f"pixels must be in [-1, 1], got values in [{low:g}, {high:g}]{hint}")

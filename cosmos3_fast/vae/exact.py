@@ -1,4 +1,4 @@
-"""Exact mode: the engine's own VAE, called on only the frames that matter."""
+"""The engine's own VAE: its results, and exact mode, which calls it on what matters only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import is_whole, latent_frames
-from cosmos3_fast.vae.topology import read_config
+from cosmos3_fast.vae.topology import read_config, read_factors
 
 
 def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
@@ -40,6 +40,29 @@ def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
         return mode()
 
 
+def decode_sample(vae: Any, latents: Tensor) -> Tensor:
+    """The pixels of `vae.decode(latents)`, without gradients.
+
+    Args:
+        vae: a VAE whose `decode` returns diffusers' `DecoderOutput` or 1-tuple, or a tensor as
+            SGLang's does.
+        latents: [B, z_dim, T, h, w] before normalisation, on the VAE's device and in its dtype.
+
+    Returns:
+        [B, 3, 1 + 4(T-1), H, W] in [-1, 1].
+
+    Raises:
+        TypeError: `decode` returned something else.
+    """
+    with torch.no_grad():
+        out = vae.decode(latents)
+    if not isinstance(out, Tensor):
+        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"vae.decode returned {type(out).__name__}, wanted pixels")
+    return out
+
+
 def normalize_latents(latents: Tensor, config: Any) -> Tensor:
     """`(latents - latents_mean) / latents_std` per channel, in `latents`' own dtype.
 
@@ -51,7 +74,7 @@ def normalize_latents(latents: Tensor, config: Any) -> Tensor:
         config: the VAE's configuration, with `latents_mean` and `latents_std`.
     """
     mean, std = (
-        torch.as_tensor(read_config(config, name))
+        torch.as_tensor(read_config(config, name), dtype=torch.float32, device=latents.device)
         .view(1, -1, 1, 1, 1)
         .to(latents.device, latents.dtype)
         for name in ("latents_mean", "latents_std")
@@ -85,7 +108,9 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
 
 
 @contextmanager
-def as_in_clip(vae: Any, pixels: Tensor, clip_latent_frames: int) -> Iterator[None]:
+def as_in_clip(
+    vae: Any, pixels: Tensor, clip_latent_frames: int, spatial_factor: int | None = None
+) -> Iterator[None]:
     """Inside, `vae.encode(pixels)` has the bits of the encode of a clip that `pixels` begins.
 
     All of the encoder works chunk by chunk, but `quant_conv` runs once over all latent frames, and
@@ -97,13 +122,15 @@ def as_in_clip(vae: Any, pixels: Tensor, clip_latent_frames: int) -> Iterator[No
         vae: has `quant_conv` (a module) and `config`.
         pixels: [B, 3, 1 + 4k, H, W].
         clip_latent_frames: at least 1 + k.
+        spatial_factor: pixels per latent cell; default: as the configuration says.
     """
-    frames = latent_frames(pixels.shape[2])
+    factor, temporal_factor = read_factors(vae.config)
+    frames = latent_frames(pixels.shape[2], temporal_factor)
     missing = clip_latent_frames - frames
     if missing <= 0:
         yield
         return
-    factor = read_config(vae.config, "scale_factor_spatial", 16)
+    factor = spatial_factor or factor
     untiled_shape = (frames, pixels.shape[3] // factor, pixels.shape[4] // factor)
 
     def pad(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:

@@ -1,9 +1,10 @@
-"""The algebra that turns the 3-D VAE encoder into 2-D networks.
+"""The algebra that turns the 3-D VAE encoder into 2-D networks, and what the decoder's shares.
 
-`fold_encoder` is for one frame, `fold_clip` adds what later frames need. Every fold is computed in
-fp64 on the CPU and rounded once, to the target dtype; tensors that only move keep their bits.
-`read(name)` returns a tensor of the 3-D state dict; a reader may return only the part that is used
-(the last temporal slice, the mean half of `quant_conv`).
+`fold_encoder` is for one frame, `fold_clip` adds what later frames need; the decoder's fold is
+`decoder_fold`. Every fold is computed in fp64 on the CPU and rounded once, to the target dtype;
+tensors that only move keep their bits. `read(name)` returns a tensor of the 3-D state dict; a
+reader may return only the part that is used (the last temporal slice, the mean half of
+`quant_conv`).
 """
 
 from __future__ import annotations
@@ -18,69 +19,94 @@ from cosmos3_fast.vae.topology import EncoderTopology
 Read = Callable[[str], Tensor]
 
 
+class Fold:
+    """Collects a folded state dict, and folds the blocks that both networks have.
+
+    Args:
+        read: see the module.
+        dtype: of the result.
+
+    Attributes:
+        tensors: the state dict so far.
+        read: as given.
+    """
+
+    def __init__(self, read: Read, dtype: torch.dtype) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.read = read
+        self._dtype = dtype
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
+        self.tensors[name] = tensor.to(self._dtype, copy=True, memory_format=layout)
+
+    def conv(self, source: str, target: str) -> None:
+        """A causal or 2-D convolution."""
+        self.put(f"{target}.weight", spatial_taps(self.read(f"{source}.weight")))
+        self.put(f"{target}.bias", self.read(f"{source}.bias"))
+
+    def residual_block(self, source: str, target: str, has_shortcut: bool = False) -> None:
+        """To a `layers.ResidualBlock`; the bias of a shortcut goes into that of `conv2`."""
+        for norm in ("norm1", "norm2"):
+            self.put(f"{target}.{norm}.weight", self.read(f"{source}.{norm}.gamma").flatten())
+        self.conv(f"{source}.conv1", f"{target}.conv1")
+        self.put(f"{target}.conv2.weight", spatial_taps(self.read(f"{source}.conv2.weight")))
+        bias = self.read(f"{source}.conv2.bias")
+        if has_shortcut:
+            weight = spatial_taps(self.read(f"{source}.conv_shortcut.weight"))
+            self.put(f"{target}.shortcut.weight", weight)
+            bias = bias.double() + self.read(f"{source}.conv_shortcut.bias").double()
+        self.put(f"{target}.conv2.bias", bias)
+
+    def attention(self, source: str, target: str) -> None:
+        """To a `layers.Attention`."""
+        weight, bias = attention(
+            self.read(f"{source}.norm.gamma"),
+            self.read(f"{source}.to_qkv.weight"),
+            self.read(f"{source}.to_qkv.bias"),
+            self.read(f"{source}.proj.weight"),
+            self.read(f"{source}.proj.bias"),
+        )
+        self.put(f"{target}.qkv.weight", weight)
+        self.put(f"{target}.qkv.bias", bias)
+
+    def middle(self, part: str) -> None:
+        """The block between the stages of `part`, "encoder" or "decoder"."""
+        self.residual_block(f"{part}.mid_block.resnets.0", "middle.0")
+        self.attention(f"{part}.mid_block.attentions.0", "middle.1")
+        self.residual_block(f"{part}.mid_block.resnets.1", "middle.2")
+
+
 def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict of `FrameEncoder(topology)`, on the CPU, in `dtype`."""
-    out: dict[str, Tensor] = {}
-
-    def put(name: str, tensor: Tensor) -> None:
-        out[name] = _stored(tensor, dtype)
-
-    def conv(source: str, target: str) -> None:
-        put(f"{target}.weight", spatial_taps(read(f"{source}.weight")))
-        put(f"{target}.bias", read(f"{source}.bias"))
-
-    def residual_block(source: str, target: str, has_shortcut: bool) -> None:
-        for norm in ("norm1", "norm2"):
-            put(f"{target}.{norm}.weight", read(f"{source}.{norm}.gamma").flatten())
-        conv(f"{source}.conv1", f"{target}.conv1")
-        put(f"{target}.conv2.weight", spatial_taps(read(f"{source}.conv2.weight")))
-        bias = read(f"{source}.conv2.bias")
-        if has_shortcut:
-            weight = spatial_taps(read(f"{source}.conv_shortcut.weight"))
-            put(f"{target}.shortcut.weight", weight)
-            bias = bias.double() + read(f"{source}.conv_shortcut.bias").double()
-        put(f"{target}.conv2.bias", bias)
-
-    def attention_block(source: str, target: str) -> None:
-        weight, bias = attention(
-            read(f"{source}.norm.gamma"),
-            read(f"{source}.to_qkv.weight"),
-            read(f"{source}.to_qkv.bias"),
-            read(f"{source}.proj.weight"),
-            read(f"{source}.proj.bias"),
-        )
-        put(f"{target}.qkv.weight", weight)
-        put(f"{target}.qkv.bias", bias)
-
+    fold = Fold(read, dtype)
     weight = spatial_taps(read("encoder.conv_in.weight"))
-    put("conv_in.weight", unshuffle_order(weight, topology.patch_size))
-    put("conv_in.bias", read("encoder.conv_in.bias"))
+    fold.put("conv_in.weight", unshuffle_order(weight, topology.patch_size))
+    fold.put("conv_in.bias", read("encoder.conv_in.bias"))
     for i, (stage, (blocks, downsampler)) in enumerate(
         zip(topology.stages, topology.block_names(), strict=True)
     ):
+        changes_width = stage.in_channels != stage.out_channels
         for j, source in enumerate(blocks):
             target = f"stages.{i}.blocks.{j}"
             if stage.attention and j % 2:
-                attention_block(source, target)
+                fold.attention(source, target)
             else:
-                residual_block(source, target, j == 0 and stage.in_channels != stage.out_channels)
+                fold.residual_block(source, target, j == 0 and changes_width)
         if downsampler is not None:
-            conv(f"{downsampler}.resample.1", f"stages.{i}.downsample.conv")
-    residual_block("encoder.mid_block.resnets.0", "middle.0", False)
-    attention_block("encoder.mid_block.attentions.0", "middle.1")
-    residual_block("encoder.mid_block.resnets.1", "middle.2", False)
-    put("norm_out.weight", read("encoder.norm_out.gamma").flatten())
+            fold.conv(f"{downsampler}.resample.1", f"stages.{i}.downsample.conv")
+    fold.middle("encoder")
+    fold.put("norm_out.weight", read("encoder.norm_out.gamma").flatten())
     weight, bias = head(
         read("encoder.conv_out.weight"),
         read("encoder.conv_out.bias"),
         read("quant_conv.weight"),
         read("quant_conv.bias"),
-        topology.latents_mean,
-        topology.latents_std,
+        *topology.output_statistics,
     )
-    put("conv_out.weight", weight)
-    put("conv_out.bias", bias)
-    return out
+    fold.put("conv_out.weight", weight)
+    fold.put("conv_out.bias", bias)
+    return fold.tensors
 
 
 def fold_clip(
@@ -95,11 +121,11 @@ def fold_clip(
             convolution.
         dtype: of the result.
     """
-    out = {f"first.{name}": part for name, part in fold_encoder(topology, read, dtype).items()}
+    fold = Fold(read, dtype)
 
     def earlier(target: str, weight: Tensor) -> None:
         for i, tap in enumerate(weight.unbind(2)):
-            out[f"{target}.earlier.{i}.weight"] = _stored(tap, dtype)
+            fold.put(f"{target}.earlier.{i}.weight", tap)
 
     def residual_block(source: str, target: str) -> None:
         for conv in ("conv1", "conv2"):
@@ -115,18 +141,19 @@ def fold_clip(
         if stage.factor_t == 2:
             name = f"{downsampler}.time_conv"
             taps = torch.cat([read_earlier(f"{name}.weight"), read(f"{name}.weight")[:, :, -1:]], 2)
-            out[f"stages.{i}.time_conv.weight"] = _stored(side_by_side(taps), dtype)
-            out[f"stages.{i}.time_conv.bias"] = _stored(read(f"{name}.bias"), dtype)
+            fold.put(f"stages.{i}.time_conv.weight", side_by_side(taps))
+            fold.put(f"stages.{i}.time_conv.bias", read(f"{name}.bias"))
     for j in range(2):
         residual_block(f"encoder.mid_block.resnets.{j}", f"middle.{j}")
     weight = read_earlier("encoder.conv_out.weight")
     earlier("conv_out", head_weight(weight, read("quant_conv.weight"), topology.latents_std))
-    return out
+    first = fold_encoder(topology, read, dtype)
+    return {**{f"first.{name}": tensor for name, tensor in first.items()}, **fold.tensors}
 
 
-def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    layout = torch.channels_last if tensor.dim() == 4 else torch.contiguous_format
-    return tensor.to(dtype, copy=True, memory_format=layout)
+def float64(values: tuple[float, ...]) -> Tensor:
+    """On the CPU, whatever the default device."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def spatial_taps(weight: Tensor) -> Tensor:
@@ -207,12 +234,12 @@ def head(
     Returns:
         Weight [z, C, 3, 3] and bias [z] in fp64.
     """
-    z_dim = len(mean)
-    mean64 = torch.tensor(mean, dtype=torch.float64)
-    std64 = torch.tensor(std, dtype=torch.float64)
-    quant = quant_weight[:z_dim].double().flatten(1)
+    channels = len(mean)
+    mean64 = float64(mean)
+    std64 = float64(std)
+    quant = quant_weight[:channels].double().flatten(1)
     weight = head_weight(spatial_taps(conv_weight), quant_weight, std)
-    bias = (quant @ conv_bias.double() + quant_bias[:z_dim].double() - mean64) / std64
+    bias = (quant @ conv_bias.double() + quant_bias[:channels].double() - mean64) / std64
     return weight, bias
 
 
@@ -228,7 +255,7 @@ def head_weight(taps: Tensor, quant_weight: Tensor, std: tuple[float, ...]) -> T
         `taps`' shape with z instead of 2z, in fp64.
     """
     quant = quant_weight[: len(std)].double().flatten(1)
-    scale = quant / torch.tensor(std, dtype=torch.float64)[:, None]
+    scale = quant / float64(std)[:, None]
     return torch.einsum("zk,k...->z...", scale, taps.double())
 
 

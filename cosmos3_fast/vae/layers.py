@@ -1,8 +1,8 @@
-"""The layers of the 2-D encoder. Activations are [B, C, H, W] in channels_last memory."""
+"""The layers of the 2-D networks. Activations are [B, C, H, W] in channels_last memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.ops import rms_norm_silu, takes_winograd, winograd_conv3x3, winograd_pack
+from cosmos3_fast.ops.winograd import same_bits
+from cosmos3_fast.vae.decoder_topology import UpStage
 from cosmos3_fast.vae.topology import Stage
 
 
@@ -17,26 +19,40 @@ class Conv3x3(nn.Conv2d):
     """3x3 convolution of stride 1 and padding 1, plus an optional residual.
 
     In float32 on the CPU, large images go through `cosmos3::winograd_conv3x3`; the transformed
-    weights are made at the first such call and again after the weights have changed.
+    weights are made at the first such call and again whenever the weights differ from those they
+    were made of. Every call compares the bits, which takes about a hundredth of the convolution:
+    version counters do not see a write through `.data` or to an inference tensor.
+
+    Args:
+        in_channels, out_channels: widths.
+        min_tiles: see `takes_winograd`.
+
+    Attributes:
+        winograd: whether that route may be taken; False gives direct convolutions everywhere.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    winograd = True
+
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
-        self._packed: tuple[tuple[int, int], Tensor] | None = None
+        self._min_tiles = min_tiles
+        # A copy of the weight and what was packed from that copy, which no thread sees apart.
+        self._packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if takes_winograd(x, self.weight):
-            return winograd_conv3x3(x, self._packed_weight(), self.bias, residual)
+        if self.winograd and takes_winograd(x, self.weight, self._min_tiles):
+            # `.to()` in another thread changes what the parameter holds, not this.
+            weight = self.weight.detach()
+            return winograd_conv3x3(x, self._packed_weight(weight), self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
 
-    def _packed_weight(self) -> Tensor:
-        version = 0 if self.weight.is_inference() else self.weight._version
-        key = (self.weight.data_ptr(), version)
-        if self._packed is None or self._packed[0] != key:
-            with torch.no_grad():
-                self._packed = key, winograd_pack(self.weight)
-        return self._packed[1]
+    def _packed_weight(self, weight: Tensor) -> Tensor:
+        packed = self._packed
+        if packed is None or not same_bits(packed[0], weight):
+            copy = weight.clone()
+            packed = self._packed = copy, winograd_pack(copy)
+        return packed[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv3x3:
         self._packed = None
@@ -61,14 +77,18 @@ class ResidualBlock(nn.Module):
     """norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input: [B, Cin, H, W] → [B, Cout, H, W].
 
     A shortcut convolution has no bias of its own: it is part of `conv2`'s.
+
+    Args:
+        in_channels, out_channels: widths.
+        min_tiles: see `takes_winograd`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__()
         self.norm1 = NormSiLU(in_channels)
-        self.conv1 = Conv3x3(in_channels, out_channels)
+        self.conv1 = Conv3x3(in_channels, out_channels, min_tiles)
         self.norm2 = NormSiLU(out_channels)
-        self.conv2 = Conv3x3(out_channels, out_channels)
+        self.conv2 = Conv3x3(out_channels, out_channels, min_tiles)
         self.shortcut = (
             nn.Conv2d(in_channels, out_channels, 1, bias=False)
             if in_channels != out_channels
@@ -172,3 +192,119 @@ class EncoderStage(nn.Module):
         if self.residual:
             y = add_average_shortcut(y, x, self.factor_t, self.factor_s)
         return y
+
+
+class Upsample(nn.Conv2d):
+    """Nearest-neighbour 2x up-sampling and a 3x3 convolution: [B, C, H, W] → [B, C', 2H, 2W].
+
+    Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
+    (`phase_kernels`): 16 products instead of 36. Each phase is padded for itself and written where
+    it belongs, so that no more than one is held beside the result. The kernels are made at each
+    call, which is little work beside theirs: kept, they would be 16 weights for 9.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1) -> Tensor:
+        """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one."""
+        batch, _, height, width = x.shape
+        out = torch.empty(
+            (batch, self.out_channels, 2 * height, 2 * width),
+            dtype=x.dtype,
+            device=x.device,
+            memory_format=torch.channels_last,
+        )
+        for phase, kernel in enumerate(phase_kernels(self.weight)):
+            row, column = divmod(phase, 2)
+            padded = F.pad(x, (1 - column, column, 1 - row, row))
+            y = F.conv2d(padded, kernel, self.bias)
+            if shortcut is not None:
+                y = y + duplicated_phase(shortcut, self.out_channels, factor_t, phase)
+            out[:, :, row::2, column::2] = y
+        return out
+
+
+def phase_kernels(weight: Tensor) -> Iterator[Tensor]:
+    """The 2x2 kernels that a nearest-neighbour 2x up-sampling and a 3x3 convolution are.
+
+    Along one axis, outputs 2i and 2i + 1 of a kernel (w0, w1, w2) on the up-sampled (…, x[i-1],
+    x[i-1], x[i], x[i], x[i+1], x[i+1], …) are `w0 x[i-1] + (w1 + w2) x[i]` and
+    `(w0 + w1) x[i] + w2 x[i+1]`. Zero padding of the up-sampled image is zero padding of x.
+
+    Args:
+        weight: [Cout, Cin, 3, 3].
+
+    Yields:
+        [Cout, Cin, 2, 2] in channels_last memory for the phases (row, column) = (0, 0), (0, 1),
+        (1, 0), (1, 1); summed in float32 (float64 for float64) and rounded once.
+    """
+    taps = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    for pair in _phase_sums(*taps.unbind(2)):
+        columns = [_phase_sums(*row.unbind(2)) for row in pair]
+        for column in range(2):
+            kernel = torch.empty_like(weight[:, :, :2, :2], memory_format=torch.channels_last)
+            for y in range(2):
+                for x in range(2):
+                    kernel[:, :, y, x] = columns[y][column][x]
+            yield kernel
+
+
+def _phase_sums(
+    first: Tensor, middle: Tensor, last: Tensor
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """The two taps along one axis, for the even and for the odd outputs."""
+    return (first, middle + last), (first + middle, last)
+
+
+def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, phase: int) -> Tensor:
+    """One phase of the VAE's `DupUp3D` on one frame, at the resolution of `x`.
+
+    The 3-D layer repeats each input channel so often that output channels of `4·factor_t` values
+    (a cell: time, then row, then column) can be cut from the list. On the first chunk only the
+    last time of each cell is kept.
+
+    Args:
+        x: [B, C, H, W]; C divides `4·factor_t·out_channels`.
+        out_channels: of the result.
+        factor_t: 1 or 2.
+        phase: 2 row + column.
+
+    Returns:
+        [B, out_channels, H, W]; a view where a cell is a whole number of repetitions (every stage
+        of Cosmos3).
+    """
+    cell = 4 * factor_t
+    repeats = cell * out_channels // x.shape[1]
+    value = cell - 4 + phase
+    if cell % repeats == 0:
+        return x[:, value // repeats :: cell // repeats]
+    return x.repeat_interleave(repeats, 1)[:, value::cell]
+
+
+class DecoderStage(nn.Module):
+    """The residual blocks of one resolution, its up-sampling and shortcut.
+
+    Args:
+        stage, residual: its structure.
+        min_tiles: see `takes_winograd`.
+    """
+
+    def __init__(self, stage: UpStage, residual: bool, min_tiles: int | None = None) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList()
+        width = stage.in_channels
+        for _ in range(stage.num_blocks):
+            self.blocks.append(ResidualBlock(width, stage.out_channels, min_tiles))
+            width = stage.out_channels
+        self.upsample = None if stage.up_channels is None else Upsample(width, stage.up_channels)
+        self.residual = residual
+        self.factor_t = stage.factor_t
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for block in self.blocks:
+            y = block(y)
+        if self.upsample is None:
+            return y
+        return self.upsample(y, x if self.residual else None, self.factor_t)

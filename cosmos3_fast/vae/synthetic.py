@@ -1,18 +1,18 @@
 """A VAE of a real topology with seeded random weights, for tests, demos and timings.
 
-It encodes to noise-like latents: right shapes, costs and value ranges, no meaning.
+It encodes to noise-like latents and decodes to noise-like pixels: right shapes, costs and value
+ranges, no meaning.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cosmos3_fast.vae.decoder_topology import DecoderTopology
 from cosmos3_fast.vae.topology import EncoderTopology, Shape
 
 COSMOS3_VAE_CONFIG: dict[str, Any] = {
@@ -66,6 +66,19 @@ def synthetic_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
     return {name: _random_tensor(name, shape, generator) for name, shape in shapes.items()}
 
 
+def synthetic_decoder_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
+    """Decoder and `post_quant_conv` tensors, as `synthetic_state_dict` makes the encoder's.
+
+    The last convolution is smaller, so that most pixels lie inside [-1, 1], where no clamp hides
+    an error.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    shapes = DecoderTopology.from_config(config).tensor_shapes()
+    tensors = {name: _random_tensor(name, shape, generator) for name, shape in shapes.items()}
+    tensors["decoder.conv_out.weight"].mul_(0.4)
+    return tensors
+
+
 def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
     values = torch.randn(shape, generator=generator)
     if name.endswith(".gamma"):
@@ -76,67 +89,29 @@ def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tenso
 
 
 def synthetic_vae(
-    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG, seed: int = 0, decoder_base_dim: int = 16
+    config: Mapping[str, Any] = COSMOS3_VAE_CONFIG,
+    seed: int = 0,
+    decoder_base_dim: int | None = 16,
 ) -> Any:
-    """A diffusers `AutoencoderKLWan` in fp32 whose encoder has `synthetic_state_dict`'s weights.
+    """A diffusers VAE in fp32 with the weights of both synthetic state dicts.
 
     Args:
-        config: latent statistics are added where it has none.
+        config: `_class_name` says which class, by default `AutoencoderKLWan`; latent statistics
+            are added where it has none.
         seed: of weights and statistics.
-        decoder_base_dim: a small decoder saves time and memory.
+        decoder_base_dim: a small decoder saves time and memory; None: as `config` has it.
+            Qwen-Image's is as wide as its encoder.
     """
-    from diffusers import AutoencoderKLWan
+    import diffusers
 
     if "latents_mean" not in config:
         config = synthetic_config(config, seed)
+    name = config.get("_class_name", "AutoencoderKLWan")
+    if decoder_base_dim is not None and name == "AutoencoderKLWan":
+        config = {**config, "decoder_base_dim": decoder_base_dim}
     # The initialisation that the meta device skips takes longer than all the rest.
     with torch.device("meta"):
-        vae = AutoencoderKLWan.from_config({**config, "decoder_base_dim": decoder_base_dim})
-    state = synthetic_state_dict(config, seed)
-    generator = torch.Generator().manual_seed(seed + 1)
-    for name, tensor in vae.state_dict().items():
-        if name not in state:
-            state[name] = _random_tensor(name, tuple(tensor.shape), generator)
+        vae = getattr(diffusers, name).from_config(config)
+    state = synthetic_state_dict(config, seed) | synthetic_decoder_state_dict(config, seed)
     vae.load_state_dict(state, assign=True)
     return vae.eval().requires_grad_(False)
-
-
-def write_checkpoint(
-    folder: str | Path,
-    config: Mapping[str, Any],
-    state_dict: Mapping[str, Tensor],
-    max_shard_bytes: int | None = None,
-) -> None:
-    """Write `config.json` and safetensors as diffusers' `save_pretrained` lays them out.
-
-    Args:
-        folder: created if missing.
-        max_shard_bytes: start a new shard (and write an index) where a file would exceed this.
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(dict(config), indent=2))
-    shards: list[dict[str, Tensor]] = [{}]
-    room = max_shard_bytes
-    for name, tensor in state_dict.items():
-        size = tensor.numel() * tensor.element_size()
-        if room is not None and max_shard_bytes is not None:
-            if size > room and shards[-1]:
-                shards.append({})
-                room = max_shard_bytes
-            room -= size
-        shards[-1][name] = tensor.contiguous()
-    stem = "diffusion_pytorch_model"
-    if len(shards) == 1:
-        save_file(shards[0], folder / f"{stem}.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards, start=1):
-        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file)
-        weight_map.update(dict.fromkeys(shard, file))
-    size = sum(t.numel() * t.element_size() for t in state_dict.values())
-    index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2))

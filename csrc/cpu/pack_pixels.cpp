@@ -4,13 +4,33 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "../checks.h"
+#include "../dtypes.h"
 #include "channels_last.h"
-#include "simd.h"
 
 namespace cosmos3 {
 namespace {
 
-using torch::headeronly::Half;
+void check_pixels(const Tensor& pixels, int64_t patch_size, ScalarType dtype) {
+  const char* op = "pack_pixels";
+  const bool bytes = pixels.scalar_type() == ScalarType::Byte;
+  check_rank(op, "pixels", pixels, 4, "[B, 3, H, W], or [B, H, W, 3] in uint8");
+  if (!bytes && !is_supported(pixels.scalar_type())) {
+    fail(op, ": pixels must be uint8, float32, bfloat16, float16 or float64, got ",
+         name(pixels.scalar_type()));
+  }
+  if (pixels.size(bytes ? 3 : 1) != 3) {
+    fail(op, ": pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, got ",
+         list(pixels.sizes()));
+  }
+  check_dtype(op, "dtype", dtype);
+  if (patch_size < 1) {
+    fail(op, ": patch_size must be at least 1, got ", patch_size);
+  }
+  if (pixels.size(bytes ? 1 : 2) % patch_size || pixels.size(bytes ? 2 : 3) % patch_size) {
+    fail(op, ": pixels must have height and width divisible by patch_size = ", patch_size, ", got ",
+         list(pixels.sizes()));
+  }
+}
 
 // 2 (x / 255) - 1 in float32, as the engines normalise bytes.
 float normalized(int byte) {
@@ -43,11 +63,7 @@ template <typename Out>
 void pack_bytes(Tensor& out, const Tensor& pixels, int64_t patch) {
   Out table[256];
   for (int byte = 0; byte < 256; ++byte) {
-    if constexpr (std::is_same_v<Out, double>) {
-      table[byte] = normalized(byte);
-    } else {
-      table[byte] = from_float<Out>(normalized(byte));
-    }
+    table[byte] = convert<Out>(normalized(byte));
   }
   const auto* data = static_cast<const uint8_t*>(pixels.const_data_ptr());
   const int64_t sb = pixels.stride(0), sh = pixels.stride(1), sw = pixels.stride(2);
@@ -63,39 +79,18 @@ void pack_floats(Tensor& out, const Tensor& pixels, int64_t patch) {
   const int64_t sb = pixels.stride(0), sc = pixels.stride(1), sh = pixels.stride(2);
   const int64_t sw = pixels.stride(3);
   pack<Out>(out, patch, [=](int64_t b, int64_t c, int64_t y, int64_t x) {
-    const In value = data[b * sb + c * sc + y * sh + x * sw];
-    if constexpr (std::is_same_v<Out, In>) {
-      return value;
-    } else if constexpr (std::is_same_v<In, double>) {
-      return from_float<Out>(static_cast<float>(value));
-    } else if constexpr (std::is_same_v<Out, double>) {
-      return static_cast<double>(to_float(value));
-    } else {
-      return from_float<Out>(to_float(value));
-    }
+    return convert<Out>(data[b * sb + c * sc + y * sh + x * sw]);
   });
-}
-
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(Bf16{});
-    default:
-      return f(Half{});
-  }
 }
 
 Tensor pack_pixels(Tensor pixels, int64_t patch_size, ScalarType dtype) {
   check_pixels(pixels, patch_size, dtype);
   const bool bytes = pixels.scalar_type() == ScalarType::Byte;
   const int64_t height = pixels.size(bytes ? 1 : 2), width = pixels.size(bytes ? 2 : 3);
-  Tensor out = empty_channels_last(pixels, pixels.size(0), 3 * patch_size * patch_size,
-                                   height / patch_size, width / patch_size, dtype);
+  Tensor out = allocating("pack_pixels", [&] {
+    return empty_channels_last(pixels, pixels.size(0), 3 * patch_size * patch_size,
+                               height / patch_size, width / patch_size, dtype);
+  });
   dispatch(dtype, [&](auto out_tag) {
     using Out = decltype(out_tag);
     if (bytes) {

@@ -2,50 +2,19 @@
 // elements: a row is either copied from the noise, taken from the conditioning latent, or blended.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <cstring>
 #include <tuple>
 #include <type_traits>
 
-#include "../checks.h"
-#include "../layout.h"
+#include "../dtypes.h"
+#include "../prepare_latents.h"
 
 namespace cosmos3 {
 namespace {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
 // Bytes below which another thread does not pay for itself.
 constexpr int64_t kGrainBytes = 64 * 1024;
-
-template <typename F>
-void dispatch(ScalarType dtype, F&& f) {
-  switch (dtype) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    case ScalarType::BFloat16:
-      return f(BFloat16{});
-    default:
-      return f(Half{});
-  }
-}
-
-// As torch converts: float64 reaches a 16-bit type through float32.
-template <typename To, typename From>
-To convert(From value) {
-  if constexpr (std::is_same_v<To, From>) {
-    return value;
-  } else if constexpr (sizeof(To) == 2 || sizeof(From) == 2) {
-    return static_cast<To>(static_cast<float>(value));
-  } else {
-    return static_cast<To>(value);
-  }
-}
 
 // A latent of a dtype known only at run time.
 struct Source {
@@ -120,9 +89,8 @@ int64_t grain_rows(const Shape& shape, int64_t element_size) {
   return row_bytes == 0 ? kGrainBytes : std::max<int64_t>(1, kGrainBytes / row_bytes);
 }
 
-std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
-                                           std::vector<int64_t> condition_frames) {
-  check_frames("prepare_latents", cond_latent, noise, condition_frames);
+std::tuple<Tensor, Tensor> select_frames(const Tensor& cond_latent, const Tensor& noise,
+                                         const std::vector<int64_t>& condition_frames) {
   const Shape shape = shape_of(noise);
   const std::vector<char> is_condition = frame_set(condition_frames, shape.t);
   Tensor latents = torch::stable::new_empty(noise, {shape.b, shape.c, shape.t, shape.h, shape.w});
@@ -163,12 +131,12 @@ std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
 
 // m * cond + (1 - m) * noise with one rounding at the end. The build forbids contraction to
 // fused multiply-adds, so that float32 equals the eager formula to the bit.
-template <typename Compute, typename T, typename Cond>
-void blend_row(T* out, const T* noise, const Cond* cond, Compute m, const Source& base,
+template <typename T, typename Cond>
+void blend_row(T* out, const T* noise, const Cond* cond, Compute<T> m, const Source& base,
                const Source& source, const Shape& shape) {
-  const Compute keep = Compute{1} - m;
+  const Compute<T> keep = Compute<T>{1} - m;
   auto blend = [&](const Cond& c, const T& n) {
-    return convert<T>(m * convert<Compute>(c) + keep * convert<Compute>(n));
+    return convert<T>(m * convert<Compute<T>>(c) + keep * convert<Compute<T>>(n));
   };
   if (base.dense && source.dense) {
     for (int64_t i = 0; i < shape.plane(); ++i) {
@@ -184,9 +152,8 @@ void blend_row(T* out, const T* noise, const Cond* cond, Compute m, const Source
   }
 }
 
-std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise,
-                                                Tensor condition_mask) {
-  check_mask("prepare_latents", cond_latent, noise, condition_mask);
+std::tuple<Tensor, Tensor> blend_frames(const Tensor& cond_latent, const Tensor& noise,
+                                        const Tensor& condition_mask) {
   const Shape shape = shape_of(noise);
   Tensor latents = torch::stable::new_empty(noise, {shape.b, shape.c, shape.t, shape.h, shape.w});
   Tensor velocity_mask =
@@ -196,18 +163,17 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
   const Source mask(condition_mask, {condition_mask.size(0), 1, shape.t, 1, 1});
   dispatch(noise.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
     auto mask_at = [&](int64_t b, int64_t t) {
-      Compute m{};
+      Compute<T> m{};
       dispatch(mask.dtype, [&](auto mask_tag) {
-        m = convert<Compute>(*reinterpret_cast<const decltype(mask_tag)*>(mask.row(b, 0, t)));
+        m = convert<Compute<T>>(*reinterpret_cast<const decltype(mask_tag)*>(mask.row(b, 0, t)));
       });
       return m;
     };
     T* velocity = static_cast<T*>(velocity_mask.mutable_data_ptr());
     for (int64_t b = 0; b < condition_mask.size(0); ++b) {
       for (int64_t t = 0; t < shape.t; ++t) {
-        velocity[b * shape.t + t] = convert<T>(Compute{1} - mask_at(b, t));
+        velocity[b * shape.t + t] = convert<T>(Compute<T>{1} - mask_at(b, t));
       }
     }
     T* out = static_cast<T*>(latents.mutable_data_ptr());
@@ -218,10 +184,9 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
             const int64_t c = row / shape.t % shape.c;
             const int64_t b = row / shape.t / shape.c;
             dispatch(cond.dtype, [&](auto cond_tag) {
-              blend_row<Compute>(out + row * shape.plane(),
-                                 reinterpret_cast<const T*>(base.row(b, c, t)),
-                                 reinterpret_cast<const decltype(cond_tag)*>(cond.row(b, c, t)),
-                                 mask_at(b, t), base, cond, shape);
+              blend_row(out + row * shape.plane(), reinterpret_cast<const T*>(base.row(b, c, t)),
+                        reinterpret_cast<const decltype(cond_tag)*>(cond.row(b, c, t)),
+                        mask_at(b, t), base, cond, shape);
             });
           }
         });
@@ -229,11 +194,11 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
   return {latents, velocity_mask};
 }
 
-Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> condition_frames) {
-  check_frames("prepare_latents_", cond_latent, noise, condition_frames);
-  check_writable("prepare_latents_", noise);
+Tensor write_frames(const Tensor& cond_latent, Tensor& noise,
+                    const std::vector<int64_t>& condition_frames) {
   const Shape shape = shape_of(noise);
-  const Source cond(cond_latent, shape);
+  const Tensor source = apart(cond_latent, noise);
+  const Source cond(source, shape);
   const Strides to = strides_of(noise);
   const bool dense = plane_is_dense(shape, to);
   const int64_t num_condition = condition_frames.size();
@@ -262,6 +227,26 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
                                 });
   });
   return make_velocity_mask(frame_set(condition_frames, shape.t), noise);
+}
+
+std::tuple<Tensor, Tensor> prepare_latents(Tensor cond_latent, Tensor noise,
+                                           std::vector<int64_t> condition_frames) {
+  const char* op = "prepare_latents";
+  check_frames(op, cond_latent, noise, condition_frames);
+  return allocating(op, [&] { return select_frames(cond_latent, noise, condition_frames); });
+}
+
+std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise,
+                                                Tensor condition_mask) {
+  const char* op = "prepare_latents";
+  check_mask(op, cond_latent, noise, condition_mask);
+  return allocating(op, [&] { return blend_frames(cond_latent, noise, condition_mask); });
+}
+
+Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> condition_frames) {
+  const char* op = "prepare_latents_";
+  check_frames_in_place(op, cond_latent, noise, condition_frames);
+  return allocating(op, [&] { return write_frames(cond_latent, noise, condition_frames); });
 }
 
 }  // namespace

@@ -7,13 +7,26 @@
 #include <optional>
 
 #include "../checks.h"
+#include "../dtypes.h"
 #include "channels_last.h"
 #include "simd.h"
 
 namespace cosmos3 {
 namespace {
 
-using torch::headeronly::Half;
+void check_norm(const Tensor& x, const std::optional<Tensor>& weight) {
+  const char* op = "rms_norm_silu";
+  check_rank(op, "x", x, 4, "[B, C, H, W]");
+  check_dtype(op, "x", x.scalar_type());
+  if (weight.has_value()) {
+    check_rank(op, "weight", *weight, 1, "[C]");
+    check_dtype(op, "weight", weight->scalar_type());
+    check_device(op, "weight", *weight, "x", x);
+    if (weight->size(0) != x.size(1)) {
+      fail(op, ": weight must have the C = ", x.size(1), " elements of x, got ", weight->size(0));
+    }
+  }
+}
 
 constexpr float kNormEps = 1e-12f;  // that of torch.nn.functional.normalize
 constexpr int kLanes = 16;
@@ -26,13 +39,13 @@ COSMOS3_INLINE void norm_pixels(T* out, const T* in, const float* scale, int64_t
     int64_t i = 0;
     for (; i + kLanes <= channels; i += kLanes) {
       for (int lane = 0; lane < kLanes; ++lane) {
-        const float value = to_float(in[i + lane]);
+        const float value = convert<float>(in[i + lane]);
         partial[lane] += value * value;
       }
     }
     float squares = 0.0f;
     for (; i < channels; ++i) {
-      squares += to_float(in[i]) * to_float(in[i]);
+      squares += convert<float>(in[i]) * convert<float>(in[i]);
     }
     for (float value : partial) {
       squares += value;
@@ -41,12 +54,12 @@ COSMOS3_INLINE void norm_pixels(T* out, const T* in, const float* scale, int64_t
     const float inverse = 1.0f / (norm < kNormEps ? kNormEps : norm);
     if (silu) {
       for (int64_t c = 0; c < channels; ++c) {
-        const float value = to_float(in[c]) * inverse * scale[c];
-        out[c] = from_float<T>(value / (1.0f + exp_approx(-value)));
+        const float value = convert<float>(in[c]) * inverse * scale[c];
+        out[c] = convert<T>(value / (1.0f + exp_approx(-value)));
       }
     } else {
       for (int64_t c = 0; c < channels; ++c) {
-        out[c] = from_float<T>(to_float(in[c]) * inverse * scale[c]);
+        out[c] = convert<T>(convert<float>(in[c]) * inverse * scale[c]);
       }
     }
   }
@@ -56,7 +69,7 @@ COSMOS3_CLONES void run(float* out, const float* in, const float* scale, int64_t
                         int64_t channels, bool silu) {
   norm_pixels(out, in, scale, pixels, channels, silu);
 }
-COSMOS3_CLONES void run(Bf16* out, const Bf16* in, const float* scale, int64_t pixels,
+COSMOS3_CLONES void run(BFloat16* out, const BFloat16* in, const float* scale, int64_t pixels,
                         int64_t channels, bool silu) {
   norm_pixels(out, in, scale, pixels, channels, silu);
 }
@@ -86,23 +99,13 @@ std::vector<Scale> scale_of(const std::optional<Tensor>& weight, int64_t channel
   std::vector<Scale> scale(channels, Scale{1});
   if (weight.has_value()) {
     const Scale root = std::sqrt(static_cast<Scale>(channels));
-    const void* data = weight->const_data_ptr();
     const int64_t stride = channels > 1 ? weight->stride(0) : 0;
-    for (int64_t c = 0; c < channels; ++c) {
-      switch (weight->scalar_type()) {
-        case ScalarType::Float:
-          scale[c] = static_cast<const float*>(data)[c * stride] * root;
-          break;
-        case ScalarType::Double:
-          scale[c] = static_cast<const double*>(data)[c * stride] * root;
-          break;
-        case ScalarType::BFloat16:
-          scale[c] = to_float(static_cast<const Bf16*>(data)[c * stride]) * root;
-          break;
-        default:
-          scale[c] = to_float(static_cast<const Half*>(data)[c * stride]) * root;
+    dispatch(weight->scalar_type(), [&](auto tag) {
+      const auto* data = static_cast<const decltype(tag)*>(weight->const_data_ptr());
+      for (int64_t c = 0; c < channels; ++c) {
+        scale[c] = data[c * stride] * root;
       }
-    }
+    });
   }
   return scale;
 }
@@ -119,25 +122,20 @@ void run_parallel(Tensor& out, const Tensor& x, const std::vector<Scale>& scale,
   });
 }
 
-Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
-  check_norm(x, weight);
+Tensor normalize(const Tensor& x, const std::optional<Tensor>& weight, bool silu) {
   const Tensor input = channels_last(x);
   Tensor out = empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
   const int64_t channels = x.size(1);
-  switch (x.scalar_type()) {
-    case ScalarType::Float:
-      run_parallel<float>(out, input, scale_of<float>(weight, channels), silu);
-      break;
-    case ScalarType::Double:
-      run_parallel<double>(out, input, scale_of<double>(weight, channels), silu);
-      break;
-    case ScalarType::BFloat16:
-      run_parallel<Bf16>(out, input, scale_of<float>(weight, channels), silu);
-      break;
-    default:
-      run_parallel<Half>(out, input, scale_of<float>(weight, channels), silu);
-  }
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    run_parallel<T>(out, input, scale_of<Compute<T>>(weight, channels), silu);
+  });
   return out;
+}
+
+Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
+  check_norm(x, weight);
+  return allocating("rms_norm_silu", [&] { return normalize(x, weight, silu); });
 }
 
 }  // namespace

@@ -1,8 +1,6 @@
 // Compiling one loop for several instruction sets, and the arithmetic those loops share.
 #pragma once
 
-#include <torch/headeronly/util/Half.h>
-
 #include <cstdint>
 #include <cstring>
 
@@ -23,39 +21,6 @@ COSMOS3_INLINE To bits_as(From value) {
   To out;
   std::memcpy(&out, &value, sizeof(To));
   return out;
-}
-
-// bfloat16 as its bits, in loops the compiler can vectorise.
-struct Bf16 {
-  uint16_t bits;
-};
-
-COSMOS3_INLINE float to_float(float value) {
-  return value;
-}
-COSMOS3_INLINE float to_float(Bf16 value) {
-  return bits_as<float>(static_cast<uint32_t>(value.bits) << 16);
-}
-COSMOS3_INLINE float to_float(torch::headeronly::Half value) {
-  return static_cast<float>(value);
-}
-
-template <typename T>
-COSMOS3_INLINE T from_float(float value);
-template <>
-COSMOS3_INLINE float from_float<float>(float value) {
-  return value;
-}
-template <>
-COSMOS3_INLINE Bf16 from_float<Bf16>(float value) {
-  // To nearest even; a NaN stays one.
-  const uint32_t bits = bits_as<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-  return {static_cast<uint16_t>(value != value ? 0x7fc0 : rounded)};
-}
-template <>
-COSMOS3_INLINE torch::headeronly::Half from_float<torch::headeronly::Half>(float value) {
-  return torch::headeronly::Half(value);
 }
 
 // e^x for |x| <= 87 (clamped to it), within 2 units in the last place: 2^n by the exponent's bits

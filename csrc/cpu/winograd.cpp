@@ -19,6 +19,58 @@
 namespace cosmos3 {
 namespace {
 
+void check_winograd_weight(const Tensor& weight) {
+  const char* op = "winograd_pack";
+  check_rank(op, "weight", weight, 4, "[Cout, Cin, 3, 3]");
+  check_float32(op, "weight", weight);
+  if (weight.size(0) % 32 || weight.size(1) % 16 || weight.size(2) != 3 || weight.size(3) != 3) {
+    fail(op,
+         ": weight must have shape [Cout, Cin, 3, 3] with Cout a multiple of 32 and Cin of 16, "
+         "got ",
+         list(weight.sizes()));
+  }
+  if (weight.size(1) == 0) {
+    fail(op, ": weight must have input channels, got ", list(weight.sizes()));
+  }
+}
+
+void check_winograd(const Tensor& x, const Tensor& packed_weight, const std::optional<Tensor>& bias,
+                    const std::optional<Tensor>& residual) {
+  const char* op = "winograd_conv3x3";
+  check_rank(op, "x", x, 4, "[B, Cin, H, W]");
+  check_float32(op, "x", x);
+  check_rank(op, "packed_weight", packed_weight, 4, "[36, Cout/32, Cin, 32]");
+  check_float32(op, "packed_weight", packed_weight);
+  check_device(op, "packed_weight", packed_weight, "x", x);
+  if (packed_weight.size(0) != 36 || packed_weight.size(2) != x.size(1) ||
+      packed_weight.size(3) != 32) {
+    fail(op, ": packed_weight must have shape [36, Cout/32, Cin, 32] for x ", list(x.sizes()),
+         ", got ", list(packed_weight.sizes()));
+  }
+  // The kernels take input channels by the vector.
+  if (x.size(1) == 0 || x.size(1) % 16) {
+    fail(op, ": x must have a positive multiple of 16 channels, got ", x.size(1));
+  }
+  const int64_t out_channels = packed_weight.size(1) * 32;
+  if (bias.has_value()) {
+    check_float32(op, "bias", *bias);
+    check_device(op, "bias", *bias, "x", x);
+    if (bias->dim() != 1 || bias->size(0) != out_channels) {
+      fail(op, ": bias must have shape [", out_channels, "], got ", list(bias->sizes()));
+    }
+  }
+  if (residual.has_value()) {
+    check_float32(op, "residual", *residual);
+    check_device(op, "residual", *residual, "x", x);
+    if (residual->dim() != 4 || residual->size(0) != x.size(0) ||
+        residual->size(1) != out_channels || residual->size(2) != x.size(2) ||
+        residual->size(3) != x.size(3)) {
+      fail(op, ": residual must have shape [", x.size(0), ", ", out_channels, ", ", x.size(2), ", ",
+           x.size(3), "], got ", list(residual->sizes()));
+    }
+  }
+}
+
 constexpr int kPoints = 36;
 constexpr int kTile = 4;        // outputs along each edge of a tile
 constexpr int kPatch = 6;       // inputs along each edge
@@ -242,8 +294,7 @@ Buffer allocate(int64_t floats) {
   return Buffer(pointer);
 }
 
-Tensor winograd_pack(Tensor weight) {
-  check_winograd_weight(weight);
+Tensor pack(const Tensor& weight) {
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t out = weight.size(0), in = weight.size(1);
   Tensor packed = torch::stable::new_empty(weight, {kPoints, out / kPanel, in, kPanel});
@@ -282,9 +333,8 @@ Tensor winograd_pack(Tensor weight) {
   return packed;
 }
 
-Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bias,
-                        std::optional<Tensor> residual) {
-  check_winograd(x, packed_weight, bias, residual);
+Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optional<Tensor>& bias,
+                const std::optional<Tensor>& residual) {
   const Conv conv{x.size(0),
                   x.size(2),
                   x.size(3),
@@ -303,6 +353,9 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bi
   }
   Tensor out = empty_channels_last(x, conv.batch, conv.out_channels, conv.height, conv.width,
                                    ScalarType::Float);
+  if (out.numel() == 0) {
+    return out;
+  }
   auto data = [](const Tensor& tensor) {
     return static_cast<const float*>(tensor.const_data_ptr());
   };
@@ -344,6 +397,17 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bi
     }
   });
   return out;
+}
+
+Tensor winograd_pack(Tensor weight) {
+  check_winograd_weight(weight);
+  return allocating("winograd_pack", [&] { return pack(weight); });
+}
+
+Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bias,
+                        std::optional<Tensor> residual) {
+  check_winograd(x, packed_weight, bias, residual);
+  return allocating("winograd_conv3x3", [&] { return convolve(x, packed_weight, bias, residual); });
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 """Triton kernels of `cosmos3::prepare_latents`: one program per tile of one H x W plane.
 
-Importing this module imports Triton. The launchers take arguments that
-`cosmos3_fast.checks` has passed, on a CUDA device or, under TRITON_INTERPRET=1, on the CPU.
+Importing this module imports Triton. The launchers take arguments that the checks of
+`ops/prepare_latents.py` have passed, on a CUDA device or, under TRITON_INTERPRET=1, on the CPU.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosmos3_fast.ops.prepare_latents import apart
+
 # A launch carries which frames are conditioned as bits of two integers: no copy to the device,
 # and no new specialisation for another list. More frames than this take further launches.
 FRAMES_PER_LAUNCH = 128
@@ -21,7 +23,8 @@ BLOCK = 1024
 
 @triton.jit
 def _is_condition(t, bits_low, bits_high):
-    word = tl.where(t < 64, bits_low, bits_high)
+    # Words that fit 32 bits arrive as such, sign-extended: shifting those by up to 63 is undefined.
+    word = tl.where(t < 64, tl.cast(bits_low, tl.int64), tl.cast(bits_high, tl.int64))
     return (word >> (t % 64)) & 1
 
 
@@ -46,9 +49,12 @@ def _plane(i, W, stride_h, stride_w, DENSE: tl.constexpr):
 
 
 @triton.jit
-def _tile(plane, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    return i, i < plane * VECTOR
+def _tile(tiles, plane, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
+    # Everything is in the grid's first dimension: the others end at 65535.
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    i = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return row, tile, i, i < tl.cast(plane, tl.int64) * VECTOR
 
 
 @triton.jit(do_not_specialize=["bits_low", "bits_high", "first_frame"])
@@ -61,6 +67,7 @@ def prepare_latents_kernel(
     bits_high,
     first_frame,
     launch_frames,
+    tiles,  # of BLOCK elements in a plane
     C,
     T,
     plane,  # H * W, in vectors
@@ -71,25 +78,25 @@ def prepare_latents_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, tile, i, inside = _tile(tiles, plane, BLOCK, VECTOR)
     local_t = row % launch_frames
     t = first_frame + local_t
     c = row // launch_frames % C
     b = row // launch_frames // C
     is_condition = _is_condition(local_t, bits_low, bits_high)
-    i, inside = _tile(plane, BLOCK, VECTOR)
     dtype = latents.dtype.element_ty
-    # Only the operand that is taken is read.
+    # Only the operand that is taken is read. The pointers' types differ where the dtypes do, so
+    # that one name cannot hold both.
     if is_condition:
-        at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
-        value = tl.load(at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
-        value = _cast(value, dtype)
+        cond_at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
+        taken = tl.load(cond_at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
+        value = _cast(taken, dtype)
     else:
-        at = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
-        value = tl.load(at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
-    to = latents + _row(b, c, t, C * T * plane, T * plane, plane, VECTOR)
+        noise_at = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+        value = tl.load(noise_at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
+    to = latents + ((b * C + c) * T + t) * plane * VECTOR
     tl.store(to + i, value, mask=inside)
-    if (b == 0) & (c == 0) & (tl.program_id(1) == 0):
+    if (b == 0) & (c == 0) & (tile == 0):
         tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
 
 
@@ -102,6 +109,7 @@ def write_frames_kernel(
     bits_high,
     first_frame,
     launch_frames,
+    tiles,  # of BLOCK elements in a plane
     C,
     plane,  # H * W, in vectors
     W,
@@ -111,21 +119,20 @@ def write_frames_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    channel = tl.program_id(0).to(tl.int64)
-    c = channel % C
-    b = channel // C
-    i, inside = _tile(plane, BLOCK, VECTOR)
+    row, tile, i, inside = _tile(tiles, plane, BLOCK, VECTOR)
+    local_t = row % launch_frames
+    t = first_frame + local_t
+    c = row // launch_frames % C
+    b = row // launch_frames // C
+    is_condition = _is_condition(local_t, bits_low, bits_high)
     dtype = noise.dtype.element_ty
-    for local_t in range(launch_frames):
-        is_condition = _is_condition(local_t, bits_low, bits_high)
-        t = first_frame + local_t
-        if is_condition:
-            at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
-            value = tl.load(at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
-            to = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
-            tl.store(to + _plane(i, W, noise_h, noise_w, DENSE), _cast(value, dtype), mask=inside)
-        if (channel == 0) & (tl.program_id(1) == 0):
-            tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
+    if is_condition:
+        at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
+        value = tl.load(at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
+        to = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+        tl.store(to + _plane(i, W, noise_h, noise_w, DENSE), _cast(value, dtype), mask=inside)
+    if (b == 0) & (c == 0) & (tile == 0):
+        tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
 
 
 @triton.jit
@@ -136,6 +143,7 @@ def blend_kernel(
     noise,
     mask,
     mask_batch,
+    tiles,  # of BLOCK elements in a plane
     C,
     T,
     plane,  # H * W, in vectors
@@ -148,11 +156,10 @@ def blend_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
+    row, tile, i, inside = _tile(tiles, plane, BLOCK, VECTOR)
     t = row % T
     c = row // T % C
     b = row // T // C
-    i, inside = _tile(plane, BLOCK, VECTOR)
     dtype = latents.dtype.element_ty
     m = tl.load(mask + b * mask_b + t * mask_t).to(COMPUTE)
     cond_at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
@@ -160,9 +167,9 @@ def blend_kernel(
     cond_value = tl.load(cond_at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside).to(COMPUTE)
     noise_value = tl.load(noise_at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
     value = m * cond_value + (1.0 - m) * noise_value.to(COMPUTE)
-    to = latents + _row(b, c, t, C * T * plane, T * plane, plane, VECTOR)
+    to = latents + row * plane * VECTOR
     tl.store(to + i, value.to(dtype), mask=inside)
-    if (b < mask_batch) & (c == 0) & (tl.program_id(1) == 0):
+    if (b < mask_batch) & (c == 0) & (tile == 0):
         tl.store(velocity_mask + b * T + t, (1.0 - m).to(dtype))
 
 
@@ -221,8 +228,8 @@ def prepare_latents(
     tiles = triton.cdiv(height * width, BLOCK)
     plane, strides, constants = _access(cond_latent, noise)
     for low, high, first, count in _launches(condition_frames, frames):
-        prepare_latents_kernel[(batch * channels * count, tiles)](
-            latents, velocity_mask, cond_latent, noise, low, high, first, count,
+        prepare_latents_kernel[(batch * channels * count * tiles,)](
+            latents, velocity_mask, cond_latent, noise, low, high, first, count, tiles,
             channels, frames, plane, width, *strides, **constants, BLOCK=BLOCK,
         )  # fmt: skip
     return latents, velocity_mask
@@ -235,11 +242,12 @@ def prepare_latents_(
     batch, channels, frames, height, width = noise.shape
     planes = batch * channels if height * width else 0
     # A latent without elements still has a velocity mask: one plane of one masked-out tile.
-    grid = (max(planes, 1), max(triton.cdiv(height * width, BLOCK), 1))
+    tiles = max(triton.cdiv(height * width, BLOCK), 1)
+    cond_latent = apart(cond_latent, noise)
     plane, strides, constants = _access(cond_latent, noise)
     for low, high, first, count in _launches(condition_frames, frames):
-        write_frames_kernel[grid](
-            noise, velocity_mask, cond_latent, low, high, first, count,
+        write_frames_kernel[(max(planes, 1) * count * tiles,)](
+            noise, velocity_mask, cond_latent, low, high, first, count, tiles,
             max(channels, 1), plane if planes else 0, max(width, 1), *strides, **constants,
             BLOCK=BLOCK,
         )  # fmt: skip
@@ -256,12 +264,12 @@ def prepare_latents_mask(
     if latents.numel() == 0:
         # A latent without elements still has a velocity mask: planes of one masked-out tile.
         batch, channels, height, width = mask_batch, 1, 0, 1
-    grid = (batch * channels * frames, max(triton.cdiv(height * width, BLOCK), 1))
-    if grid[0]:
+    rows, tiles = batch * channels * frames, max(triton.cdiv(height * width, BLOCK), 1)
+    if rows:
         mask_b, _, mask_t, _, _ = _strides(condition_mask)
         plane, strides, constants = _access(cond_latent, noise)
-        blend_kernel[grid](
-            latents, velocity_mask, cond_latent, noise, condition_mask, mask_batch,
+        blend_kernel[(rows * tiles,)](
+            latents, velocity_mask, cond_latent, noise, condition_mask, mask_batch, tiles,
             channels, frames, plane if height else 0, width, *strides, mask_b, mask_t,
             **constants, BLOCK=BLOCK,
             COMPUTE=tl.float64 if noise.dtype == torch.float64 else tl.float32,

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from cosmos3_fast.ops.rms_norm_silu import NORM_EPS
+
 # Elements one program holds: 4 to 32 pixels of 640 to 64 channels.
 ELEMENTS = 4096
 
@@ -18,8 +20,8 @@ def rms_norm_silu_kernel(
     weight,  # [C], or unused
     pixels,
     C,
-    root,  # sqrt(C)
-    eps,
+    ROOT: tl.constexpr,  # sqrt(C); as arguments, it and EPS would be rounded to float32
+    EPS: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     SILU: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -32,9 +34,10 @@ def rms_norm_silu_kernel(
     inside = (pixel < pixels)[:, None] & (channel < C)[None, :]
     value = tl.load(x + at, mask=inside, other=0.0).to(COMPUTE)
     norm = tl.sqrt(tl.sum(value * value, axis=1))
-    y = value / tl.maximum(norm, eps)[:, None]
+    # A bare constant would be rounded to float32 here.
+    y = value / tl.maximum(norm, tl.full((), EPS, COMPUTE))[:, None]
     if HAS_WEIGHT:
-        scale = tl.load(weight + channel, mask=channel < C, other=0.0).to(COMPUTE) * root
+        scale = tl.load(weight + channel, mask=channel < C, other=0.0).to(COMPUTE) * ROOT
         y = y * scale[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
@@ -52,7 +55,7 @@ def rms_norm_silu(x: Tensor, weight: Tensor | None, silu: bool = True) -> Tensor
     rows = max(1, ELEMENTS // width)
     rms_norm_silu_kernel[(triton.cdiv(pixels, rows),)](
         out, x, x if weight is None else weight.contiguous(), pixels, channels,
-        channels**0.5, 1e-12,
+        ROOT=channels**0.5, EPS=NORM_EPS,
         HAS_WEIGHT=weight is not None, SILU=silu, PIXELS=rows, CHANNELS=width,
         COMPUTE=tl.float64 if x.dtype == torch.float64 else tl.float32,
     )  # fmt: skip

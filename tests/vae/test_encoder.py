@@ -3,55 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from encoder_cases import (
-    QWEN,
+    BUILDERS,
+    HALVES,
     RESIDUAL,
-    UNEVEN,
-    WAN21,
-    WAN21_ATTENTION,
     image,
-    peak,
     reference,
-    rms,
 )
 
 from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.exact import encode_exact, encode_mode, normalize_latents
-from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_state_dict, synthetic_vae
+from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
+from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error, rms
 
-diffusers = pytest.importorskip("diffusers")
-
-HALVES = [torch.bfloat16, torch.float16]
-
-
-def qwen_vae(seed: int = 0) -> Any:
-    vae = diffusers.AutoencoderKLQwenImage.from_config(QWEN)
-    vae.load_state_dict(synthetic_state_dict(QWEN, seed), strict=False)
-    return vae.eval().requires_grad_(False)
-
-
-BUILDERS: dict[str, Callable[[int], Any]] = {
-    "wan2.2": lambda seed: synthetic_vae(RESIDUAL, seed),
-    "wan2.2 uneven": lambda seed: synthetic_vae(UNEVEN, seed),
-    "wan2.1": lambda seed: synthetic_vae(WAN21, seed),
-    "wan2.1 attention": lambda seed: synthetic_vae(WAN21_ATTENTION, seed),
-    "qwen-image": qwen_vae,
-}
-
-
-@pytest.fixture(autouse=True)
-def attention_in_stages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """diffusers 0.42 hands its cache to attention blocks in down_blocks, which do not take it."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanAttentionBlock
-
-    forward = WanAttentionBlock.forward
-    monkeypatch.setattr(WanAttentionBlock, "forward", lambda self, x, **cache: forward(self, x))
+pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("attention_in_stages")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +37,7 @@ def assert_fp32_bound(vae: Any, pixels: torch.Tensor) -> None:
     assert got.shape == wanted.shape
     assert got.dtype == wanted.dtype == torch.float32
     assert got.is_contiguous()
-    assert peak(got - wanted) <= 1e-5 * peak(wanted)
+    assert relative_error(got, wanted) <= FLOAT32_BOUND
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -102,7 +73,7 @@ def assert_no_worse(errors: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """RMS image by image; the maximum, which is one noisy element, on average over the images."""
     for ours, theirs in errors:
         assert rms(ours) <= rms(theirs)
-    assert sum(peak(ours) for ours, _ in errors) <= sum(peak(theirs) for _, theirs in errors)
+    assert sum(largest(ours) for ours, _ in errors) <= sum(largest(theirs) for _, theirs in errors)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -139,7 +110,7 @@ def test_first_frame_of_a_clip(family: str, frames: int) -> None:
     clip = torch.rand(1, 3, frames, 48, 80, generator=generator) * 2 - 1
     first = encode_exact(vae, clip)[:, :, :1]
     got = FrameEncoder.from_vae(vae)(clip[:, :, 0])
-    assert peak(got - first) <= 1e-5 * peak(first)
+    assert relative_error(got, first) <= FLOAT32_BOUND
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -153,7 +124,7 @@ def test_fp64_is_exact_algebra(family: str) -> None:
     )
     wanted = (encode_mode(vae, pixels[:, :, None]) - mean) / std
     got = FrameEncoder.from_vae(vae)(pixels)
-    assert peak(got - wanted) <= 1e-12 * peak(wanted)
+    assert relative_error(got, wanted) <= 1e-12
 
 
 def test_ignores_tiling_and_restores_the_switch() -> None:
@@ -165,8 +136,8 @@ def test_ignores_tiling_and_restores_the_switch() -> None:
     tiled = reference(vae, pixels)
     vae.disable_tiling()
     wanted = reference(vae, pixels)
-    assert peak(tiled - wanted) > 1e-2
-    assert peak(encoder(pixels) - wanted) <= 1e-5 * peak(wanted)
+    assert largest(tiled - wanted) > 1e-2
+    assert relative_error(encoder(pixels), wanted) <= FLOAT32_BOUND
 
 
 class AttributeVAE(torch.nn.Module):

@@ -59,7 +59,7 @@ def _dump(option: str, library: Path) -> str:
 def _short(mangled: str) -> str:
     """`blend_kernel<__half>` of a mangled name."""
     name = re.search(r"\d+([a-z][a-z_]*_kernel)", mangled)
-    types = {"If": "float", "Id": "double", "I13__nv_bfloat16": "bf16", "I6__half": "half"}
+    types = {"If": "float", "Id": "double", "IN3c108BFloat16E": "bf16", "IN3c104HalfE": "half"}
     suffix = next((t for code, t in types.items() if f"_kernel{code}" in mangled), "")
     return f"{name.group(1) if name else mangled}<{suffix}>"
 

@@ -16,14 +16,14 @@ from typing import Any
 
 import triton
 from cuda_binary import _tool
+from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.registry.compiler import GPUTarget
 
-from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu
+from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu, unpack_pixels
 
 ARCHITECTURES = (80, 90, 100, 120)
 LATENT_STRIDES = tuple(f"{x}_{d}" for x in ("cond", "noise") for d in "bcthw")
-INTEGERS = dict.fromkeys(("C", "T", "plane", "W", "launch_frames", *LATENT_STRIDES), "i32")
+INTEGERS = dict.fromkeys(("C", "T", "plane", "W", "tiles", "launch_frames", *LATENT_STRIDES), "i32")
 BLENDED = {k: v for k, v in INTEGERS.items() if k != "launch_frames"}
 FRAMES = {"bits_low": "i64", "bits_high": "i64", "first_frame": "i32"}
 
@@ -57,10 +57,10 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             rms_norm_silu.rms_norm_silu_kernel,
             {
                 "out": "*bf16", "x": "*bf16", "weight": "*bf16", "pixels": "i32", "C": "i32",
-                "root": "fp32", "eps": "fp32",
             },
             {
-                "HAS_WEIGHT": True, "SILU": True, "COMPUTE": triton.language.float32,
+                "ROOT": 640**0.5, "EPS": 1e-12, "HAS_WEIGHT": True, "SILU": True,
+                "COMPUTE": triton.language.float32,
                 "PIXELS": rms_norm_silu.ELEMENTS // 1024, "CHANNELS": 1024,
             },
         ),
@@ -73,6 +73,17 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
             },
             {"BYTES": True, "PATCH": 2, "BLOCK": pack_pixels.BLOCK},
         ),
+        **{
+            name: (
+                unpack_pixels.unpack_pixels_kernel,
+                {
+                    "out": out, "x": "*bf16", "elements": "i32", "H": "i32", "W": "i32",
+                    "stride_b": "i32", "stride_c": "i32", "stride_h": "i32", "stride_w": "i32",
+                },
+                {"BYTES": out == "*u8", "PATCH": 2, "BLOCK": unpack_pixels.BLOCK_BYTES // size},
+            )
+            for name, out, size in (("unpack_floats", "*bf16", 2), ("unpack_bytes", "*u8", 1))
+        },
     }  # fmt: skip
 
 
@@ -86,7 +97,9 @@ def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], 
     names = kernel.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
     attributes = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(names) if name in ALIGNED
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if name in ALIGNED and name in types
     }
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32))

@@ -6,14 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compile_graph
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-sys.path.insert(0, str(EXAMPLES))
-
-import compile_graph  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -46,6 +46,13 @@ def test_dense_rows_move_16_bytes_at_a_time(kernels: list[cuda_binary.Kernel]):
             assert re.search(r"STG\.E\.128", kernel.sass), where
 
 
+def test_copies_have_several_loads_in_flight(kernels: list[cuda_binary.Kernel]):
+    for kernel in kernels:
+        if kernel.name.startswith(("prepare_latents_kernel", "write_frames_kernel")):
+            wide = "".join(re.findall(r"(L|S)(?:D|T)G\.E\.128", kernel.sass))
+            assert "LLLS" in wide, f"{kernel.name} on {kernel.architecture}"
+
+
 def test_float32_blends_without_fused_multiply_add(kernels: list[cuda_binary.Kernel]):
     for kernel in kernels:
         if kernel.name == "blend_kernel<float>":

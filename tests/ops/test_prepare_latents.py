@@ -80,7 +80,7 @@ def test_in_place_writes_only_the_conditioned_frames(
     if any(
         n > 1 and s == 0 for n, s in zip(sample.noise.shape, sample.noise.stride(), strict=True)
     ):
-        pytest.skip("expanded noise is refused: tests/test_op_errors.py")
+        pytest.skip("expanded noise is refused: tests/ops/test_errors.py")
     # The latent is a view into a guard zone of the same strides, all around it.
     guard = 64
     storage = sample.noise.untyped_storage().nbytes() // sample.noise.element_size()

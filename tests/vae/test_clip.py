@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from encoder_cases import RESIDUAL, UNEVEN, WAN21, clip, peak, rms
-from test_encoder import (
-    BUILDERS,
-    HALVES,
-    attention_in_stages,  # noqa: F401  a fixture, autouse
-)
+from encoder_cases import BUILDERS, HALVES, RESIDUAL, UNEVEN, WAN21, clip
 from torch import nn
 
 from cosmos3_fast.ops.registry import LIBRARY_KERNELS
@@ -25,8 +20,10 @@ from cosmos3_fast.vae.synthetic import (
     synthetic_state_dict,
     synthetic_vae,
 )
+from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error, rms
 
 pytest.importorskip("diffusers")
+pytestmark = pytest.mark.usefixtures("attention_in_stages")
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +38,7 @@ def assert_fp32_bound(vae: Any, pixels: torch.Tensor) -> None:
     assert got.dtype == wanted.dtype == torch.float32
     assert got.is_contiguous()
     for t in range(got.shape[2]):
-        assert peak((got - wanted)[:, :, t]) <= 1e-5 * peak(wanted)
+        assert largest((got - wanted)[:, :, t]) <= FLOAT32_BOUND * largest(wanted)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -83,7 +80,7 @@ def test_fp64_is_exact_algebra(family: str) -> None:
     )
     wanted = (encode_mode(vae, pixels) - mean) / std
     got = ClipEncoder.from_vae(vae, probe=False)(pixels)
-    assert peak(got - wanted) <= 1e-12 * peak(wanted)
+    assert relative_error(got, wanted) <= 1e-12
 
 
 def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,8 +128,8 @@ def test_half_maximum_is_no_larger_than_the_vaes(dtype: torch.dtype) -> None:
     ours_peak = theirs_peak = 0.0
     for family in BUILDERS:
         for ours, theirs in family_errors(family, dtype):
-            ours_peak += sum(peak(frame) for frame in ours.unbind(2)) / rms(theirs)
-            theirs_peak += sum(peak(frame) for frame in theirs.unbind(2)) / rms(theirs)
+            ours_peak += sum(largest(frame) for frame in ours.unbind(2)) / rms(theirs)
+            theirs_peak += sum(largest(frame) for frame in theirs.unbind(2)) / rms(theirs)
     assert ours_peak <= theirs_peak
 
 
@@ -191,7 +188,7 @@ def test_ignores_tiling_and_probes_without_it() -> None:
     vae.enable_tiling(8, 8, 8, 8)
     encoder = ClipEncoder.from_vae(vae)
     assert vae.use_tiling
-    assert peak(encoder(pixels) - wanted) <= 1e-5 * peak(wanted)
+    assert relative_error(encoder(pixels), wanted) <= FLOAT32_BOUND
 
 
 @pytest.mark.parametrize(
@@ -233,7 +230,7 @@ def test_probe_reaches_the_third_chunk() -> None:
     FrameEncoder.from_vae(vae)
     encoder = ClipEncoder.from_vae(vae, probe=False)
     pixels = clip(7, 1, 5, 32, 32, torch.float32)
-    assert peak(encoder(pixels) - encode_exact(vae, pixels)) <= 1e-4
+    assert largest(encoder(pixels) - encode_exact(vae, pixels)) <= 1e-4
     with pytest.raises(UnsupportedVAEError, match=r"latents differ from the 2-D encoder's by"):
         ClipEncoder.from_vae(vae)
 

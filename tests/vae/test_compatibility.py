@@ -102,7 +102,7 @@ def test_meta_and_integer_tensors() -> None:
 
 
 def test_not_a_vae() -> None:
-    with pytest.raises(UnsupportedVAEError, match="Linear has no encoder or no config"):
+    with pytest.raises(UnsupportedVAEError, match="Linear has no encoder, quant_conv or config"):
         FrameEncoder.from_vae(nn.Linear(2, 2))
 
 

@@ -216,11 +216,11 @@ def test_winograd_equals_convolution(
         pytest.skip(error)
     x, weight, bias, residual = convolution(*shape, layout=layout)
     packed = ops.winograd_pack(weight, backend=backend)
+    convolved = F.conv2d(x.double(), weight.double(), padding=1)
     for b, r in ((bias, residual), (None, residual), (bias, None), (None, None)):
         got = ops.winograd_conv3x3(x, packed, b, r, backend=backend)
-        wanted = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), padding=1)
-        if r is not None:
-            wanted = wanted + r.double()
+        wanted = convolved if b is None else convolved + b.double().view(-1, 1, 1)
+        wanted = wanted if r is None else wanted + r.double()
         assert got.is_contiguous(memory_format=torch.channels_last)
         # Inputs and outputs pass through transforms whose entries reach 27/8 and whose rows sum
         # to up to 7.3, on top of the 9 Cin products' own float32 rounding: 1e-5 of the largest

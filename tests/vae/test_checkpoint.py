@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import write_checkpoint
 from encoder_cases import RESIDUAL, WAN21, image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 from cosmos3_fast.vae import checkpoint as checkpoint_module
 from cosmos3_fast.vae.checkpoint import CheckpointError
-from cosmos3_fast.vae.synthetic import synthetic_state_dict, synthetic_vae, write_checkpoint
+from cosmos3_fast.vae.synthetic import synthetic_state_dict, synthetic_vae
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -112,13 +113,13 @@ class CountingSlice:
 
 def test_reads_only_what_one_frame_needs(single: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     taken: dict[str, int] = {}
-    open_slices = checkpoint_module._open_slices
+    open_slices = checkpoint_module.open_slices
 
-    def counted(folder: Path, stack: Any) -> dict[str, Any]:
-        slices = open_slices(folder, stack)
+    def counted(*args: Any) -> dict[str, Any]:
+        slices = open_slices(*args)
         return {name: CountingSlice(name, part, taken) for name, part in slices.items()}
 
-    monkeypatch.setattr(checkpoint_module, "_open_slices", counted)
+    monkeypatch.setattr(checkpoint_module, "open_slices", counted)
     load(single)
     wanted = {}
     for name, tensor in STATE.items():

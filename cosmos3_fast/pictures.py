@@ -1,0 +1,208 @@
+"""One picture of any kind as an upright 8-bit RGB image, or a message that says why not.
+
+The steps are those of SGLang's `load_image` and diffusers' (turned upright by EXIF, converted to
+RGB), but for pictures of more than 8 bits, which the engines saturate: those are scaled.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from cosmos3_fast.arguments import quoted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Color: TypeAlias = "str | tuple[int, int, int]"
+
+WANTED = (
+    "a path, a PIL image, the bytes of a file, an open binary file, a uint8 [H,W,3] array or "
+    "tensor, a float tensor in [-1,1] of shape [3,H,W], [B,3,H,W] or [B,3,T,H,W], or a clip: a "
+    "list of images or a uint8 [T,H,W,3] array"
+)
+_WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
+_ORIENTATION = 0x0112
+# With one slash too: `Path` makes "https:/host" of "https://host". Drive letters are no schemes.
+_URL = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]+:/)")
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
+
+
+def source_name(source: Any, name: str) -> str:
+    """How messages call a picture: `name`, and what it came from."""
+    import PIL.Image
+
+    if isinstance(source, PIL.Image.Image):
+        return f"{name} (PIL, mode {source.mode}, {source.width}x{source.height})"
+    if isinstance(source, (str, os.PathLike)):
+        return f"{name} {quoted(os.fspath(source))}"
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return f"{name} ({len(source)} bytes)"
+    return f"{name} ({type(source).__name__})"
+
+
+def as_stream(source: Any, name: str) -> Any:
+    """What a decoder can open: a path that is a file, or a binary stream.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        TypeError: `source` is no path, bytes or open file.
+        ValueError: a URL, a folder, a file opened as text.
+    """
+    label = source_name(source, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return io.BytesIO(source)
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fsdecode(source)
+        if _URL.match(text):
+            raise ValueError(f"{label} is a URL: download or decode it first and give its path")
+        path = Path(text)
+        try:
+            exists = path.exists()
+        except OSError as error:  # a name longer than the system allows
+            raise ValueError(f"{label} is no path: {error.strerror}") from None
+        if not exists:
+            raise FileNotFoundError(f"{label} does not exist")
+        if not path.is_file():
+            raise ValueError(f"{label} is not a file")
+        return path
+    if callable(getattr(source, "read", None)):
+        if isinstance(source, io.TextIOBase):
+            raise ValueError(f"{label} is opened as text: open it with mode 'rb'")
+        return source
+    raise TypeError(f"{name} must be {WANTED}; got {type(source).__name__}")
+
+
+def head(stream: Any) -> bytes:
+    """The first 32 bytes, as far as they can be read; a stream is rewound."""
+    try:
+        if isinstance(stream, Path):
+            with stream.open("rb") as file:
+                return file.read(32)
+        stream.seek(0)
+        start = bytes(stream.read(32))
+        stream.seek(0)
+        return start
+    except Exception:
+        return b""
+
+
+def is_heif(start: bytes) -> bool:
+    """Whether a file that begins so is a HEIC or HEIF picture."""
+    return start[4:8] == b"ftyp" and start[8:12] in _HEIF_BRANDS
+
+
+def to_rgb(image: Image, label: str, background: Color | None) -> Image:
+    """The frame that a PIL image shows, upright, as 8-bit RGB.
+
+    Args:
+        image: of any mode. Values of 16 bits are divided by 257 and those of floats in [0, 1]
+            multiplied by 255, with a warning; alpha is dropped, as in the engines, unless
+            `background` is given.
+        label: what messages call it.
+        background: the colour that shows through transparent pixels. None: their own colour does,
+            with a warning where there are any.
+
+    Raises:
+        ValueError: it cannot be decoded, is empty, or holds values that are not finite, negative
+            or beyond 16 bits.
+    """
+    import PIL.ImageOps
+
+    try:
+        image.load()
+        if image.mode in _WIDE_MODES:
+            image = _narrowed(image, label)
+        upright = PIL.ImageOps.exif_transpose(image)
+        rgb = _without_alpha(upright, label, background)
+    except (_Refused, Warning):
+        raise
+    # Decoders raise whatever their parser met in a broken file: OSError, SyntaxError, struct.error.
+    except Exception as error:
+        raise ValueError(f"{label} cannot be read as an image: {error}") from error
+    if rgb.width < 1 or rgb.height < 1:
+        raise ValueError(f"{label} is empty")
+    return rgb
+
+
+class _Refused(ValueError):
+    """A picture that was read, and whose values make none."""
+
+
+def _narrowed(image: Image, label: str) -> Image:
+    """A picture of more than 8 bits per value as one of 8, turned as the original is."""
+    import numpy as np
+    import PIL.Image
+
+    values = np.asarray(image)
+    if values.size and image.mode == "F" and not np.isfinite(values).all():
+        raise _Refused(f"{label} must hold finite values, got NaN or infinity")
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
+    if low < 0 or high > 65535:
+        raise _Refused(
+            f"{label} must hold values in [0, 255], of 16 bits or, of floats, in [0, 1]; "
+            f"got values in [{low:g}, {high:g}]"
+        )
+    eight: Any
+    if high > 255:
+        eight, how = (values.astype(np.float64) / 257).round(), "divided by 257 (from 16 bits)"
+    elif image.mode == "F" and 0 < high <= 1:
+        eight, how = (values.astype(np.float64) * 255).round(), "multiplied by 255 (from [0, 1])"
+    elif image.mode.startswith("I;16") and high:
+        eight, how = values, f"taken as 8-bit: the largest is {high:g}"
+    else:
+        eight, how = values, ""
+    if how:
+        warnings.warn(f"{label} has mode {image.mode!r}: its values are {how}", stacklevel=6)
+    narrow = PIL.Image.fromarray(eight.astype(np.uint8))
+    if orientation := image.getexif().get(_ORIENTATION):
+        narrow.getexif()[_ORIENTATION] = orientation
+    return narrow
+
+
+def _without_alpha(image: Image, label: str, background: Color | None) -> Image:
+    import PIL.Image
+
+    transparent = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
+    if not transparent or 0 in image.size:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    if background is not None:
+        canvas = PIL.Image.new("RGBA", rgba.size, (*parse_color(background), 255))
+        return PIL.Image.alpha_composite(canvas, rgba).convert("RGB")
+    least = rgba.getchannel("A").getextrema()[0]
+    if least < 255:  # type: ignore[operator]
+        warnings.warn(
+            f"{label} has transparent pixels, and the colours under them show, as in the engines: "
+            "give background= to paint them over",
+            stacklevel=6,
+        )
+    return image.convert("RGB")
+
+
+def parse_color(color: Any) -> tuple[int, int, int]:
+    """Red, green and blue in [0, 255] of a colour.
+
+    Args:
+        color: a name or code that Pillow's `ImageColor` knows, or three integers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    from PIL import ImageColor
+
+    try:
+        red, green, blue = (ImageColor.getrgb(color) if isinstance(color, str) else color)[:3]
+        rgb = int(red), int(green), int(blue)
+        if all(0 <= value <= 255 for value in rgb):
+            return rgb
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(
+        "background must be a colour such as 'white', '#ff8000' or (255, 128, 0), "
+        f"got {quoted(color)}"
+    )

@@ -1,0 +1,137 @@
+"""What keeps a live VAE on its own path for now, and what shows that its weights have changed.
+
+Only attributes are read, never values: nothing here waits for a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Survey(NamedTuple):
+    """One walk over a part of a VAE.
+
+    Attributes:
+        obstacle: why the folded network may not stand in for the part; None if nothing speaks
+            against it.
+        trainable: whether a parameter requires a gradient.
+        traces: every module and tensor, with the tensor's version, address and dtype.
+    """
+
+    obstacle: str | None
+    trainable: bool
+    traces: list[tuple[Any, Any, Any]]
+
+
+def survey(vae: Any, names: tuple[str, ...]) -> Survey:
+    """Look at the modules `names` of the VAE and at all below them."""
+    traces: list[tuple[Any, Any, Any]] = []
+    trainable = False
+    stack = [(name, getattr(vae, name, None)) for name in names]
+    while stack:
+        name, module = stack.pop()
+        if module is None:
+            continue
+        if not isinstance(module, nn.Module):
+            return Survey(f"vae.{name} is no module but a {type(module).__name__}", False, [])
+        attributes = module.__dict__
+        obstacle = _obstacle(name, attributes)
+        if obstacle is not None:
+            return Survey(obstacle, False, [])
+        traces.append((module, None, None))
+        for kind in ("_parameters", "_buffers"):
+            for tensor in attributes[kind].values():
+                if tensor is None:
+                    continue
+                if tensor.is_meta:
+                    reason = f"vae.{name} has weights on the meta device: they are offloaded"
+                    return Survey(reason, False, [])
+                if tensor.is_floating_point() and tensor.itemsize == 1:
+                    return Survey(f"vae.{name} has weights stored as {tensor.dtype}", False, [])
+                trainable = trainable or tensor.requires_grad
+                # A tensor made in inference mode has no version.
+                mark = tensor.data_ptr() if tensor.is_inference() else tensor._version
+                traces.append((tensor, mark, tensor.dtype))
+        stack.extend((f"{name}.{key}", below) for key, below in attributes["_modules"].items())
+    return Survey(None, trainable, traces)
+
+
+def _obstacle(name: str, attributes: dict[str, Any]) -> str | None:
+    modules = attributes["_modules"]
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+        return f"vae.{name} has forward hooks"
+    if "parametrizations" in modules:
+        return f"vae.{name} is parametrized"
+    if "_orig_mod" in modules or attributes.get("_compiled_call_impl") is not None:
+        return f"vae.{name} is compiled"
+    if "forward" in attributes:
+        return f"vae.{name} has a forward of its own (offloading, casting or compilation)"
+    return None
+
+
+def same_traces(seen: list[tuple[Any, Any, Any]] | None, now: list[tuple[Any, Any, Any]]) -> bool:
+    """Whether two surveys saw the same objects with the same contents, as far as attributes show.
+
+    Args:
+        seen: the earlier one, its objects as weak references.
+        now: the later one.
+    """
+    return (
+        seen is not None
+        and len(seen) == len(now)
+        and all(
+            reference() is thing and mark == mark_now and dtype == dtype_now
+            for (reference, mark, dtype), (thing, mark_now, dtype_now) in zip(
+                seen, now, strict=True
+            )
+        )
+    )
+
+
+def why_not_at_all(vae: Any, x: Tensor, names: tuple[str, ...]) -> str | None:
+    """What about the VAE's settings or the surroundings calls for its own code; None if nothing."""
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast is on"
+    if any(name in vars(vae) for name in names):
+        return f"one of {', '.join(names)} is replaced on this VAE"
+    return None
+
+
+def why_tiled(vae: Any, height: int, width: int) -> str | None:
+    """Why tiling may change the result at this size in pixels; None where it cannot."""
+    if not getattr(vae, "use_tiling", False):
+        return None
+    tile = [getattr(vae, f"tile_sample_min_{side}", 0) or 0 for side in ("height", "width")]
+    if height <= tile[0] and width <= tile[1]:
+        return None
+    return f"tiling is on, and {height}x{width} pixels exceed a tile"
+
+
+def why_not_shortened(vae: Any) -> str | None:
+    """Why the encode of a clip's beginning might not have the bits of the whole; None if it has."""
+    for name in ("_encode", "tiled_encode"):
+        if name in vars(vae):
+            return f"vae.{name} was replaced"
+    if getattr(vae, "use_feature_cache", True) is False:
+        return "the VAE's feature cache is off"
+    quant_conv = getattr(vae, "quant_conv", None)
+    if not isinstance(quant_conv, nn.Module):
+        return "the VAE has no quant_conv"
+    if quant_conv._forward_hooks or quant_conv._forward_pre_hooks:
+        return "vae.quant_conv has forward hooks"
+    for part in (vae.encoder, quant_conv):
+        for module in part.modules():
+            forward = vars(module).get("forward")
+            if (
+                "_orig_mod" in module._modules
+                or getattr(module, "_compiled_call_impl", None) is not None
+                or hasattr(forward, "_torchdynamo_orig_callable")
+            ):
+                return (
+                    "the VAE's encoder is compiled, and other lengths may compile to other "
+                    "roundings"
+                )
+    return None

@@ -1,0 +1,108 @@
+// CPU kernel of cosmos3::unpack_pixels: what the last convolution writes to an image in floats or
+// bytes, in one pass.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cmath>
+
+#include "../checks.h"
+#include "../dtypes.h"
+
+namespace cosmos3 {
+namespace {
+
+// A NaN stays one.
+template <typename T>
+T clamped(T value) {
+  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
+    return value < T(-1) ? T(-1) : value > T(1) ? T(1) : value;
+  } else {
+    return convert<T>(clamped(convert<float>(value)));
+  }
+}
+
+// round(255 (x / 2 + 1/2)) in float32, halves to even; 0 for a NaN.
+uint8_t byte_of(float value) {
+  const float inside = value >= -1.0f ? (value <= 1.0f ? value : 1.0f) : -1.0f;
+  return static_cast<uint8_t>(std::nearbyintf(255.0f * (inside * 0.5f + 0.5f)));
+}
+
+// Calls write(b, colour, y, x, value) for every pixel, one image row after the other.
+template <typename In, typename Write>
+void unpack(const Tensor& x, int64_t patch, const Write& write) {
+  const int64_t batch = x.size(0), rows = x.size(2), columns = x.size(3);
+  const int64_t sb = x.stride(0), sc = x.stride(1), sh = x.stride(2), sw = x.stride(3);
+  const In* data = static_cast<const In*>(x.const_data_ptr());
+  torch::stable::parallel_for(0, batch * rows, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t line = begin; line < end; ++line) {
+      const int64_t b = line / rows, row = line % rows;
+      const In* from = data + b * sb + row * sh;
+      // Channels in the order of torch.nn.functional.pixel_shuffle: colour, row, column.
+      for (int64_t channel = 0; channel < 3 * patch * patch; ++channel) {
+        const int64_t dx = channel % patch, dy = channel / patch % patch;
+        const int64_t colour = channel / patch / patch;
+        for (int64_t column = 0; column < columns; ++column) {
+          write(b, colour, row * patch + dy, column * patch + dx, from[channel * sc + column * sw]);
+        }
+      }
+    }
+  });
+}
+
+template <typename T>
+void unpack_floats(Tensor& out, const Tensor& x, int64_t patch) {
+  const int64_t height = out.size(2), width = out.size(3);
+  T* to = static_cast<T*>(out.mutable_data_ptr());
+  unpack<T>(x, patch, [=](int64_t b, int64_t c, int64_t y, int64_t x, T value) {
+    to[((b * 3 + c) * height + y) * width + x] = clamped(value);
+  });
+}
+
+template <typename T>
+void unpack_bytes(Tensor& out, const Tensor& x, int64_t patch) {
+  const int64_t height = out.size(1), width = out.size(2);
+  auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  unpack<T>(x, patch, [=](int64_t b, int64_t c, int64_t y, int64_t x, T value) {
+    to[((b * height + y) * width + x) * 3 + c] = byte_of(convert<float>(value));
+  });
+}
+
+void check_patches(const Tensor& x, int64_t patch_size) {
+  const char* op = "unpack_pixels";
+  check_rank(op, "x", x, 4, "[B, 3·p², h, w]");
+  check_dtype(op, "x", x.scalar_type());
+  // Above 2^15 the square would not fit every integer type; no image has such patches.
+  if (patch_size < 1 || patch_size > 1 << 15) {
+    fail(op, ": patch_size must be in 1 … 32768, got ", patch_size);
+  }
+  if (x.size(1) != 3 * patch_size * patch_size) {
+    fail(op, ": x must have 3·patch_size² = ", 3 * patch_size * patch_size, " channels, got ",
+         list(x.sizes()));
+  }
+}
+
+Tensor unpack_pixels(Tensor x, int64_t patch_size, bool as_bytes) {
+  check_patches(x, patch_size);
+  const int64_t batch = x.size(0), height = x.size(2) * patch_size;
+  const int64_t width = x.size(3) * patch_size;
+  Tensor out = allocating("unpack_pixels", [&] {
+    return as_bytes ? torch::stable::new_empty(x, {batch, height, width, 3}, ScalarType::Byte)
+                    : torch::stable::new_empty(x, {batch, 3, height, width});
+  });
+  dispatch(x.scalar_type(), [&](auto tag) {
+    using T = decltype(tag);
+    if (as_bytes) {
+      unpack_bytes<T>(out, x, patch_size);
+    } else {
+      unpack_floats<T>(out, x, patch_size);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace cosmos3
+
+STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
+  m.impl("unpack_pixels", TORCH_BOX(&cosmos3::unpack_pixels));
+}

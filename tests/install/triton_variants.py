@@ -1,0 +1,155 @@
+"""Compiles every variant of every Triton kernel that a call can ask for, without a GPU.
+
+Run in a process of its own, without TRITON_INTERPRET: prints a JSON list of kernel, variant,
+architecture and what its PTX shifts by a variable amount. Each variant is compiled for `MAIN`, and
+for each other architecture a few of each kernel.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import triton.language as tl
+from triton_binary import ARCHITECTURES, BLENDED, FRAMES, INTEGERS, compile_case
+
+from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu, unpack_pixels
+
+MAIN = 90
+SIZES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
+Types = dict[str, str]
+Variant = tuple[str, Any, Types, dict[str, Any]]
+
+
+def access(vectorized: bool, *dtypes: str) -> dict[str, Any]:
+    vector = 16 // min(SIZES[d] for d in dtypes) if vectorized else 1
+    return {"DENSE": vectorized, "VECTOR": vector, "BLOCK": prepare_latents.BLOCK}
+
+
+def latents(cond: str, noise: str) -> Types:
+    return {
+        "latents": f"*{noise}", "velocity_mask": f"*{noise}", "cond": f"*{cond}",
+        "noise": f"*{noise}",
+    }  # fmt: skip
+
+
+def integers(types: Types) -> Iterator[tuple[str, Types, dict[str, Any]]]:
+    """What each integer argument can be: all of 64 bits, and each one specialised to 1."""
+    wide = {name: "i64" if kind == "i32" else kind for name, kind in types.items()}
+    yield "64-bit integers", wide, {}
+    for name, kind in types.items():
+        if kind == "i32" and name != "first_frame":  # which is not specialised
+            yield f"{name} = 1", {k: v for k, v in types.items() if k != name}, {name: 1}
+
+
+def frame_variants(kernel: Any) -> Iterator[Variant]:
+    for cond, noise in itertools.product(SIZES, SIZES):
+        for vectorized in (True, False):
+            types = {**latents(cond, noise), **INTEGERS, **FRAMES}
+            if not vectorized:  # a word that fits 32 bits comes as one
+                types |= {"bits_low": "i32", "bits_high": "i32"}
+            yield f"{cond} {noise} {vectorized}", kernel, types, access(vectorized, cond, noise)
+    types = {**latents("fp32", "bf16"), **INTEGERS, **FRAMES, "bits_low": "i32"}
+    for index, (text, kinds, ones) in enumerate(integers(types)):
+        if set(ones) <= set(kernel.arg_names):
+            constants = access(index % 2 == 0, "fp32", "bf16")
+            yield text, kernel, kinds, {**constants, **ones}
+
+
+def blend_variants(kernel: Any) -> Iterator[Variant]:
+    masks = itertools.cycle(SIZES)
+    common = {**BLENDED, "mask_batch": "i32", "mask_b": "i32", "mask_t": "i32"}
+    for cond, noise in itertools.product(SIZES, SIZES):
+        for vectorized in (True, False):
+            mask = next(masks)
+            compute = tl.float64 if noise == "fp64" else tl.float32
+            constants = {**access(vectorized, cond, noise), "COMPUTE": compute}
+            types = {**latents(cond, noise), **common, "mask": f"*{mask}"}
+            yield f"{cond} {noise} {mask} {vectorized}", kernel, types, constants
+        next(masks)  # so that each pair sees other masks
+    types = {**latents("fp32", "bf16"), **common, "mask": "*fp32"}
+    for index, (text, kinds, ones) in enumerate(integers(types)):
+        constants = {**access(index % 2 == 0, "fp32", "bf16"), "COMPUTE": tl.float32}
+        yield text, kernel, kinds, {**constants, **ones}
+
+
+def norm_variants(kernel: Any) -> Iterator[Variant]:
+    constants = {"EPS": 1e-12, "ROOT": 48**0.5, "SILU": True, "CHANNELS": 64, "PIXELS": 64}
+    for x, weight in itertools.product(SIZES, SIZES):
+        types = {"out": f"*{x}", "x": f"*{x}", "weight": f"*{weight}", "pixels": "i32", "C": "i32"}
+        compute = {"COMPUTE": tl.float64 if x == "fp64" else tl.float32}
+        yield f"{x} {weight}", kernel, types, {**constants, **compute, "HAS_WEIGHT": True}
+        if x == weight:
+            without = {**constants, **compute, "HAS_WEIGHT": False, "SILU": False}
+            yield f"{x} alone", kernel, types, without
+    types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "pixels": "i32", "C": "i32"}
+    for text, kinds, ones in integers(types):
+        yield text, kernel, kinds, {**constants, "COMPUTE": tl.float32, "HAS_WEIGHT": True, **ones}
+
+
+def pack_variants(kernel: Any) -> Iterator[Variant]:
+    names = ("elements", "rows", "columns", "stride_b", "stride_c", "stride_h", "stride_w")
+    sizes = dict.fromkeys(names, "i32")
+    for source, out in itertools.product(("u8", *SIZES), SIZES):
+        constants = {"BYTES": source == "u8", "PATCH": 2, "BLOCK": pack_pixels.BLOCK}
+        types = {"out": f"*{out}", "pixels": f"*{source}", **sizes}
+        yield f"{source} {out}", kernel, types, constants
+    constants = {"BYTES": True, "PATCH": 1, "BLOCK": pack_pixels.BLOCK}
+    for text, kinds, ones in integers({"out": "*bf16", "pixels": "*u8", **sizes}):
+        yield text, kernel, kinds, {**constants, **ones}
+
+
+def unpack_variants(kernel: Any) -> Iterator[Variant]:
+    names = ("elements", "H", "W", "stride_b", "stride_c", "stride_h", "stride_w")
+    sizes = dict.fromkeys(names, "i32")
+    for x, as_bytes in itertools.product(SIZES, (False, True)):
+        size = 1 if as_bytes else SIZES[x]
+        constants = {"BYTES": as_bytes, "PATCH": 2, "BLOCK": unpack_pixels.BLOCK_BYTES // size}
+        types = {"out": "*u8" if as_bytes else f"*{x}", "x": f"*{x}", **sizes}
+        yield f"{x} {as_bytes}", kernel, types, constants
+    constants = {"BYTES": True, "PATCH": 1, "BLOCK": unpack_pixels.BLOCK_BYTES}
+    for text, kinds, ones in integers({"out": "*u8", "x": "*bf16", **sizes}):
+        yield text, kernel, kinds, {**constants, **ones}
+
+
+def variants() -> dict[str, list[Variant]]:
+    module = prepare_latents
+    return {
+        "prepare_latents": [*frame_variants(module.prepare_latents_kernel)],
+        "write_frames": [*frame_variants(module.write_frames_kernel)],
+        "blend": [*blend_variants(module.blend_kernel)],
+        "rms_norm_silu": [*norm_variants(rms_norm_silu.rms_norm_silu_kernel)],
+        "pack_pixels": [*pack_variants(pack_pixels.pack_pixels_kernel)],
+        "unpack_pixels": [*unpack_variants(unpack_pixels.unpack_pixels_kernel)],
+    }
+
+
+def main() -> None:
+    rows = []
+    for name, each in variants().items():
+        for index, (text, kernel, types, constants) in enumerate(each):
+            for arch in ARCHITECTURES if index % 16 == 5 else (MAIN,):
+                given = {k: v for k, v in constants.items() if k in kernel.arg_names}
+                try:
+                    ptx = compile_case(kernel, types, given, arch).asm["ptx"]
+                except Exception as error:
+                    raise RuntimeError(f"{name} ({text}) for sm_{arch}") from error
+                # `shr.b64 %rd1, %rd2, %r3`: the width of shifts by an amount in a register.
+                shifts = re.findall(r"\bsh[lr]\.[bsu](\d+)\s+%\w+, %\w+, %r", ptx)
+                rows.append(
+                    {
+                        "kernel": name,
+                        "variant": text,
+                        "architecture": f"sm_{arch}",
+                        "shifts": sorted({int(width) for width in shifts}),
+                    }
+                )
+    json.dump(rows, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
