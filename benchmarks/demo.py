@@ -1,4 +1,4 @@
-"""What `make demo` runs: a photograph to latents, then the time of the engine's path and of ours."""
+"""What `make demo` runs: a photograph to latents and back, each timed against the 3-D VAE."""
 
 from __future__ import annotations
 

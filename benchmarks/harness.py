@@ -1,4 +1,4 @@
-"""Shared by all benchmarks: interleaved rounds, clocks, correctness gates, the machine, the commit."""
+"""What all benchmarks share: interleaved rounds, clocks, gates, the machine, the commit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -192,7 +191,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit measured, marked where the tree differs from it; "unknown" without a repository."""
+    """What is measured, marked where the tree differs; "unknown" without a repository."""
     command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     try:
         described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     wanted = args.suites.split(",")
     if unknown := set(wanted) - set(suites):
-        parser.error(
-            f"--suites must be of {', '.join(suites)}, got {', '.join(sorted(unknown))}"
-        )
+        parser.error(f"--suites must be of {', '.join(suites)}, got {', '.join(sorted(unknown))}")
     result = run("full" if args.full else "tiny" if args.tiny else "short", wanted)
     write(result, args.out)
     print(markdown(result))

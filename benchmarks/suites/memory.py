@@ -72,32 +72,45 @@ def measure_side(which: str, dtype: str, size: str, base_dim: int | None) -> dic
 
 def memory(size: str, base_dim: int | None = None) -> Figures:
     """Both in both dtypes, each in a fresh process, and the bytes of the parameters in bfloat16."""
-    topology = EncoderTopology.from_config(vae_config(base_dim))
+    topology = EncoderTopology.from_config(synthetic.synthetic_config(vae_config(base_dim)))
     folded = FrameEncoder(topology, torch.bfloat16, device="meta")
     result: dict[str, Any] = {
         "size": size,
         "bfloat16_parameters_bytes": sum(p.numel() * p.element_size() for p in folded.parameters()),
     }
-    for dtype in DTYPES:
-        say(f"memory {dtype} ...")
-        both = {}
-        for which in ("vae", "ours"):
-            command = [sys.executable, "-m", __name__, which, dtype, size, str(base_dim or "")]
-            both[which] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
-        result[dtype] = {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
-    return result
+    name = "benchmarks.suites.memory"
+    return result | {dtype: both_sides(name, dtype, size, base_dim) for dtype in DTYPES}
 
 
-def lines(figures: Figures) -> list[str]:
+def both_sides(module: str, dtype: str, size: str, base_dim: int | None) -> Figures:
+    """What `module` prints as a program for each side, and the ratio of the peaks."""
+    say(f"{module.rpartition('.')[2]} {dtype} ...")
+    both = {}
+    for which in ("vae", "ours"):
+        command = [sys.executable, "-m", module, which, dtype, size, str(base_dim or "")]
+        both[which] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
+    return {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
+
+
+def side_lines(call: str, vae: str, figures: Figures) -> list[str]:
+    """A table of both sides in each dtype that was measured."""
     rows = []
     for dtype in DTYPES:
-        for name, key in (("3-D VAE without its decoder", "vae"), ("ours", "ours")):
+        for name, key in ((vae, "vae"), ("ours", "ours")) if dtype in figures else ():
             resident, peak = figures[dtype][key]["resident"], figures[dtype][key]["peak"]
             shown = (resident, peak - resident, peak)
             rows.append((f"{name}, {dtype}", *(f"{value:.0f} MiB" for value in shown)))
-    header = (f"first encode at {sized(figures['size'])}", "weights", "encode adds", "peak")
+    header = (f"{call} at {sized(figures['size'])}", "weights", "the call adds", "peak")
+    return table(header, rows)
+
+
+def lines(figures: Figures) -> list[str]:
     megabytes = figures["bfloat16_parameters_bytes"] / 1e6
-    return [*table(header, rows), "", f"Parameters in bfloat16: {megabytes:.1f} MB."]
+    return [
+        *side_lines("first encode", "3-D VAE without its decoder", figures),
+        "",
+        f"Parameters in bfloat16: {megabytes:.1f} MB.",
+    ]
 
 
 SUITE = Suite(

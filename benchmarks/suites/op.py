@@ -78,9 +78,7 @@ def op(cases: tuple[tuple[str, int], ...], rounds: int) -> Iterator[Row]:
             count = -(-WORKING_SET // noise.nbytes)
             keepers = {path: keeping(count, run) for path, run in paths.items()}
             repeats = max(3, int(2e7 / noise.numel()))
-            yield from timed_rows(
-                "op", case, name, keepers, COPY, rounds=rounds, repeats=repeats
-            )
+            yield from timed_rows("op", case, name, keepers, COPY, rounds=rounds, repeats=repeats)
 
 
 SUITE = Suite(

@@ -25,7 +25,7 @@ from cosmos3_fast.pixels import load_pixels
 
 
 @torch.no_grad()
-def profile(size: str, base_dim: int | None = None) -> Figures:
+def profile(size: str, base_dim: int | None = None, matmul_side: int = 2048) -> Figures:
     """Per dtype: `seconds` of an encode, its `tflop` (a Winograd convolution counted as the direct
     one that it replaces), the `tflop_per_s` that makes, the `matmul_tflop_per_s` of a square matrix
     product, and the `shares` of self CPU time of each operation above half a percent.
@@ -52,7 +52,7 @@ def profile(size: str, base_dim: int | None = None) -> Figures:
             "seconds": seconds,
             "tflop": tflop,
             "tflop_per_s": tflop / seconds,
-            "matmul_tflop_per_s": _matmul_rate(torch_dtype) / 1e12,
+            "matmul_tflop_per_s": _matmul_rate(torch_dtype, matmul_side) / 1e12,
             "shares": {
                 name: share
                 for name, share in sorted(shares.items(), key=lambda item: -item[1])
@@ -64,7 +64,7 @@ def profile(size: str, base_dim: int | None = None) -> Figures:
     return found
 
 
-def _matmul_rate(dtype: torch.dtype, side: int = 2048) -> float:
+def _matmul_rate(dtype: torch.dtype, side: int) -> float:
     """Floating-point operations per second of the best of five products."""
     left, right = (torch.randn(side, side).to(dtype) for _ in range(2))
     timing = measure({"matmul": lambda: left @ right}, rounds=5)["matmul"]
@@ -89,7 +89,7 @@ def lines(figures: Figures) -> list[str]:
 SUITE = Suite(
     profile,
     {
-        "tiny": {"size": "32x48", "base_dim": TINY_DIM},
+        "tiny": {"size": "32x48", "base_dim": TINY_DIM, "matmul_side": 256},
         "short": {"size": "480x832"},
         "full": {"size": "480x832"},
     },
