@@ -42,7 +42,7 @@ $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 
 ## make demo    set up, turn the example photograph into latents, time it against the 3-D VAE
 demo: $(VENV)/demo.stamp
-	$(BIN)/python benchmarks/demo.py --out out
+	$(BIN)/python -m benchmarks.demo --out out
 
 $(VENV)/bench.stamp: $(VENV)/demo.stamp
 	$(PIP) "$(MATPLOTLIB)"
@@ -50,12 +50,12 @@ $(VENV)/bench.stamp: $(VENV)/demo.stamp
 
 ## make bench   measure against the 3-D VAE, the engines' formula and a plain copy (5 minutes)
 bench: $(VENV)/bench.stamp
-	$(BIN)/python -m cosmos3_fast bench --out out/bench
+	$(BIN)/python -m benchmarks.run --out out/bench
 
 ## make bench-full    every size, more rounds, and README's table and plot from it (35 minutes)
 bench-full: $(VENV)/bench.stamp
-	$(BIN)/python -m cosmos3_fast bench --full --out benchmarks/results/cpu
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.run --full --out benchmarks/results/cpu
+	$(BIN)/python -m benchmarks.readme
 
 ## make test    set up, check style and types, inspect the CUDA kernels, run every test
 test: lint

@@ -1,23 +1,22 @@
-"""What `make demo` runs: a photograph to latents, then the time of the seed path against ours."""
+"""What `make demo` runs: a photograph to latents and back, each timed against the 3-D VAE."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
-from harness import gate_equal, gate_error, machine, measure, table
 
+from benchmarks.formatting import ratio, seconds, spread, table
+from benchmarks.harness import ROOT, machine, measure, say, versions
+from benchmarks.paths import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and_encoder
 from cosmos3_fast import cli
-from cosmos3_fast.latents import LatentPreparation, PreparedLatents
+from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.pixels import load_pixels
 
-ROOT = Path(__file__).resolve().parent.parent
-PHOTOGRAPH = ROOT / "examples" / "falcon9_dscovr.jpg"
-HEIGHT, WIDTH, NUM_FRAMES, SEED = 480, 832, 81, 42
-BOUND = 1e-5
+HEIGHT, WIDTH, NUM_FRAMES = 480, 832, 81
+ENGINE, OURS = "3-D vae.encode, eager formula", "cosmos3_fast, fast mode"
 
 
 def main() -> int:
@@ -38,81 +37,44 @@ def main() -> int:
     return status or compare(args.rounds)
 
 
-@torch.no_grad()
-def seed_stage(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The stage as SGLang writes it since its one-frame encode, in fp32 on the CPU.
-
-    Args:
-        pixels: [1,3,H,W] in [-1, 1].
-
-    Returns:
-        latents [1,C,T,h,w] and velocity mask [1,1,T,1,1].
-    """
-    latent = vae.encode(pixels.unsqueeze(2)).latent_dist.mode()
-    mean = torch.as_tensor(vae.config.latents_mean).view(1, -1, 1, 1, 1)
-    std = torch.as_tensor(vae.config.latents_std).view(1, -1, 1, 1, 1)
-    condition = (latent - mean) / std
-    frames = (NUM_FRAMES - 1) // 4 + 1
-    shape = (1, condition.shape[1], frames, *condition.shape[3:])
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(SEED))
-    condition_latents = torch.zeros_like(noise)
-    condition_latents[:, :, :1] = condition
-    mask = torch.zeros(1, 1, frames, 1, 1)
-    mask[:, :, 0] = 1.0
-    return mask * condition_latents + (1.0 - mask) * noise, 1.0 - mask
-
-
 def compare(rounds: int) -> int:
-    """Print the table of the seed path against ours; abort where they disagree."""
+    """Print the table of the engine's path against ours; abort where they disagree."""
+    say("\nbuilding the 3-D VAE and folding it ...")
     try:
-        import diffusers
+        vae, encoder = vae_and_encoder("float32")
     except ImportError as error:
-        print(f"error: the seed path needs diffusers ({error})", file=sys.stderr)
+        print(f"error: the engine's path needs diffusers ({error})", file=sys.stderr)
         return 2
-    from cosmos3_fast.vae import FrameEncoder
-    from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
+    stage = LatentPreparation(encoder)
+    request = (load_pixels(PHOTOGRAPH, HEIGHT, WIDTH), NUM_FRAMES, HEIGHT, WIDTH)
 
-    print("\nbuilding the 3-D VAE and folding it ...", file=sys.stderr)
-    vae = synthetic_vae(COSMOS3_VAE_CONFIG, cli.SYNTHETIC_SEED)
-    stage = LatentPreparation(FrameEncoder.from_vae(vae))
-    pixels = load_pixels(PHOTOGRAPH, HEIGHT, WIDTH)
+    def theirs() -> tuple[torch.Tensor, torch.Tensor]:
+        return engine_stage(vae, *request)
 
-    def ours() -> PreparedLatents:
-        return stage(pixels, NUM_FRAMES, HEIGHT, WIDTH, seed=SEED, dtype=torch.float32)
+    def ours() -> tuple[torch.Tensor, torch.Tensor]:
+        prepared = stage(*request, seed=SEED, dtype=torch.float32, mode="fast")
+        return prepared.latents, prepared.velocity_mask
 
-    print("correctness gate ...", file=sys.stderr)
-    reference, reference_mask = seed_stage(vae, pixels)
-    prepared = ours()
-    error = gate_error("condition", prepared.latents[:, :, :1], reference[:, :, :1], BOUND)
-    gate_equal("noise frames", prepared.latents[:, :, 1:], reference[:, :, 1:])
-    gate_equal("velocity mask", prepared.velocity_mask, reference_mask)
-
+    say("correctness gate ...")
+    error = gate_stage("demo", ours(), theirs())
     # The gate has warmed both paths up.
-    timings = measure(
-        {"seed": lambda: seed_stage(vae, pixels), "ours": ours},
-        rounds=rounds,
-        warmup=0,
-        progress=True,
-    )
-    baseline = timings["seed"].median
+    timings = measure({ENGINE: theirs, OURS: ours}, rounds=rounds, warmup=0, progress=True)
     rows = [
-        [
-            label,
-            f"{timings[key].median:.2f} s",
-            f"{min(timings[key].seconds):.2f}-{max(timings[key].seconds):.2f} s",
-            f"{baseline / timings[key].median:.2f}x",
-            largest,
-        ]
-        for key, label, largest in (
-            ("seed", f"3-D vae.encode (diffusers {diffusers.__version__}), eager formula", "-"),
-            ("ours", f"cosmos3_fast {prepared.mode} mode", f"{error:.1e}"),
+        (
+            name,
+            seconds(timing.median),
+            spread(min(timing.seconds), max(timing.seconds)),
+            ratio(timings[ENGINE].median / timing.median),
+            f"{error:.1e}" if name == OURS else "",
         )
+        for name, timing in timings.items()
     ]
     print(
-        f"\nOne photograph to latents, {WIDTH}x{HEIGHT}, {NUM_FRAMES} frames, fp32, "
-        f"{rounds} interleaved rounds\n{machine()}\n"
+        f"\nOne photograph to latents, {WIDTH}×{HEIGHT}, {NUM_FRAMES} frames, float32, "
+        f"{rounds} interleaved rounds\n"
+        f"{machine()}, diffusers {versions('diffusers')['diffusers']}\n"
     )
-    print(table(["path", "median", "range", "speed", "error / max"], rows))
+    print("\n".join(table(("path", "median", "range", "speed", "error / largest"), rows)))
     return 0
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from suites import COPY, ONE_FRAME, OURS, USUAL_CASES, all_frames
+from benchmarks.paths import ONE_FRAME, OURS, all_frames
+from benchmarks.suites.op import COPY, USUAL_CASES
 
 Result = dict[str, Any]
 

@@ -1,17 +1,27 @@
-"""Shared by the benchmarks: correctness gates, interleaved rounds, quantiles, the machine."""
+"""What all benchmarks share: interleaved rounds, clocks, gates, the machine, the commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import torch
+
+from cosmos3_fast.vae import verify
+from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison
+
+ROOT = Path(__file__).resolve().parent.parent
+Call = Callable[[], object]
+# Starts so many calls and returns what waits for them and gives the seconds that each took.
+Clock = Callable[[Call, int], Callable[[], float]]
 
 
 class GateError(SystemExit):
@@ -39,32 +49,49 @@ class Timing:
         above = min(below + 1, len(ordered) - 1)
         return ordered[below] + (ordered[above] - ordered[below]) * (position - below)
 
-    @property
-    def spread(self) -> float:
-        """(largest - smallest) / median."""
-        return (max(self.seconds) - min(self.seconds)) / self.median
+
+def host_clock(run: Call, repeats: int = 1) -> Callable[[], float]:
+    """Seconds of the host's clock, a CUDA device synchronised around the calls.
+
+    Repeated calls follow one that is not timed.
+    """
+    if repeats > 1:
+        run()
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        result = run()
+    synchronize()
+    seconds = (time.perf_counter() - start) / repeats
+    del result
+    return lambda: seconds
+
+
+def synchronize() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 def measure(
-    paths: Mapping[str, Callable[[], object]],
+    paths: Mapping[str, Call],
     *,
     rounds: int,
     warmup: int = 1,
     repeats: int = 1,
     progress: bool = False,
+    clock: Clock = host_clock,
 ) -> dict[str, Timing]:
     """Time paths in interleaved rounds, so that a drift of the machine falls on all of them alike.
 
-    The order turns round every other round. A CUDA device is synchronised around each call.
+    The order turns round every other round.
 
     Args:
-        paths: Name to a call without arguments; its result is dropped outside the timed interval.
-        rounds: Timed calls of each path, at least 1.
-        warmup: Untimed calls of each path beforehand.
-        repeats: For calls that are short against a timer or a scheduler: each round times this many
-            calls back to back, results dropped inside the interval, after one untimed call that
-            leaves caches and allocator in the path's own state. The seconds are those of one call.
-        progress: One line on stderr per round and path.
+        paths: name to call; the result of a call is dropped.
+        rounds: timed rounds, at least 1.
+        warmup: untimed rounds before them.
+        repeats: calls per path and round, at least 1; a round's figure is their mean.
+        progress: name each round's figures on stderr.
+        clock: what times a call; a path's calls are waited for only at the end of the round.
     """
     if rounds < 1 or repeats < 1:
         raise ValueError(f"rounds and repeats must be at least 1, got {rounds} and {repeats}")
@@ -74,52 +101,33 @@ def measure(
     seconds: dict[str, list[float]] = {name: [] for name in paths}
     for i in range(rounds):
         order = list(paths) if i % 2 == 0 else list(reversed(paths))
-        for name in order:
-            seconds[name].append(_timed(paths[name], repeats))
+        for name, wait in [(name, clock(paths[name], repeats)) for name in order]:
+            seconds[name].append(wait())
             if progress:
-                print(
-                    f"round {i + 1} of {rounds}: {name}, {seconds[name][-1]:.3f} s", file=sys.stderr
-                )
+                figure = f"{name}, {seconds[name][-1]:.3f} s"
+                print(f"round {i + 1} of {rounds}: {figure}", file=sys.stderr)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
 
 
-def _timed(run: Callable[[], object], repeats: int) -> float:
-    if repeats == 1:
-        _synchronize()
-        start = time.perf_counter()
-        result = run()
-        _synchronize()
-        seconds = time.perf_counter() - start
-        del result
-        return seconds
-    run()
-    _synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        run()
-    _synchronize()
-    return (time.perf_counter() - start) / repeats
+def say(text: str) -> None:
+    """Progress, on stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def _synchronize() -> None:
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-
-
-def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
-    """max |ours - reference| / max |reference|, in float64."""
-    ours, reference = ours.double(), reference.double()
-    return ((ours - reference).abs().max() / reference.abs().max()).item()
-
-
-def gate_error(name: str, ours: torch.Tensor, reference: torch.Tensor, bound: float) -> float:
-    """`relative_error`, or abort where shapes or dtypes differ or it exceeds ``bound``."""
+def _same_kind(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
     if ours.shape != reference.shape or ours.dtype != reference.dtype:
         raise GateError(
             f"{name}: {list(ours.shape)} {ours.dtype} against "
             f"{list(reference.shape)} {reference.dtype}"
         )
-    error = relative_error(ours, reference)
+
+
+def gate_error(
+    name: str, ours: torch.Tensor, reference: torch.Tensor, bound: float = FLOAT32_BOUND
+) -> float:
+    """`verify.relative_error`; aborts where it exceeds `bound`, or shapes or dtypes differ."""
+    _same_kind(name, ours, reference)
+    error = verify.relative_error(ours, reference)
     # Written so that NaN fails too.
     if not error <= bound:
         raise GateError(f"{name}: error {error:.2e} of the largest value exceeds {bound:.2e}")
@@ -127,27 +135,20 @@ def gate_error(name: str, ours: torch.Tensor, reference: torch.Tensor, bound: fl
 
 
 def gate_rounding(
-    name: str, ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor
-) -> tuple[float, float]:
-    """Abort unless ours is as near to ``exact`` as the reference is, which has its dtype.
+    name: str, ours: torch.Tensor, reference: torch.Tensor, exact: torch.Tensor | None = None
+) -> Comparison:
+    """`verify.compare`, the rule of the dtype; aborts where it does not pass.
 
-    Returns:
-        The rms errors of ours and of the reference, relative to the rms of ``exact``.
+    Args:
+        exact: of the reference without its rounding; needed in 16 bits.
     """
-    if ours.shape != reference.shape or ours.dtype != reference.dtype:
+    _same_kind(name, ours, reference)
+    compared = verify.compare(ours, reference, exact)
+    if not compared.passed:
         raise GateError(
-            f"{name}: {list(ours.shape)} {ours.dtype} against "
-            f"{list(reference.shape)} {reference.dtype}"
+            f"{name}: {compared.measure} {compared.error:.2e} exceeds {compared.bound:.2e}"
         )
-    truth = exact.double()
-    scale = truth.square().mean().sqrt()
-    mine, theirs = (
-        ((each.double() - truth).square().mean().sqrt() / scale).item()
-        for each in (ours, reference)
-    )
-    if not mine <= theirs:
-        raise GateError(f"{name}: rms error {mine:.2e} exceeds the reference's own, {theirs:.2e}")
-    return mine, theirs
+    return compared
 
 
 def gate_equal(name: str, ours: torch.Tensor, reference: torch.Tensor) -> None:
@@ -178,15 +179,22 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell, the first one flush left."""
-    cells = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages; "none" for those that are not."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "none"
+    return found
+
+
+def commit() -> str:
+    """What is measured, marked where the tree differs; "unknown" without a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return described.stdout.strip() or "unknown"

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from report import provenance, ratio, seconds, size
-from suites import COMPILED, COPY, FORMULA, IN_PLACE, ONE_FRAME, OURS, UNFUSED, USUAL_CASES
+from benchmarks.formatting import provenance, ratio, seconds, size
+from benchmarks.paths import DTYPES, ONE_FRAME, OURS, UNFUSED
+from benchmarks.suites import Row
+from benchmarks.suites.op import COMPILED, COPY, FORMULA, IN_PLACE, USUAL_CASES
 
 Result = dict[str, Any]
-Row = dict[str, Any]
 # Okabe and Ito's palette, which does not need colour vision.
 COLOURS = {
     FORMULA: "#D55E00",
@@ -22,24 +23,29 @@ COLOURS = {
     UNFUSED: "#E69F00",
 }
 WHOLE_CLIP = "#CC79A7"
-DTYPES = ("float32", "bfloat16")
+# Of paths that have none: the alternatives of other suites.
+SPARE_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
+TITLES = {"encoder": "Encoding the conditioning image"}
 
 
 def draw(result: Result, out: Path) -> None:
-    """Write a PNG per suite that `result` holds; summary.png where it holds those README shows."""
+    """Write a PNG per suite that `result` holds; summary.png where it holds those README shows.
+
+    A suite of rows that has no plot of its own gets bars of its cases.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    suites = {suite: _of(result["rows"], suite) for suite in ("op", "encoder", "growth", "stage")}
-    drawers = {"op": _op, "encoder": _encoder, "growth": _growth, "stage": _stage}
+    names = dict.fromkeys(row["suite"] for row in result["rows"])
+    suites = {suite: _of(result["rows"], suite) for suite in names}
+    drawers = {"op": _op, "growth": _growth, "stage": _stage}
     for suite, rows in suites.items():
-        if rows:
-            drawers[suite](result, rows).savefig(out / f"{suite}.png", dpi=120)
+        drawers.get(suite, _cases)(result, rows).savefig(out / f"{suite}.png", dpi=120)
     if "memory" in result:
         _memory(result).savefig(out / "memory.png", dpi=120)
-    if suites["op"] and suites["encoder"] and suites["stage"]:
+    if suites.keys() >= {"op", "encoder", "stage"}:
         _summary(result, suites).savefig(out / "summary.png", dpi=120)
     plt.close("all")
 
@@ -80,6 +86,8 @@ def _bars(axis: Any, rows: Sequence[Row], labels: Sequence[str], columns: int = 
     `columns`.
     """
     paths = list(dict.fromkeys(row["path"] for row in rows))
+    spare = iter(SPARE_COLOURS * len(paths))
+    colours = {path: COLOURS.get(path) or next(spare) for path in paths}
     width = 0.84 / len(paths)
     for i, path in enumerate(paths):
         own = [row for row in rows if row["path"] == path]
@@ -89,7 +97,7 @@ def _bars(axis: Any, rows: Sequence[Row], labels: Sequence[str], columns: int = 
             [row["q90"] - row["median"] for row in own],
         ]
         axis.bar(
-            places, [row["median"] for row in own], width * 0.94, label=path, color=COLOURS[path],
+            places, [row["median"] for row in own], width * 0.94, label=path, color=colours[path],
             yerr=whiskers, error_kw={"lw": 0.9, "ecolor": "#222222", "capsize": 2},
         )  # fmt: skip
         for x, row in zip(places, own, strict=True):
@@ -170,12 +178,14 @@ def _multiples(axis: Any, rows: Sequence[Row], labels: Sequence[str], paths: Seq
     _legend(axis, "lower center", 2)
 
 
-def _encoder(result: Result, rows: Sequence[Row]) -> Any:
-    figure, axes = _figure(
-        result, f"Encoding the conditioning image; speed against {ONE_FRAME}", (1, 1)
-    )
-    for axis, dtype in zip(axes, DTYPES, strict=True):
-        own, labels = _grouped(_of(rows, "encoder", dtype=dtype), "case")
+def _cases(result: Result, rows: Sequence[Row]) -> Any:
+    """Bars of every case, a panel for each dtype."""
+    suite, baseline = rows[0]["suite"], rows[0]["baseline"]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    title = TITLES.get(suite, suite)
+    figure, axes = _figure(result, f"{title}; speed against {baseline}", (1,) * len(dtypes))
+    for axis, dtype in zip(axes, dtypes, strict=True):
+        own, labels = _grouped(_of(rows, suite, dtype=dtype), "case")
         _bars(axis, own, labels)
         axis.set_ylabel(f"seconds (log), {dtype}")
         axis.set_xlabel("height×width")

@@ -7,7 +7,6 @@ import contextlib
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -47,11 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     try:
-        # What follows `bench` is its script's, options included.
-        given = list(sys.argv[1:] if argv is None else argv)
-        if given[:1] == ["bench"]:
-            given[1:1] = ["--"]
-        args = parser.parse_args(given)
+        args = parser.parse_args(argv)
     except SystemExit as stop:  # --help and, below, _Parser.error
         return int(stop.code or 0)
     try:
@@ -143,16 +138,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_dtype,
         help="dtype the encoder computes in (default float32 on cpu, bfloat16 elsewhere)",
     )
-
-    bench = commands.add_parser(
-        "bench",
-        help="measure against the seed's path, the engines' and a plain copy",
-        description="Run the benchmark suites of the source tree; arguments as benchmarks/bench.py "
-        "takes them.",
-        add_help=False,
-    )
-    bench.add_argument("arguments", nargs=argparse.REMAINDER)
-    bench.set_defaults(run=_bench)
 
     info = commands.add_parser("info", help="list every op and backend as available or not")
     info.set_defaults(run=_info)
@@ -461,18 +446,6 @@ class _VerifyRow:
 
 def _rms(values: torch.Tensor) -> float:
     return values.double().square().mean().sqrt().item()
-
-
-def _bench(args: argparse.Namespace) -> int:
-    script = Path(__file__).resolve().parent.parent / "benchmarks" / "bench.py"
-    if not script.is_file():
-        raise UserError(
-            f"the benchmarks are in the source tree, not in an installed package: no {script.name} "
-            "beside this package; run from a clone (pip install -e .)"
-        )
-    return subprocess.run(
-        [sys.executable, script, *[a for a in args.arguments if a != "--"]], check=False
-    ).returncode
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -9,13 +9,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from cosmos3_fast.runner import EncoderRunner, cudnn_benchmark
-from gpu_cases import SIZES, Size, encoder_pair, frame, reference_vae, rms_error, tolerance
-from gpu_timing import (
+from torch import Tensor, nn
+
+from benchmarks.gpu.cases import (
+    SIZES,
+    GraphedEncoder,
+    Size,
+    encoder_pair,
+    frame,
+    reference_vae,
+    rms_error,
+    tolerance,
+)
+from benchmarks.gpu.timing import (
     NOT_MEASURED,
     Call,
     Context,
@@ -31,10 +40,11 @@ from gpu_timing import (
     rotating_graph,
     sets_beyond_l2,
     time_calls,
+    tuned,
 )
-from harness import GateError, gate_equal, measure
-from torch import Tensor, nn
-
+from benchmarks.harness import ROOT, GateError, gate_equal, measure
+from benchmarks.paths import SEED, engine_stage
+from benchmarks.suites.op import clone_and_copy
 from cosmos3_fast import ops
 from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.ops import registry
@@ -43,9 +53,7 @@ from cosmos3_fast.pixels import load_pixels
 from cosmos3_fast.vae import layers
 from cosmos3_fast.vae.exact import encode_exact
 
-ROOT = Path(__file__).resolve().parent.parent
 BF16 = torch.bfloat16
-SEED = 42
 
 
 def ceilings(context: Context) -> Iterator[Result]:
@@ -65,7 +73,7 @@ def ceilings(context: Context) -> Iterator[Result]:
     for batch, channels, height, width in ((1, 16, 8, 8),) if context.dry_run else shapes:
         x = torch.randn(batch, channels, height, width, device=device, dtype=BF16)
         x = x.contiguous(memory_format=torch.channels_last)
-        conv = nn.Conv2d(channels, channels, 3, padding=1, device=device, dtype=BF16)
+        conv = nn.Conv2d(channels, channels, 3, padding=1, bias=False, device=device, dtype=BF16)
         conv = conv.to(memory_format=torch.channels_last).requires_grad_(False)  # type: ignore[call-overload]
         name = f"conv 3x3, {channels} channels, {batch} x {height} x {width}"
         rates[name] = functools.partial(conv, x)
@@ -74,7 +82,7 @@ def ceilings(context: Context) -> Iterator[Result]:
     a, b = (torch.randn(edge, edge, device=device, dtype=BF16) for _ in range(2))
     rates["matmul"] = functools.partial(torch.matmul, a, b)
     operations["matmul"] = 2 * edge**3
-    with cudnn_benchmark(True):
+    with tuned():
         timed = time_calls(context, rates, seconds=2, flush=False)
     yield {"rates": timed}
     if not context.dry_run:
@@ -89,12 +97,6 @@ def _inductor() -> Callable[..., Any]:
     return torch.compile(prepare_latents_formula, fullgraph=True, dynamic=False)
 
 
-def _clone_and_copy(cond: Tensor, noise: Tensor) -> Tensor:
-    latents = noise.clone()
-    latents[:, :, :1] = cond
-    return latents
-
-
 def op_step(size: Size) -> Step:
     """The op against what people would write, and against the copy that bounds it."""
 
@@ -102,7 +104,7 @@ def op_step(size: Size) -> Step:
         cond, noise = size.latents(context, SEED)
         variants: dict[str, Callable[..., Any]] = {
             "eager formula": prepare_latents_formula,
-            "clone and one-frame copy": _clone_and_copy,
+            "clone and one-frame copy": clone_and_copy,
         }
         for backend in ("cpp", "triton"):
             if (error := registry.backend_error(backend, context.device)) is not None:
@@ -215,7 +217,7 @@ def convolutions_alone(context: Context, encoder: nn.Module, pixels: Tensor) -> 
         for handle in handles:
             handle.remove()
     paths = {name: functools.partial(conv, x) for name, (conv, x, _) in shapes.items()}
-    with cudnn_benchmark(True):
+    with tuned():
         timed = time_calls(context, paths, seconds=2)
     counts = {name: count for name, (_, _, count) in shapes.items()}
     if context.dry_run:
@@ -261,14 +263,24 @@ def encoder_step(size: Size) -> Step:
         untuned = time_calls(context, paths)
         yield {"with cuDNN untuned": _with_rates(context, untuned, operations)}
 
-        name = "folded, fused kernels, CUDA graph"
-        runner = EncoderRunner(encoder, capture_after=0)
-        if context.dry_run:
-            yield {name: {"skipped": "dry run: CUDA only"}}
-        else:
-            paths[name], operations[name] = lambda: runner(pixels), folded
-            _gate(name, runner(pixels), wanted)
-        with cudnn_benchmark(True):
+        on_cuda = {
+            "folded, fused kernels, CUDA graph": lambda: GraphedEncoder(encoder),
+            "folded, fused kernels, reduce-overhead": lambda: torch.compile(
+                encoder, mode="reduce-overhead"
+            ),
+            "folded, eager norms, reduce-overhead": lambda: torch.compile(
+                unfused, mode="reduce-overhead"
+            ),
+        }
+        for name, make in on_cuda.items():
+            if context.dry_run:
+                yield {name: {"skipped": "dry run: CUDA only"}}
+                continue
+            run = make()
+            paths[name], operations[name] = functools.partial(run, pixels), folded
+            with tuned():
+                _gate(name, run(pixels), wanted)
+        with tuned():
             timed = time_calls(context, paths, seconds=4)
         yield _with_rates(context, timed, operations)
         yield {"launches": {name: launches(context, path) for name, path in paths.items()}}
@@ -295,7 +307,7 @@ def encoder_step(size: Size) -> Step:
             clip[:, :, 0] = pixels
             name = f"vae.encode, {frames} frames"
             path = functools.partial(encode_exact, vae, clip)
-            with cudnn_benchmark(True):
+            with tuned():
                 latents, counted = count_flops(path)
                 _gate(name, latents[:, :, :1], wanted)
                 longer = time_calls(context, {name: path}, seconds=3, warmup=1, least=3)
@@ -311,14 +323,8 @@ def _photograph() -> Tensor:
     return torch.randint(0, 256, (1080, 1920, 3), generator=generator, dtype=torch.uint8)
 
 
-def _seed_stage(vae: Any, image: Any, size: Size, device: str) -> Tensor:
-    """The stage as the engines write it since their one-frame encode."""
-    pixels = load_pixels(image, size.height, size.width)
-    condition = encode_exact(vae, pixels.unsqueeze(2))
-    shape = (1, condition.shape[1], (size.num_frames - 1) // 4 + 1, *condition.shape[3:])
-    generator = torch.Generator(device).manual_seed(SEED)
-    noise = torch.randn(shape, generator=generator, device=device, dtype=BF16)
-    return prepare_latents_formula(condition, noise)[0]
+def _engine_stage(vae: Any, image: Any, size: Size) -> Tensor:
+    return engine_stage(vae, image, size.num_frames, size.height, size.width, dtype=BF16)[0]
 
 
 def _our_stage(encoder: Any, image: Any, size: Size) -> Tensor:
@@ -352,25 +358,25 @@ def stage(context: Context) -> Iterator[Result]:
         raise Skipped(f"the stage resizes its image with Pillow ({error})") from error
     size, device = SIZES[0].on(context), context.device
     encoder, _ = encoder_pair(context)
-    runner = EncoderRunner(encoder, capture_after=0)
+    graphed = GraphedEncoder(encoder)
     photograph = _photograph()
     sized = load_pixels(photograph, size.height, size.width)
     as_bytes = ((sized[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).contiguous()
     resident: dict[str, Callable[[], Tensor]] = {
-        "fast, CUDA graph, sized image": lambda: _our_stage(runner, as_bytes, size),
+        "fast, CUDA graph, sized image": lambda: _our_stage(graphed, as_bytes, size),
         "fast, eager, sized image": lambda: _our_stage(encoder, as_bytes, size),
-        "fast, CUDA graph, 1080p image": lambda: _our_stage(runner, photograph, size),
+        "fast, CUDA graph, 1080p image": lambda: _our_stage(graphed, photograph, size),
     }
     vae = None
     try:
         vae = reference_vae(context, full_decoder=True)
     except Skipped as skipped:
-        yield {"seed": {"skipped": str(skipped)}}
+        yield {"engine": {"skipped": str(skipped)}}
     if vae is not None:
-        resident["seed, sized image"] = lambda: _seed_stage(vae, as_bytes, size, device)
-        seed, ours = resident["seed, sized image"](), resident["fast, eager, sized image"]()
-        gate_equal("noise frames", ours[:, :, 1:], seed[:, :, 1:])
-        _gate("condition latents against the seed's", ours[:, :, :1], seed[:, :, :1])
+        resident["engine, sized image"] = lambda: _engine_stage(vae, as_bytes, size)
+        theirs, ours = resident["engine, sized image"](), resident["fast, eager, sized image"]()
+        gate_equal("noise frames", ours[:, :, 1:], theirs[:, :, 1:])
+        _gate("condition latents against the engine's", ours[:, :, :1], theirs[:, :, :1])
     yield {"warm, resident": _host(context, resident, 20)}
 
     pixels = sized.to(device, BF16)
@@ -379,7 +385,7 @@ def stage(context: Context) -> Iterator[Result]:
         "read and resize a 1080p image": lambda: load_pixels(photograph, size.height, size.width),
         "read a sized image": lambda: load_pixels(as_bytes, size.height, size.width),
         "pixels to the device": lambda: sized.to(device),
-        "encode": lambda: runner(pixels),
+        "encode": lambda: encoder(pixels),
         "noise": lambda: torch.randn_like(noise),
         "blend": lambda: ops.prepare_latents(condition, noise),
         "encoder to the device and back": lambda: _offloaded(encoder, device, lambda: None),
@@ -394,8 +400,8 @@ def stage(context: Context) -> Iterator[Result]:
         "fast": lambda: _offloaded(encoder, device, lambda: _our_stage(encoder, as_bytes, size))
     }
     if vae is not None:
-        offloaded["seed"] = lambda: _offloaded(
-            vae, device, lambda: _seed_stage(vae, as_bytes, size, device)
+        offloaded["engine"] = lambda: _offloaded(
+            vae, device, lambda: _engine_stage(vae, as_bytes, size)
         )
     yield {"warm, offloaded": _host(context, offloaded, 5)}
     yield {
@@ -404,7 +410,7 @@ def stage(context: Context) -> Iterator[Result]:
             "VAE": None if vae is None else resident_bytes(vae),
         }
     }
-    for path in ("graph", "fast", *(("seed",) if vae is not None else ())):
+    for path in ("graph", "fast", *(("engine",) if vae is not None else ())):
         if context.dry_run and path != "graph":
             yield {f"cold, {path}": {"skipped": "dry run: one new process shows that they work"}}
         else:
@@ -412,11 +418,12 @@ def stage(context: Context) -> Iterator[Result]:
 
 
 def _cold_in_new_process(context: Context, path: str) -> Any:
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_campaign.py"), "--cold", path]
+    command = [sys.executable, "-m", "benchmarks.gpu.campaign", "--cold", path]
     runs = []
     for _ in range(1 if context.dry_run else 2):
         done = subprocess.run(
             [*command, *(["--dry-run"] if context.dry_run else [])],
+            cwd=ROOT,
             capture_output=True,
             text=True,
             check=False,
@@ -440,14 +447,14 @@ def cold(context: Context, path: str) -> Result:
         return result
 
     size, image = SIZES[0].on(context), _photograph()
-    model = reference_vae(context, "cpu") if path == "seed" else encoder_pair(context, "cpu")[0]
+    model = reference_vae(context, "cpu") if path == "engine" else encoder_pair(context, "cpu")[0]
     if not context.dry_run:
         timed("CUDA context", lambda: torch.zeros(1, device="cuda"))
     timed("weights to the device", lambda: model.to(context.device))
     if path == "graph":
-        model = EncoderRunner(model)
-    if path == "seed":
-        call = functools.partial(_seed_stage, model, image, size, context.device)
+        model = GraphedEncoder(model)
+    if path == "engine":
+        call = functools.partial(_engine_stage, model, image, size)
     else:
         call = functools.partial(_our_stage, model, image, size)
     for number in range(1, 6):
@@ -458,15 +465,14 @@ def cold(context: Context, path: str) -> Result:
 def numerics(context: Context) -> Iterator[Result]:
     """bf16 against float64 of the same weights and pixels: the folded encoder and the VAE."""
     encoder, exact = encoder_pair(context)
-    runner = EncoderRunner(encoder, capture_after=0)
     paths: dict[str, Callable[[Tensor], Tensor]] = {
         "folded, eager norms": with_eager_norms(encoder),
         "folded, fused kernels": encoder,
-        "folded, fused kernels, CUDA graph": runner,
     }
     if context.dry_run:
-        del paths["folded, fused kernels, CUDA graph"]
         yield {"folded, fused kernels, CUDA graph": {"skipped": "dry run: CUDA only"}}
+    else:
+        paths["folded, fused kernels, CUDA graph"] = GraphedEncoder(encoder)
     try:
         vae = reference_vae(context)
         paths["vae.encode, 1 frame"] = lambda pixels: encode_exact(vae, pixels.unsqueeze(2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -13,43 +14,25 @@ from typing import Any
 import pytest
 import torch
 
-from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG
-
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
-import bench  # noqa: E402
-import goals  # noqa: E402
-import harness  # noqa: E402
-import report  # noqa: E402
-import suites  # noqa: E402
-from suites import COMPILED, COPY, FORMULA, IN_PLACE, ONE_FRAME, OURS, UNFUSED  # noqa: E402
+from benchmarks import goals, harness, paths, readme, run, suites
+from benchmarks.paths import ONE_FRAME, OURS, UNFUSED, all_frames
+from benchmarks.suites import engines
+from benchmarks.suites import op as op_suite
+from benchmarks.suites.op import COMPILED, COPY, FORMULA, IN_PLACE
 
-TINY = suites.Plan(
-    name="tiny",
-    op_cases=(("32x48", 17),),
-    op_rounds=2,
-    encoder_rounds={"32x48": 2},
-    growth_size="32x48",
-    growth_frames=(1, 5),
-    growth_rounds=1,
-    stage_size="32x48",
-    stage_frames=5,
-    stage_rounds=2,
-    clip_rounds=1,
-    profile_size="32x48",
-    vae_config={**COSMOS3_VAE_CONFIG, "base_dim": 16},
-)
+ROOT = harness.ROOT
+# Suites of rows, whose plots are one each.
+OF_ROWS = {name for name, suite in suites.all_suites().items() if suite.lines is None}
 
 
 def rows(suite: str, case: str, dtype: str, baseline: str, **medians: float) -> list[Any]:
     """Of paths and medians; a name's underscores stand for what a keyword cannot hold."""
     names = {
         "formula": FORMULA, "compiled": COMPILED, "copy": COPY, "ours": OURS, "place": IN_PLACE,
-        "one": ONE_FRAME, "unfused": UNFUSED, "all": suites.all_frames(17),
+        "one": ONE_FRAME, "unfused": UNFUSED, "all": all_frames(17),
     }  # fmt: skip
     times = {names[name]: median for name, median in medians.items()}
     return [
@@ -61,6 +44,11 @@ def rows(suite: str, case: str, dtype: str, baseline: str, **medians: float) -> 
         }
         for path, median in times.items()
     ]  # fmt: skip
+
+
+def squeezed(text: str) -> str:
+    """A table without the spaces that align its columns."""
+    return re.sub(" +", " ", text)
 
 
 @pytest.fixture
@@ -88,7 +76,7 @@ def result() -> dict[str, Any]:
             *rows("encoder", "480x832", "bfloat16", ONE_FRAME, one=4.0, unfused=1.0, ours=0.7),
             *rows("growth", "256x448, T=1", "float32", ONE_FRAME, one=2.0, ours=0.3),
             *rows("stage", "480x832, 17 frames", "float32", ONE_FRAME, one=8.0, ours=1.3),
-            *rows("stage", "480x832, 17 frames", "float32", suites.all_frames(17), all=99, ours=1),
+            *rows("stage", "480x832, 17 frames", "float32", all_frames(17), all=99, ours=1),
         ],
         "memory": {
             "size": "480x832", "float32": memory, "bfloat16": memory,
@@ -117,14 +105,14 @@ def result() -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("name", report.SECTIONS)
+@pytest.mark.parametrize("name", readme.SECTIONS)
 def test_the_documents_show_the_committed_result(name: str):
     text = (ROOT / name).read_text()
-    assert report.updated(text, report.committed_result(), report.SECTIONS[name]) == text
+    assert readme.updated(text, readme.committed_result(), readme.SECTIONS[name]) == text
 
 
 def test_the_committed_result_is_whole():
-    result = report.committed_result()
+    result = readme.committed_result()
     if result is None:
         pytest.skip("nothing is committed yet")
     medians = {}
@@ -134,46 +122,56 @@ def test_the_committed_result_is_whole():
     for key, row in medians.items():
         baseline = medians[(*key[:4], row["baseline"])]
         assert row["speedup"] == pytest.approx(baseline["median"] / row["median"])
-    assert {row["suite"] for row in result["rows"]} == set(suites.SUITES)
+    # Suites that came later are not in it.
+    shown = {row["suite"] for row in result["rows"]}
+    assert shown == {"op", "encoder", "growth", "stage"}
     assert result["goals"] == goals.judge(result)
     assert result["setting"] == "full"
     assert "dirty" not in result["commit"]
-    plots = {path.stem for path in report.COMMITTED.parent.glob("*.png")}
-    assert plots == {*suites.SUITES, "memory", "summary"}
+    plots = {path.stem for path in readme.COMMITTED.parent.glob("*.png")}
+    assert plots == {*shown, "memory", "summary"}
 
 
 def test_each_figure_is_shown_where_it_belongs(result: dict[str, Any]):
-    measured = report.measured_section(result)
+    measured = squeezed(readme.measured(result))
     assert "| op, 480×832, 81 frames, float32 | 9.00 ms, eager formula | " in measured
     assert "1.00 ms, clone + 1-frame copy | 1.05 ms | **8.57×** |" in measured
     assert "| 8.00 s, vae.encode of 1 frame | 2.00 s, folded, unfused | 1.25 s | **6.40×** |" in (
         measured
     )
-    assert "| 99.0 s, vae.encode of 17 frames |  | 1.00 s | **99.0×** |" in measured
+    assert "| 99.0 s, vae.encode of 17 frames | | 1.00 s | **99.0×** |" in measured
     assert "90 MiB against 200 MiB" in measured
     # Not what users run, and the clip that nobody has to encode.
     assert "256×448" not in measured
-    engines = report.engines_section(result)
+    shown = squeezed(readme.engines_in_full(result))
     assert (
-        "| diffusers 0.42.1, 256×448, 17 frames, I2V | fast | 1 | 0.18 | 400 ms | 69.0× |"
-        in engines
+        "| diffusers 0.42.1, 256×448, 17 frames, I2V | fast | 1 | 0.18 | 400 ms | 69.0× |" in shown
     )
-    assert "sglang: skipped, its environment is not there." in engines
-    judged = report.judged_section(result)
+    assert "sglang: skipped, its environment is not there." in shown
+    judged = squeezed(readme.judged(result))
     assert "| at least 70× | 69.0× | **no** |" in judged
     assert "| `cosmos3::winograd_conv3x3` | 75.0% |" in judged
 
 
+def test_readme_has_a_row_per_engine(result: dict[str, Any]):
+    figures = result["engines"]["diffusers"]
+    (fast,) = figures["rows"]
+    figures["rows"] = [{**fast, "mode": "unpatched", "median_s": 27.6, "ratio": 1.0}, fast]
+    assert squeezed(readme.engines_in_short(result)).splitlines()[2:] == [
+        "| diffusers 0.42.1, 256×448, 17 frames, I2V | 27.6 s | 400 ms | **69.0×** |"
+    ]
+
+
 def test_a_changed_figure_would_be_seen(result: dict[str, Any]):
-    sections = report.SECTIONS["README.md"]
+    sections = readme.SECTIONS["README.md"]
     empty = "".join(f"a\n<!-- {name}: begin -->\n<!-- {name}: end -->\nb\n" for name in sections)
-    shown = report.updated(empty, result, sections)
-    assert report.updated(shown, result, sections) == shown
+    shown = readme.updated(empty, result, sections)
+    assert readme.updated(shown, result, sections) == shown
     for row in result["rows"]:
         if (row["suite"], row["path"]) == ("encoder", OURS):
             row["median"] *= 1.01
-    assert report.updated(shown, result, sections) != shown
-    assert report.NOT_MEASURED in report.updated(shown, None, sections)
+    assert readme.updated(shown, result, sections) != shown
+    assert readme.NOT_MEASURED in readme.updated(shown, None, sections)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +186,7 @@ def test_a_changed_figure_would_be_seen(result: dict[str, Any]):
     ],
 )
 def test_goals_are_judged(suite: str, case: str, medians: dict[str, float], met: bool):
-    baseline = {"encoder": ONE_FRAME, "op": COPY, "stage": suites.all_frames(17)}[suite]
+    baseline = {"encoder": ONE_FRAME, "op": COPY, "stage": all_frames(17)}[suite]
     (goal,) = goals.judge({"rows": rows(suite, case, "float32", baseline, **medians)})
     assert goal["met"] is met
 
@@ -203,36 +201,40 @@ def test_memory_and_engine_goals_are_judged(result: dict[str, Any]):
 
 
 def test_a_result_is_written_whole(result: dict[str, Any], tmp_path: Path):
-    bench.write(result, tmp_path)
+    run.write(result, tmp_path)
     assert json.loads((tmp_path / "result.json").read_text()) == result
     with (tmp_path / "result.csv").open() as file:
         written = [(row["path"], float(row["median"])) for row in csv.DictReader(file)]
     assert written == [(row["path"], row["median"]) for row in result["rows"]]
     assert "its environment is not there" in (tmp_path / "result.md").read_text()
     plots = list(tmp_path.glob("*.png"))
-    assert {plot.stem for plot in plots} == {*suites.SUITES, "memory", "summary"}
+    shown = {row["suite"] for row in result["rows"]}
+    assert {plot.stem for plot in plots} == {*shown, "memory", "summary"}
     assert all(plot.read_bytes().startswith(b"\x89PNG") for plot in plots)
 
 
 def test_every_suite_runs_behind_its_gate(tmp_path: Path):
-    result = bench.run(TINY, [*suites.SUITES, "profile"])
+    # The engines' scripts need environments of their own.
+    result = run.run("tiny", [name for name in suites.all_suites() if name != "engines"])
     shown = {
-        suite: [row["path"] for row in result["rows"] if row["suite"] == suite]
-        for suite in suites.SUITES
+        suite: [row["path"] for row in result["rows"] if row["suite"] == suite] for suite in OF_ROWS
     }
-    assert shown == {
+    assert {name: shown[name] for name in ("op", "encoder", "growth", "stage")} == {
         "op": [FORMULA, COMPILED, COPY, OURS, IN_PLACE] * 2,
         "encoder": [ONE_FRAME, UNFUSED, OURS] * 2,
-        "growth": [ONE_FRAME, OURS, suites.all_frames(5), OURS],
-        "stage": [ONE_FRAME, OURS, suites.all_frames(5), OURS],
+        "growth": [ONE_FRAME, OURS, all_frames(5), OURS],
+        "stage": [ONE_FRAME, OURS, all_frames(5), OURS],
     }
+    assert all(OURS in names for names in shown.values())
     assert all(row["median"] > 0 and len(row["seconds"]) > 0 for row in result["rows"])
     gated = [row["error"] for row in result["rows"] if row["suite"] != "op" and row["path"] == OURS]
     assert all(0 < error < 1e-2 for error in gated)
     for figures in result["profile"].values():
         assert figures["tflop"] > 0
         assert sum(figures["shares"].values()) == pytest.approx(1, abs=0.2)
-    bench.write(result, tmp_path)
+    for dtype in paths.DTYPES:
+        assert all(result["memory"][dtype][side]["peak"] > 0 for side in ("vae", "ours"))
+    run.write(result, tmp_path)
     assert (tmp_path / "summary.png").exists()
 
 
@@ -240,25 +242,22 @@ def test_every_suite_runs_behind_its_gate(tmp_path: Path):
 def test_a_wrong_path_ends_the_run_with_nothing_written(
     suite: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(bench, "SHORT", TINY)
     if suite == "op":
-        formula = suites.prepare_latents_formula
+        formula = op_suite.prepare_latents_formula
 
         def wrong(*args: Any) -> Any:
             latents, mask = formula(*args)
             return latents, mask * 0
 
-        monkeypatch.setattr(suites.reference, "prepare_latents_formula", wrong)
+        monkeypatch.setattr(op_suite, "prepare_latents_formula", wrong)
     else:
-        forward = suites.FrameEncoder.forward
-        monkeypatch.setattr(
-            suites.FrameEncoder, "forward", lambda *args: forward(*args) * (1 + 1e-4)
-        )
+        forward = paths.FrameEncoder.forward
+        monkeypatch.setattr(paths.FrameEncoder, "forward", lambda *args: forward(*args) * 1.0001)
         # The probe of `from_vae` would refuse it first.
-        from_vae = suites.FrameEncoder.from_vae
-        monkeypatch.setattr(suites.FrameEncoder, "from_vae", lambda vae: from_vae(vae, probe=False))
+        from_vae = paths.FrameEncoder.from_vae
+        monkeypatch.setattr(paths.FrameEncoder, "from_vae", lambda vae: from_vae(vae, probe=False))
     with pytest.raises(harness.GateError, match=f"correctness gate failed: {suite} 32x48"):
-        bench.main(["--suites", suite, "--out", str(tmp_path / "out")])
+        run.main(["--tiny", "--suites", suite, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -269,11 +268,12 @@ def test_gates_refuse_what_differs():
             harness.gate_error("here", wrong, right, 1e-5)
     with pytest.raises(harness.GateError):
         harness.gate_equal("here", right + 1e-7, right)
-    ours, theirs = harness.gate_rounding("here", right + 0.1, right - 0.2, right)
-    assert ours == pytest.approx(theirs / 2)
-    for wrong in (right + 0.3, right.half(), right[:3], right * float("nan")):
+    half = right.bfloat16()
+    compared = harness.gate_rounding("here", half + 0.125, half - 0.25, right)
+    assert compared.error == pytest.approx(compared.bound / 2)
+    for wrong in (half + 0.5, right, half[:3], half * float("nan")):
         with pytest.raises(harness.GateError, match="correctness gate failed: here"):
-            harness.gate_rounding("here", wrong, right - 0.2, right)
+            harness.gate_rounding("here", wrong, half - 0.25, right)
 
 
 def test_paths_take_turns():
@@ -295,42 +295,35 @@ def test_paths_take_turns():
 
 
 def test_the_unfused_switch_is_put_back():
-    before = suites.winograd.MIN_TILES, suites.layers.rms_norm_silu
-    with suites.unfused():
-        assert suites.layers.rms_norm_silu is suites.rms_norm_silu_reference
-    assert (suites.winograd.MIN_TILES, suites.layers.rms_norm_silu) == before
+    before = paths.winograd.MIN_TILES, paths.layers.rms_norm_silu
+    with paths.unfused():
+        assert paths.layers.rms_norm_silu is paths.rms_norm_silu_reference
+    assert (paths.winograd.MIN_TILES, paths.layers.rms_norm_silu) == before
 
 
 def test_engine_scripts_are_run_or_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(bench, "ROOT", tmp_path)
-    assert bench.run_engine("sglang", TINY) == {"skipped": "there is no engine_sglang.py"}
-    script = tmp_path / "benchmarks" / "engine_sglang.py"
-    script.parent.mkdir()
+    monkeypatch.setattr(engines, "engine_python", lambda engine: None)
+    assert "make test-sglang makes it" in engines.run_engine("sglang", [])["skipped"]
+    monkeypatch.setattr(engines, "engine_python", lambda engine: sys.executable)
+    monkeypatch.setattr(engines, "ROOT", tmp_path)
+    script = tmp_path / "benchmarks" / "engines" / "sglang.py"
+    script.parent.mkdir(parents=True)
     script.write_text("import sys; open(sys.argv[-1], 'w').write('{\"rows\": []}')")
-    monkeypatch.setattr(bench, "engine_python", lambda engine: None)
-    assert "make test-sglang makes it" in bench.run_engine("sglang", TINY)["skipped"]
-    monkeypatch.setattr(bench, "engine_python", lambda engine: sys.executable)
-    assert bench.run_engine("sglang", TINY) == {"rows": []}
+    assert engines.run_engine("sglang", []) == {"rows": []}
     script.write_text("raise SystemExit('no such model')")
-    assert bench.run_engine("sglang", TINY)["skipped"].endswith("status 1: no such model")
+    assert engines.run_engine("sglang", [])["skipped"].endswith("status 1: no such model")
     script.write_text("raise SystemExit('correctness gate failed: latents')")
     with pytest.raises(harness.GateError, match="engine sglang"):
-        bench.run_engine("sglang", TINY)
+        engines.run_engine("sglang", [])
 
 
 def test_the_command_line_measures(tmp_path: Path):
-    run = subprocess.run(
-        [sys.executable, "-m", "cosmos3_fast", "bench", "--suites", "memory", "--out", tmp_path],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    result = json.loads((tmp_path / "result.json").read_text())
-    # The package's own bounds: bytes, not seconds.
-    assert len(result["goals"]) == 3
-    assert all(goal["met"] for goal in result["goals"]), result["goals"]
+    assert run.main(["--tiny", "--suites", "growth", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "result.json").read_text())["setting"] == "tiny"
     unknown = subprocess.run(
-        [sys.executable, "-m", "cosmos3_fast", "bench", "--suites", "nothing"],
+        [sys.executable, "-m", "benchmarks.run", "--suites", "nothing"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert unknown.returncode == 2
-    assert "--suites: unknown nothing" in unknown.stderr
+    assert "--suites must be of op, " in unknown.stderr
+    assert "got nothing" in unknown.stderr

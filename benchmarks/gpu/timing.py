@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from harness import Timing
+
+from benchmarks.harness import Timing
 
 NOT_MEASURED = "not measured: dry run"
 Result = dict[str, Any]
@@ -56,6 +58,21 @@ class Step:
     run: Callable[[Context], Iterator[Result]]
     limit_s: float
     gpu_only: bool = False
+
+
+@contextmanager
+def tuned() -> Iterator[None]:
+    """Inside, cuDNN measures which algorithm serves a shape best.
+
+    Its plans are kept per thread, whatever this switch says later: what ran untuned in a thread
+    stays so there. Untuned figures therefore come first, or from a process of their own.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def figure(seconds: Sequence[float], per_call: int = 1) -> Result:

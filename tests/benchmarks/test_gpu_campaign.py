@@ -12,18 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sanitizer_ops
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "benchmarks"))
-
-import gpu_campaign  # noqa: E402
-import sanitizer_ops  # noqa: E402
-from gpu_timing import NOT_MEASURED, Context, Skipped, Step  # noqa: E402
-from harness import GateError  # noqa: E402
-
-from cosmos3_fast import ops  # noqa: E402
-from cosmos3_fast.ops import registry  # noqa: E402
+from benchmarks.gpu import campaign
+from benchmarks.gpu.timing import NOT_MEASURED, Context, Skipped, Step
+from benchmarks.harness import ROOT, GateError
+from cosmos3_fast import ops
+from cosmos3_fast.ops import registry
 
 GPU_STEPS = {
     "build",
@@ -49,9 +45,10 @@ CPU_STEPS = {
 @pytest.fixture(scope="module")
 def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("campaign") / "dry_run.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "gpu_campaign.py"), "--dry-run"]
+    command = [sys.executable, "-m", "benchmarks.gpu.campaign", "--dry-run"]
     done = subprocess.run(
         [*command, "--budget", "3600", "--out", str(out)],
+        cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
@@ -119,27 +116,27 @@ def test_without_a_device_only_a_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert gpu_campaign.main(["--out", str(tmp_path / "out.json")]) == 2
+    assert campaign.main(["--out", str(tmp_path / "out.json")]) == 2
     assert "--dry-run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_steps_that_time_left_out_are_named(tmp_path: Path):
     out = tmp_path / "out.json"
-    assert gpu_campaign.main(["--dry-run", "--budget", "0", "--out", str(out)]) == 0
+    assert campaign.main(["--dry-run", "--budget", "0", "--out", str(out)]) == 0
     steps = json.loads(out.read_text())["steps"]
     assert {steps[name]["reason"] for name in CPU_STEPS} == {"the campaign's 0 s were over"}
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--dry-run", "--steps", "stage,no_such", "--out", str(tmp_path / "out.json")]
-    assert gpu_campaign.main(options) == 2
+    assert campaign.main(options) == 2
     assert "no such step: no_such" in capsys.readouterr().err
 
 
 def test_a_step_over_its_limit_is_stopped(tmp_path: Path):
     options = argparse.Namespace(dry_run=True)
-    outcome = gpu_campaign.run_step_in_child("environment", 0.01, tmp_path, options, {})
+    outcome = campaign.run_step_in_child("environment", 0.01, tmp_path, options, {})
     assert outcome["status"] == "failed"
     assert "time limit" in outcome["reason"]
 
@@ -154,8 +151,8 @@ def test_a_failed_step_stops_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
             return {"status": "failed", "reason": "no luck", "result": {"copy": "half"}}
         return {"status": "done", "result": {}}
 
-    monkeypatch.setattr(gpu_campaign, "run_step_in_child", run)
-    assert gpu_campaign.main(["--dry-run", "--out", str(out)]) == 1
+    monkeypatch.setattr(campaign, "run_step_in_child", run)
+    assert campaign.main(["--dry-run", "--out", str(out)]) == 1
     steps = json.loads(out.read_text())["steps"]
     assert {name for name, step in steps.items() if step["status"] == "done"} == (
         CPU_STEPS - {"ceilings"}
@@ -186,10 +183,10 @@ def test_a_step_keeps_what_it_had(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(gpu_campaign, "all_steps", lambda: {"mine": Step(run, 1)})
+    monkeypatch.setattr(campaign, "all_steps", lambda: {"mine": Step(run, 1)})
     for dry, number in ((False, (1.5, 2)), (True, (NOT_MEASURED, NOT_MEASURED))):
         file = tmp_path / f"{dry}.json"
-        gpu_campaign.run_step("mine", file, dry, {})
+        campaign.run_step("mine", file, dry, {})
         outcome = json.loads(file.read_text())
         assert outcome["status"] == status
         assert outcome.get("reason") == reason
@@ -205,7 +202,7 @@ def test_wheels_serve_what_is_not_installed(tmp_path: Path):
             for path, text in content.items():
                 wheel.writestr(path, text)
     target = tmp_path / "unpacked"
-    assert gpu_campaign.unpack_wheels(tmp_path, target) == ["absent_package"]
+    assert campaign.unpack_wheels(tmp_path, target) == ["absent_package"]
     assert (target / "absent_package" / "__init__.py").exists()
     assert not (target / "torch").exists()
 

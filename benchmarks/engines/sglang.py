@@ -9,28 +9,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import sglang_stage
 import torch
-from engine_report import UNPATCHED, Row, arguments, compare, report
-from harness import gate_equal, gate_error
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests" / "engines" / "sglang"))
-
-import sglang_stage  # noqa: E402
+from benchmarks.engines.compare import UNPATCHED, Row, arguments, compare, report
+from benchmarks.harness import gate_equal, gate_error
+from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 # The stage rounds its latents to bfloat16: half an ulp each, and what float32 adds.
-FAST_BOUND = 2**-8 + 1e-5
+FAST_BOUND = 2**-8 + FLOAT32_BOUND
 
 Forward = Callable[..., Any]
 
 
 def main() -> int:
     args = arguments(__doc__)
-    vae = sglang_stage.make_vae(torch.float32, base_dim=160)
+    vae = sglang_stage.make_vae(torch.float32, base_dim=args.base_dim or 160)
     stage = sglang_stage.make_stage(vae)
     generator = torch.Generator().manual_seed(0)
     clip = torch.rand(1, 3, args.num_frames, args.height, args.width, generator=generator) * 2 - 1

@@ -1,6 +1,6 @@
 """Everything that is claimed about a GPU, checked and measured in one run into one JSON file.
 
-    python benchmarks/gpu_campaign.py --out benchmarks/results/<device>.json
+    python -m benchmarks.gpu.campaign --out benchmarks/results/<device>.json
 
 On a bare machine: torch with CUDA, nvcc, ninja and pybind11; Triton, pytest, hypothesis,
 compute-sanitizer and Pillow for the steps that name them; no network. The 3-D VAE that the encoder
@@ -27,8 +27,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from benchmarks.harness import ROOT, commit, machine
+
 DRY_RUN_NOTE = "dry run on a CPU at tiny sizes: nothing here is a figure about a GPU"
 
 
@@ -52,11 +52,10 @@ def without_numbers(value: Any) -> Any:
 
 
 def all_steps() -> dict[str, Any]:
-    import gpu_checks
-    import gpu_figures
+    from benchmarks.gpu import checks, figures
 
     # The ceilings come first of what is measured: shares of them follow.
-    return {**gpu_checks.STEPS, **gpu_figures.STEPS}
+    return {**checks.STEPS, **figures.STEPS}
 
 
 def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
@@ -70,7 +69,8 @@ def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
 def run_step(name: str, result_file: Path, dry_run: bool, earlier: dict[str, Any]) -> int:
     """Run one step in this process, writing its result so far after each part."""
     import torch
-    from gpu_timing import Context, Skipped
+
+    from benchmarks.gpu.timing import Context, Skipped
 
     outcome: dict[str, Any] = {"status": "running", "result": {}}
     context = Context(dry_run, result_file.parent, earlier)
@@ -99,7 +99,7 @@ def run_step_in_child(
     """One step under its time limit. Its whole process group ends with it."""
     result_file, earlier_file = scratch / f"{name}.json", scratch / "earlier.json"
     write_json(earlier_file, earlier)
-    command = [sys.executable, str(Path(__file__).resolve()), "--step", name]
+    command = [sys.executable, "-m", "benchmarks.gpu.campaign", "--step", name]
     command += ["--out", str(result_file), "--earlier", str(earlier_file)]
     command += ["--dry-run"] if options.dry_run else []
     search = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(scratch / "wheels")]
@@ -108,6 +108,7 @@ def run_step_in_child(
     with log.open("w") as output:
         child = subprocess.Popen(
             command,
+            cwd=ROOT,
             env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -146,7 +147,6 @@ def unpack_wheels(folder: Path, into: Path) -> list[str]:
 
 def campaign(options: argparse.Namespace) -> int:
     import torch
-    from harness import machine
 
     began = time.monotonic()
     if not options.dry_run and not torch.cuda.is_available():
@@ -160,7 +160,7 @@ def campaign(options: argparse.Namespace) -> int:
     report: dict[str, Any] = {
         "dry_run": options.dry_run,
         "note": DRY_RUN_NOTE if options.dry_run else None,
-        "commit": options.commit or _commit(),
+        "commit": options.commit or commit(),
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
         "steps": {},
@@ -194,19 +194,6 @@ def campaign(options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _commit() -> str | None:
-    try:
-        commit = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-        changes = ["git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no"]
-        ids = [
-            subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-            for command in (commit, changes)
-        ]
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return ids[0] + (" and changes" if ids[1] else "")
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -219,15 +206,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, measuring nothing")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--earlier", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--cold", choices=("fast", "graph", "seed"), help=argparse.SUPPRESS)
+    parser.add_argument("--cold", choices=("fast", "graph", "engine"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.step is not None:
         earlier = json.loads(options.earlier.read_text())
         return run_step(options.step, options.out, options.dry_run, earlier)
     if options.cold is not None:
         import torch
-        from gpu_figures import cold
-        from gpu_timing import Context
+
+        from benchmarks.gpu.figures import cold
+        from benchmarks.gpu.timing import Context
 
         with torch.no_grad():
             print(json.dumps(cold(Context(options.dry_run, Path(), {}), options.cold)))

@@ -1,0 +1,1 @@
+"""What the package claims about speed and memory, measured: `python -m benchmarks.run`."""

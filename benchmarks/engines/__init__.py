@@ -1,0 +1,1 @@
+"""Each engine's own latent preparation before and after: scripts for that engine's environment."""

@@ -1,0 +1,1 @@
+"""Everything that is claimed about a GPU: `python -m benchmarks.gpu.campaign`."""

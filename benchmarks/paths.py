@@ -1,0 +1,105 @@
+"""What several benchmarks measure: the engine's stage written out, and the unfused encoder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import ROOT, gate_equal, gate_error
+from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.ops import winograd
+from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
+from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu_reference
+from cosmos3_fast.pixels import ImageLike, load_pixels
+from cosmos3_fast.vae import FrameEncoder, layers
+from cosmos3_fast.vae.exact import encode_exact
+from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
+
+PHOTOGRAPH = ROOT / "examples" / "falcon9_dscovr.jpg"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SEED = 42
+TINY_DIM = 16  # a tenth of the VAE's width: for trying a suite, not for figures
+
+OURS, ONE_FRAME, UNFUSED = "ours", "vae.encode of 1 frame", "folded, unfused"
+
+
+def all_frames(frames: int) -> str:
+    """The name of the path through `vae.encode` of a whole clip."""
+    return ONE_FRAME if frames == 1 else f"vae.encode of {frames} frames"
+
+
+def sides(size: str) -> tuple[int, int]:
+    """Of a "HEIGHTxWIDTH"."""
+    height, width = size.split("x")
+    return int(height), int(width)
+
+
+def vae_config(base_dim: int | None) -> dict[str, Any]:
+    """Cosmos3's VAE, in another width where one is given."""
+    return {**COSMOS3_VAE_CONFIG, **({} if base_dim is None else {"base_dim": base_dim})}
+
+
+def vae_and_encoder(dtype: str, base_dim: int | None = None) -> tuple[Any, FrameEncoder]:
+    """diffusers' VAE with seeded random weights, and the encoder folded from it."""
+    vae = torch.nn.Module.to(synthetic_vae(vae_config(base_dim), 0), DTYPES[dtype])
+    return vae, FrameEncoder.from_vae(vae)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """The folded encoder without this package's kernels: eager norms, torch's convolutions."""
+    tiles, norm = winograd.MIN_TILES, layers.rms_norm_silu
+    winograd.MIN_TILES, layers.rms_norm_silu = sys.maxsize, rms_norm_silu_reference
+    try:
+        yield
+    finally:
+        winograd.MIN_TILES, layers.rms_norm_silu = tiles, norm
+
+
+def encode_unfused(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
+    with unfused():
+        return encoder(pixels)
+
+
+@torch.no_grad()
+def engine_stage(
+    vae: Any,
+    image: ImageLike,
+    num_frames: int,
+    height: int,
+    width: int,
+    *,
+    encoded_frames: int = 1,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """Latent preparation as the engines write it: an image to latents and their velocity mask.
+
+    Args:
+        vae: whose device the results are on.
+        image: see `load_pixels`.
+        encoded_frames: how often the image is repeated for `vae.encode`: SGLang and vLLM-Omni
+            encode 1 frame, diffusers all of them.
+        dtype: of the results.
+    """
+    pixels = load_pixels(image, height, width)
+    clip = pixels[:, :, None].expand(-1, -1, encoded_frames, -1, -1)
+    condition = encode_exact(vae, clip)[:, :, :1]
+    device = condition.device
+    shape = (1, condition.shape[1], latent_frames(num_frames), *condition.shape[3:])
+    generator = torch.Generator(device).manual_seed(SEED)
+    noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    return prepare_latents_formula(condition, noise)
+
+
+def gate_stage(name: str, ours: tuple[Tensor, Tensor], theirs: tuple[Tensor, Tensor]) -> float:
+    """Latents and mask against the engine's: the error of frame 0; all else must be equal."""
+    (latents, mask), (wanted, wanted_mask) = ours, theirs
+    error = gate_error(f"{name}: latent frame 0", latents[:, :, :1], wanted[:, :, :1])
+    gate_equal(f"{name}: noise frames", latents[:, :, 1:], wanted[:, :, 1:])
+    gate_equal(f"{name}: velocity mask", mask, wanted_mask)
+    return error
