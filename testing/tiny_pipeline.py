@@ -163,11 +163,19 @@ def total_frames(inputs: dict[str, Any]) -> int:
 def counting(vae: Any) -> Iterator[list[int]]:
     """Pixel frames that enter the first convolution of the VAE's encoder, call by call.
 
-    Counted in the class, because a hook on the module would be a reason to use the VAE's own code.
+    Counted in the class, because a hook on the module would be a reason to use the VAE's own code;
+    a module whose `forward` is replaced has such a reason already.
     """
     frames: list[int] = []
     encoder = getattr(vae, "_orig_mod", vae).encoder
     conv = getattr(encoder, "_orig_mod", encoder).conv_in
+    if "forward" in vars(conv):
+        handle = conv.register_forward_pre_hook(lambda _, args: frames.append(args[0].shape[2]))
+        try:
+            yield frames
+        finally:
+            handle.remove()
+        return
     cls = type(conv)
     original = cls.forward
 

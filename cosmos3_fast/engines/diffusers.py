@@ -228,13 +228,12 @@ def _wanted_by_step(step: Any, components: Any, state: Any) -> int | None:
 
 
 def _announcing_call(original: Any) -> Any:
-    signature = inspect.signature(original)
-
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _MODE not in vars(self):
             return original(self, *args, **kwargs)
-        output = signature.bind(self, *args, **kwargs).arguments.get("output")
+        # As in `ModularPipeline.__call__(state, output)`.
+        output = kwargs.get("output", args[1] if len(args) > 1 else None)
         names = {output} if isinstance(output, str) else set(output or ())
         token = _latents_asked.set(bool(names & {_LATENTS, "vision_conditioning_latents"}))
         try:

@@ -151,6 +151,9 @@ def accelerate(vae: VAE, mode: str = "fast") -> VAE:
     if checked == "fast":
         state.fold(plain)
     state.learn_returns(plain)
+    for name in ("encode", "decode"):
+        if name in vars(plain):
+            state.tell(f"vae.{name} was replaced on this object, and runs as it is")
     vars(plain)[_STATE] = state
     return vae
 
@@ -243,7 +246,7 @@ class _Acceleration:
         for folded in (self._encoder, self._decoder):
             seen = survey(vae, folded.names)
             if seen.obstacle is not None:
-                self._tell(seen.obstacle)
+                self.tell(seen.obstacle)
                 continue
             try:
                 device = next(getattr(vae, folded.names[0]).parameters()).device
@@ -252,7 +255,7 @@ class _Acceleration:
             except (UnsupportedVAEError, AttributeError, StopIteration) as error:
                 if folded is self._encoder:
                     raise UnsupportedVAEError(str(error)) from error
-                self._tell(str(error))
+                self.tell(str(error))
 
     def encode(self, vae: Any, own: Callable[..., Any], x: Tensor, return_dict: bool) -> Any:
         """What `vae.encode(x)` returns; `own(x)` is the VAE's own code."""
@@ -291,7 +294,7 @@ class _Acceleration:
                 returns, parameters = EncodeReturns.of(out)
                 self._report(Encoding("exact", head.shape[2], given, reason))
                 return returns.make(F.pad(parameters, (0, 0, 0, 0, 0, total - wanted)))
-            self._tell(f"all {given} frames are encoded: {whole_reason}")
+            self.tell(f"all {given} frames are encoded: {whole_reason}")
             reason = whole_reason
         self._report(Encoding("whole", given, given, reason))
         return own(x)
@@ -333,7 +336,7 @@ class _Acceleration:
                     return network(x), None
             except Exception as error:  # never stop a run that the VAE's own code can make
                 reason = str(error) or repr(error)
-        self._tell(f"the VAE's own {folded.methods[0]} runs: {reason}")
+        self.tell(f"the VAE's own {folded.methods[0]} runs: {reason}")
         return None, reason
 
     def learn_returns(self, vae: Any) -> EncodeReturns | None:
@@ -355,7 +358,7 @@ class _Acceleration:
                     returns = returns.without_variance(parameters.shape[1])
                 self._returns = returns
             except Exception as error:
-                self._tell(f"all frames are encoded: what encode returns is not known ({error})")
+                self.tell(f"all frames are encoded: what encode returns is not known ({error})")
         return self._returns
 
     def _report(self, encoding: Encoding) -> None:
@@ -364,7 +367,7 @@ class _Acceleration:
             "encode: %s, %d of %d frames", encoding.path, encoding.pixel_frames, encoding.of
         )
 
-    def _tell(self, message: str) -> None:
+    def tell(self, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
             logger.warning("cosmos3_fast: %s", message)

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# Weights in another dtype are stored for a hook to convert.
+_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+
 
 class Survey(NamedTuple):
     """One walk over a part of a VAE.
@@ -49,13 +52,15 @@ def survey(vae: Any, names: tuple[str, ...]) -> Survey:
                 if tensor.is_meta:
                     reason = f"vae.{name} has weights on the meta device: they are offloaded"
                     return Survey(reason, False, [])
-                if tensor.is_floating_point() and tensor.itemsize == 1:
-                    return Survey(f"vae.{name} has weights stored as {tensor.dtype}", False, [])
+                dtype = tensor.dtype
+                if dtype not in _PLAIN_DTYPES:
+                    return Survey(f"vae.{name} has weights stored as {dtype}", False, [])
                 trainable = trainable or tensor.requires_grad
                 # A tensor made in inference mode has no version.
                 mark = tensor.data_ptr() if tensor.is_inference() else tensor._version
-                traces.append((tensor, mark, tensor.dtype))
-        stack.extend((f"{name}.{key}", below) for key, below in attributes["_modules"].items())
+                traces.append((tensor, mark, dtype))
+        for key, below in attributes["_modules"].items():
+            stack.append((f"{name}.{key}", below))
     return Survey(None, trainable, traces)
 
 

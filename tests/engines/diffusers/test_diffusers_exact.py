@@ -88,8 +88,13 @@ def test_fast_leaves_single_frames_to_the_folded_encoder(pipe: Any, case: str) -
         assert (ours.start - plain.start).abs().max() <= bound * plain.start[:, :, 0].abs().max()
         assert torch.equal(ours.start[:, :, 1:], plain.start[:, :, 1:])
     else:
-        assert ours.same_as(plain)
+        assert torch.equal(ours.start, plain.start)
         assert ours.frames == NEEDED[case]
+        # One latent frame is decoded by the folded decoder, everything else by the VAE.
+        if case != "t2i":
+            assert ours.same_as(plain)
+        elif pipe.vae.dtype == torch.float32:
+            assert (ours.video - plain.video).abs().max() < 1 / 255
 
 
 def test_fast_in_bf16_is_no_further_from_fp64_than_the_pipeline() -> None:
@@ -103,10 +108,11 @@ def test_fast_in_bf16_is_no_further_from_fp64_than_the_pipeline() -> None:
         wanted = encode_exact(reference, quantised.bfloat16().double())
         for mode in errors:
             accelerate(pipe, mode)
-            start = pipe.prepare_latents(
-                image=pixels[0, :, 0], num_frames=FRAMES, height=64, width=64, device="cpu",
-                dtype=torch.float32,
-            )[0]  # fmt: skip
+            with torch.no_grad():
+                start = pipe.prepare_latents(
+                    image=pixels[0, :, 0], num_frames=FRAMES, height=64, width=64, device="cpu",
+                    dtype=torch.float32,
+                )[0]  # fmt: skip
             errors[mode] += (start[:, :, :1].double() - wanted).square().sum().item()
     assert 0 < errors["fast"] <= errors["exact"]
 

@@ -81,7 +81,12 @@ def test_fast_leaves_single_frames_to_the_folded_encoder(case: str) -> None:
         assert (ours.start - plain.start).abs().max() <= 1e-5 * plain.start[:, :, 0].abs().max()
         assert torch.equal(ours.start[:, :, 1:], plain.start[:, :, 1:])
     else:
-        assert ours.same_as(plain)
+        assert torch.equal(ours.start, plain.start)
+        # One latent frame is decoded by the folded decoder, everything else by the VAE.
+        if case != "t2i":
+            assert ours.same_as(plain)
+        else:
+            assert (ours.video - plain.video).abs().max() < 1 / 255
 
 
 @pytest.mark.parametrize("case", ["t2v", "i2v", "v2v", "v2v_last"])
@@ -128,7 +133,7 @@ def test_transfer_is_left_whole(pipe: Any) -> None:
     for mode in ("exact", "fast"):
         accelerate(pipe, mode)
         assert torch.equal(video(), plain)
-        assert last_encoding(pipe) is None
+        assert last_encoding(pipe).path == "whole"
 
 
 @pytest.mark.parametrize(
@@ -177,7 +182,7 @@ def test_restore_gives_back_the_blocks() -> None:
     assert generate(pipe, inputs).frames == FRAMES
 
 
-def test_pipelines_that_share_blocks_do_not_share_the_acceleration() -> None:
+def test_pipelines_that_share_a_vae_share_the_acceleration() -> None:
     blocks = Cosmos3OmniBlocks()
     first, second = (Cosmos3OmniModularPipeline(blocks=blocks) for _ in range(2))
     components = make_components()
@@ -186,11 +191,12 @@ def test_pipelines_that_share_blocks_do_not_share_the_acceleration() -> None:
         pipe.disable_safety_checker()
     inputs = make_inputs("i2v")
     accelerate(first, "exact")
-    # Blocks taken out of an accelerated pipeline work in a plain one.
     third = Cosmos3OmniModularPipeline(blocks=first.blocks)
     third.update_components(**components)
     third.disable_safety_checker()
-    assert [generate(pipe, inputs).frames for pipe in (first, second, third)] == [1, FRAMES, FRAMES]
+    assert [generate(pipe, inputs).frames for pipe in (first, second, third)] == [1, 1, 1]
+    restore(first)
+    assert [generate(pipe, inputs).frames for pipe in (second, third)] == [FRAMES, FRAMES]
 
 
 def test_components_that_are_loaded_later() -> None:
@@ -226,17 +232,23 @@ def test_the_encoder_blocks_alone() -> None:
     plain = pipe(output="x0_tokens_vision", **inputs)
     accelerate(pipe, "exact")
     ours = pipe(output="x0_tokens_vision", **inputs)
-    assert torch.equal(ours[:, :, :2], plain[:, :, :2])
-    assert ours.shape == plain.shape
-    assert ours[:, :, 2:].count_nonzero() == 0
+    # Nothing says which frames are used.
+    assert torch.equal(ours, plain)
 
 
-def test_blocks_without_an_encoder_are_refused() -> None:
-    pipe = Cosmos3OmniModularPipeline(blocks=Cosmos3OmniBlocks().sub_blocks["decode"])
-    before = sorted(vars(pipe))
-    with pytest.raises(RuntimeError, match="has none of the blocks Cosmos3ImageVaeEncoderStep"):
-        accelerate(pipe)
-    assert sorted(vars(pipe)) == before
+def test_latents_that_the_user_asks_for_are_whole(pipe: Any) -> None:
+    inputs = {**make_inputs("i2v"), "prompt": "a cat", "num_inference_steps": 1}
+    plain = pipe(output="x0_tokens_vision", **inputs)
+    accelerate(pipe, "exact")
+    assert torch.equal(pipe(output="x0_tokens_vision", **inputs), plain)
+
+
+def test_blocks_without_an_encoder_have_nothing_to_announce() -> None:
+    pipe = Cosmos3OmniModularPipeline(workflow="text2video")
+    accelerate(pipe, "exact")
+    pipe.update_components(**make_components())
+    pipe.disable_safety_checker()
+    assert generate(pipe, make_inputs("t2v")).frames == 0
 
 
 def test_both_kinds_of_pipeline_agree() -> None:
