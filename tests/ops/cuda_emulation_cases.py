@@ -151,6 +151,19 @@ def interleaved_cases() -> Iterator[Case]:
         yield Case("in place", x[:, :, 1:2, ::2], x[:, :, :, 1::2], [1, 3], mask, -3)
 
 
+def empty_cases() -> Iterator[Case]:
+    """Without elements, and so without an address, though nothing else bars vectors."""
+    for form in FORMS:
+        for index, dim in enumerate((0, 1, 3)):
+            shape = [2, 3, 4, 8, 16]
+            shape[dim] = 0
+            # The strides of a full latent, so that every plane but the first is at an offset.
+            strides = (1536, 512, 128, 16, 1)
+            cond, noise = (torch.empty(shape).as_strided(shape, strides) for _ in range(2))
+            mask = torch.full((max(shape[0], 1), 1, 4, 1, 1), 0.25)
+            yield Case(form, cond, noise, [2, 0], mask, -20 - index)
+
+
 def limit_cases() -> Iterator[Case]:
     """More channels and batch entries than a grid has, in y and in z."""
     for seed, (form, shape) in enumerate(
@@ -317,12 +330,13 @@ def run(emulation: Emulation, first: int, count: int, traced: bool) -> Counter[s
     torch.set_num_threads(1)
     made: Counter[str] = Counter()
     check = fault_in_accesses if traced else fault_in_values
-    fixed = [] if traced or first else [interleaved_cases(), limit_cases()]
+    small = itertools.chain(interleaved_cases(), empty_cases()) if not traced else ()
+    limits = limit_cases() if not traced and first == 0 else ()
     random_cases = (random_case(seed, large=not traced) for seed in range(first, first + count))
     fault = fault_in_refusals(emulation)
     assert fault is None, fault
     # The costliest last.
-    for case in itertools.chain(*fixed[:1], random_cases, *fixed[1:]):
+    for case in itertools.chain(small, random_cases, limits):
         fault = check(emulation, case)
         assert fault is None, f"{fault} in {case}"
         made[case.form] += 1

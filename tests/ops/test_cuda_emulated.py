@@ -49,21 +49,25 @@ def calls_made(library: Path, *options: str, preload: str = "") -> int:
     return sum(map(int, calls.values()))
 
 
+def test_every_cuda_source_is_emulated():
+    assert [*cuda_emulation.SOURCE.parent.glob("*.cu")] == [cuda_emulation.SOURCE]
+
+
 def test_random_calls_equal_the_reference_to_the_bit(tmp_path):
     library = build_or_skip("plain", tmp_path)
-    assert calls_made(library, "--count", "4000") > 4000
+    assert calls_made(library, "--count", "3000") > 3000
 
 
 def test_sanitizers_find_nothing(tmp_path):
     library = build_or_skip("sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
-    options = ("--first", "10000", "--count", "600")
-    assert calls_made(library, *options, preload=preload) == 600
+    options = ("--first", "10000", "--count", "500")
+    assert calls_made(library, *options, preload=preload) > 500
 
 
 def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(tmp_path):
     library = build_or_skip("traced", tmp_path)
-    assert calls_made(library, "--first", "20000", "--count", "400", "--traced") == 400
+    assert calls_made(library, "--first", "20000", "--count", "250", "--traced") == 250
 
 
 def test_planted_faults_are_caught():
