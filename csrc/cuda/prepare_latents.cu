@@ -304,8 +304,8 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
     launch(op, blend_kernel<T>, grid_of(op, launched.t, launched), threads_for(launched, sizeof(T)),
            current_stream(noise.get_device_index()), static_cast<T*>(out.mutable_data_ptr()),
            static_cast<T*>(velocity.mutable_data_ptr()),
-           source_of(cond_latent, shape, noise.scalar_type()),
-           source_of(noise, shape, noise.scalar_type()), mask, mask_batch, launched);
+           source_of(cond_latent, launched, noise.scalar_type()),
+           source_of(noise, launched, noise.scalar_type()), mask, mask_batch, launched);
   });
   return {latents, velocity_mask};
 }

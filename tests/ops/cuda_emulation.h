@@ -2,8 +2,8 @@
 // of all blocks come in one shuffled order. No kernel waits for another thread, so none needs a
 // stack of its own; one that does (__syncthreads, a shuffle, shared memory) does not compile here.
 //
-// COSMOS3_EMULATED is the namespace that the ops are registered under, for CPU tensors. With
-// COSMOS3_TRACED, compiled by clang with -fsanitize-coverage=trace-loads,trace-stores, every access
+// The ops are registered under a namespace of their own, for CPU tensors. With COSMOS3_TRACED,
+// compiled by clang with -fsanitize-coverage=trace-loads,trace-stores, every access
 // of a kernel to memory that is not its own stack is recorded.
 #pragma once
 
@@ -18,7 +18,7 @@
 
 #include "checks.h"
 
-#define COSMOS3_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(COSMOS3_EMULATED, CPU, m)
+#define COSMOS3_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(cosmos3_emulated, CPU, m)
 #define EMULATION_API extern "C" __attribute__((visibility("default"), used))
 #ifdef COSMOS3_TRACED
 #define EMULATION_UNTRACED __attribute__((no_sanitize("coverage")))

@@ -1,7 +1,6 @@
 """Builds `csrc/cuda/*.cu` for the CPU: each kernel is a loop over its threads (cuda_emulation.h).
 
-A build registers the ops under a namespace of its own for CPU tensors, host functions and checks
-included.
+A build registers the ops under `NAMESPACE` for CPU tensors, host functions and checks included.
 """
 
 from __future__ import annotations
@@ -22,10 +21,12 @@ import cosmos3_fast  # noqa: F401  (defines the schemas)
 
 ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "csrc" / "cuda" / "prepare_latents.cu"
+NAMESPACE = "cosmos3_emulated"
 OPS = ("prepare_latents", "prepare_latents.mask", "prepare_latents_")
 TORCH = Path(torch.__file__).parent
 FLAGS = {
     "plain": ["-O1"],
+    "quick": ["-O0"],  # to build, not to run
     "sanitized": [
         "-O1", "-g", "-shared-libasan", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
     ],
@@ -53,7 +54,7 @@ def cuda_headers() -> Path | None:
 
 def compiler(kind: str) -> str | None:
     """Sanitizers and traces are clang's; the plain build takes any compiler."""
-    names = ("g++", "clang++") if kind == "plain" else ("clang++",)
+    names = ("g++", "clang++") if kind in ("plain", "quick") else ("clang++",)
     return next(filter(None, map(shutil.which, names)), None)
 
 
@@ -77,15 +78,13 @@ def why_not(kind: str) -> str | None:
     if cuda_headers() is None:
         return "no CUDA toolkit: cuda_runtime.h was not found"
     if compiler(kind) is None:
-        return "no g++ or clang++" if kind == "plain" else "no clang++"
+        return "no clang++" if kind in ("sanitized", "traced") else "no g++ or clang++"
     if kind == "sanitized" and sanitizer_runtime() is None:
         return "clang has no AddressSanitizer runtime (libclang-rt)"
     return None
 
 
-def build(
-    library: Path, kind: str, source: Path = SOURCE, namespace: str = "cosmos3_emulated"
-) -> None:
+def build(library: Path, kind: str, source: Path = SOURCE) -> None:
     """Compiles `source` to `library`; its headers are those of csrc/cuda.
 
     Raises:
@@ -97,7 +96,7 @@ def build(
     command = [
         chosen, "-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden",
         "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020A000000000000", "-DTORCH_STABLE_ONLY",
-        f"-DCOSMOS3_EMULATED={namespace}", *FLAGS[kind], *(f"-I{folder}" for folder in includes),
+        "-DCOSMOS3_EMULATED", *FLAGS[kind], *(f"-I{folder}" for folder in includes),
         "-isystem", cuda_headers(), source, "-o", library, "-x", "none", f"-L{TORCH / 'lib'}",
         "-ltorch_cpu", "-ltorch",
     ]  # fmt: skip
@@ -109,14 +108,14 @@ def build(
 class Emulation:
     """A build, loaded: `prepare_latents`, `prepare_latents_mask`, `prepare_latents_`."""
 
-    def __init__(self, library: Path, namespace: str = "cosmos3_emulated") -> None:
-        self._schemas = torch.library.Library(namespace, "DEF")
+    def __init__(self, library: Path) -> None:
+        self._schemas = torch.library.Library(NAMESPACE, "DEF")
         for op in OPS:
             name, _, overload = op.partition(".")
             schema = getattr(getattr(torch.ops.cosmos3, name), overload or "default")._schema
             self._schemas.define(str(schema).removeprefix("cosmos3::"))
         torch.ops.load_library(str(library))
-        ops = getattr(torch.ops, namespace)
+        ops = getattr(torch.ops, NAMESPACE)
         self.prepare_latents = ops.prepare_latents.default
         self.prepare_latents_mask = ops.prepare_latents.mask
         self.prepare_latents_ = ops.prepare_latents_.default

@@ -11,7 +11,7 @@ import itertools
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,9 @@ from op_inputs import DTYPES
 from torch import Tensor
 
 from cosmos3_fast.ops.prepare_latents import (
+    check_frames,
+    check_frames_in_place,
+    check_mask,
     prepare_latents_in_place_reference,
     prepare_latents_mask_reference,
     prepare_latents_reference,
@@ -146,6 +149,19 @@ def interleaved_cases() -> Iterator[Case]:
         yield Case("in place", x, x, [4, 0, 2], mask, -1)
         yield Case("in place", x[..., ::2], x[..., 1::2], [3, 1], mask, -2)
         yield Case("in place", x[:, :, 1:2, ::2], x[:, :, :, 1::2], [1, 3], mask, -3)
+
+
+def empty_cases() -> Iterator[Case]:
+    """Without elements, and so without an address, though nothing else bars vectors."""
+    for form in FORMS:
+        for index, dim in enumerate((0, 1, 3)):
+            shape = [2, 3, 4, 8, 16]
+            shape[dim] = 0
+            # The strides of a full latent, so that every plane but the first is at an offset.
+            strides = (1536, 512, 128, 16, 1)
+            cond, noise = (torch.empty(shape).as_strided(shape, strides) for _ in range(2))
+            mask = torch.full((max(shape[0], 1), 1, 4, 1, 1), 0.25)
+            yield Case(form, cond, noise, [2, 0], mask, -20 - index)
 
 
 def limit_cases() -> Iterator[Case]:
@@ -279,6 +295,32 @@ def fault_in_accesses(emulation: Emulation, case: Case) -> str | None:
     return None
 
 
+def fault_in_refusals(emulation: Emulation) -> str | None:
+    """Whether the host functions refuse what the reference's checks refuse, in their words."""
+    cond, noise = torch.zeros(1, 2, 1, 4, 4), torch.zeros(1, 2, 3, 4, 4)
+    frames, in_place = emulation.prepare_latents, emulation.prepare_latents_
+    faulty: list[tuple[Callable[..., object], Callable[..., None], tuple[object, ...]]] = [
+        (frames, check_frames, (cond, noise, [3])),
+        (frames, check_frames, (cond, noise, [1, 1])),
+        (frames, check_frames, (cond.int(), noise, [0])),
+        (emulation.prepare_latents_mask, check_mask, (cond, noise, noise)),
+        (in_place, check_frames_in_place, (cond, noise[:, :, :1].expand(1, 2, 3, 4, 4), [0])),
+        (in_place, check_frames_in_place, (noise[:, :, :1, :2], noise[:, :, 1:, 1:3], [0])),
+        (in_place, check_frames_in_place, (noise[:1, :, 1:2], noise, [0])),
+    ]
+    for op, check, arguments in faulty:
+        messages = []
+        for call_ in (op, check):
+            try:
+                call_(*arguments)
+                messages.append("nothing")
+            except RuntimeError as error:
+                messages.append(str(error).splitlines()[0])
+        if messages[1] not in messages[0]:
+            return f"the op says {messages[0]!r}, the check {messages[1]!r}"
+    return None
+
+
 def run(emulation: Emulation, first: int, count: int, traced: bool) -> Counter[str]:
     """Calls made per form.
 
@@ -288,9 +330,13 @@ def run(emulation: Emulation, first: int, count: int, traced: bool) -> Counter[s
     torch.set_num_threads(1)
     made: Counter[str] = Counter()
     check = fault_in_accesses if traced else fault_in_values
-    fixed = [] if traced or first else [*interleaved_cases(), *limit_cases()]
+    small = itertools.chain(interleaved_cases(), empty_cases()) if not traced else ()
+    limits = limit_cases() if not traced and first == 0 else ()
     random_cases = (random_case(seed, large=not traced) for seed in range(first, first + count))
-    for case in itertools.chain(fixed, random_cases):
+    fault = fault_in_refusals(emulation)
+    assert fault is None, fault
+    # The costliest last.
+    for case in itertools.chain(small, random_cases, limits):
         fault = check(emulation, case)
         assert fault is None, f"{fault} in {case}"
         made[case.form] += 1

@@ -23,43 +23,58 @@ def build_or_skip(kind: str, folder: Path) -> Path:
     return library
 
 
-def run_cases(library: Path, *options: str, preload: str = "") -> int:
-    """Calls that were made and right, in a process of its own."""
+def run_script(name: str, *arguments: str, preload: str = "") -> str:
+    """What it printed, in a process of its own."""
     search = [str(cuda_emulation.ROOT), str(FOLDER), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
     if preload:
         # Python keeps what it allocated until it ends.
         environment |= {"LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
     done = subprocess.run(
-        [sys.executable, str(FOLDER / "cuda_emulation_cases.py"), str(library), *options],
+        [sys.executable, str(FOLDER / name), *arguments],
         capture_output=True,
         text=True,
         check=False,
         env=environment,
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
-    calls = dict(re.findall(r"^(.+): (\d+) calls$", done.stdout, re.MULTILINE))
+    return done.stdout
+
+
+def calls_made(library: Path, *options: str, preload: str = "") -> int:
+    """Calls of the three forms; each was right."""
+    text = run_script("cuda_emulation_cases.py", str(library), *options, preload=preload)
+    calls = dict(re.findall(r"^(.+): (\d+) calls$", text, re.MULTILINE))
     assert calls.keys() == {"frames", "mask", "in place"}
     return sum(map(int, calls.values()))
 
 
+def test_every_cuda_source_is_emulated():
+    assert [*cuda_emulation.SOURCE.parent.glob("*.cu")] == [cuda_emulation.SOURCE]
+
+
 def test_random_calls_equal_the_reference_to_the_bit(tmp_path):
-    assert run_cases(build_or_skip("plain", tmp_path), "--count", "2000") > 2000
+    library = build_or_skip("plain", tmp_path)
+    assert calls_made(library, "--count", "3000") > 3000
 
 
 def test_sanitizers_find_nothing(tmp_path):
     library = build_or_skip("sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
-    assert run_cases(library, "--first", "10000", "--count", "500", preload=preload) == 500
+    options = ("--first", "10000", "--count", "500")
+    assert calls_made(library, *options, preload=preload) > 500
 
 
-def test_each_byte_is_its_tensor_s_and_written_once(tmp_path):
+def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(tmp_path):
     library = build_or_skip("traced", tmp_path)
-    assert run_cases(library, "--first", "20000", "--count", "300", "--traced") == 300
+    assert calls_made(library, "--first", "20000", "--count", "250", "--traced") == 250
 
 
-@pytest.mark.parametrize("name", cuda_mutations.MUTATIONS)
-def test_planted_faults_are_caught(name, tmp_path):
-    if reason := cuda_emulation.why_not("plain"):
+def test_planted_faults_are_caught():
+    """A third of them; `python tests/ops/cuda_mutations.py` builds and runs all, in a minute."""
+    if reason := cuda_emulation.why_not("quick"):
         pytest.skip(reason)
-    assert cuda_mutations.survivors([name], tmp_path) == {}
+    names = list(cuda_mutations.MUTATIONS)[::3]
+    if cuda_emulation.why_not("traced") is None:
+        names += list(cuda_mutations.SILENT_MUTATIONS)[::3]
+    assert f"{len(names)} of {len(names)} caught" in run_script("cuda_mutations.py", *names)
