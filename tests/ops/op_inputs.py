@@ -121,12 +121,18 @@ def sample_inputs(device: str = "cpu", layouts: Sequence[str] = LAYOUTS) -> Iter
 IMAGE_LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
 
 
-def image(*shape: int, dtype: torch.dtype = torch.float32, layout: str = "contiguous") -> Tensor:
+def image(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    device: str = "cpu",
+) -> Tensor:
+    """A random feature map [B, C, H, W] whose memory is laid out as `layout` says."""
     b, c, h, w = shape
     generator = torch.Generator().manual_seed(sum(shape))
 
     def randn(*sizes: int) -> Tensor:
-        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).to(device)
 
     match layout:
         case "contiguous":

@@ -16,6 +16,15 @@ from cosmos3_fast.ops.winograd import winograd_pack_reference
 
 OPS = torch.ops.cosmos3
 
+
+@pytest.fixture(params=["cpp", "eager"])
+def backend(request: pytest.FixtureRequest, device: str) -> str:
+    error = registry.backend_error(request.param, device, "winograd_conv3x3")
+    if error:
+        pytest.skip(error)
+    return request.param
+
+
 CONVOLUTIONS = [
     (1, 16, 32, 4, 4),
     (1, 16, 64, 1, 1),
@@ -27,22 +36,26 @@ CONVOLUTIONS = [
 
 
 def convolution(
-    batch: int, channels: int, out: int, height: int, width: int, layout: str = "channels_last"
+    batch: int,
+    channels: int,
+    out: int,
+    height: int,
+    width: int,
+    layout: str = "channels_last",
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = image(batch, channels, height, width, layout=layout)
-    weight = image(out, channels, 3, 3) / (9 * channels) ** 0.5
-    return x, weight, image(1, out, 1, 1).flatten(), image(batch, out, height, width, layout=layout)
+    x = image(batch, channels, height, width, layout=layout, device=device)
+    weight = image(out, channels, 3, 3, device=device) / (9 * channels) ** 0.5
+    bias = image(1, out, 1, 1, device=device).flatten()
+    return x, weight, bias, image(batch, out, height, width, layout=layout, device=device)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "eager"])
 @pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
 @pytest.mark.parametrize("shape", CONVOLUTIONS)
 def test_winograd_equals_convolution(
-    shape: tuple[int, int, int, int, int], layout: str, backend: str, poison: None
+    shape: tuple[int, int, int, int, int], layout: str, backend: str, device: str, poison: None
 ):
-    if (error := registry.backend_error(backend, "cpu", "winograd_conv3x3")) is not None:
-        pytest.skip(error)
-    x, weight, bias, residual = convolution(*shape, layout=layout)
+    x, weight, bias, residual = convolution(*shape, layout, device)
     packed = ops.winograd_pack(weight, backend=backend)
     convolved = F.conv2d(x.double(), weight.double(), padding=1)
     for b, r in ((bias, residual), (None, residual), (bias, None), (None, None)):
@@ -68,15 +81,15 @@ def test_winograd_properties(batch, channels, out, height, width, layout):
     assert (got.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-def test_winograd_pack_equals_its_reference():
-    _, weight, _, _ = convolution(1, 48, 64, 1, 1)
+def test_winograd_pack_equals_its_reference(device: str):
+    _, weight, _, _ = convolution(1, 48, 64, 1, 1, device=device)
     torch.testing.assert_close(OPS.winograd_pack(weight), winograd_pack_reference(weight))
     strided = weight.flip(3)[:, :, :, ::1].transpose(2, 3)
     torch.testing.assert_close(OPS.winograd_pack(strided), winograd_pack_reference(strided))
 
 
-def test_winograd_opcheck_and_empty():
-    x, weight, bias, residual = convolution(1, 16, 32, 5, 6)
+def test_winograd_opcheck_and_empty(device: str):
+    x, weight, bias, residual = convolution(1, 16, 32, 5, 6, device=device)
     packed = OPS.winograd_pack(weight)
     torch.library.opcheck(OPS.winograd_pack.default, (weight,))
     torch.library.opcheck(OPS.winograd_conv3x3.default, (x, packed, bias, residual))
@@ -84,7 +97,7 @@ def test_winograd_opcheck_and_empty():
     assert OPS.winograd_conv3x3(x[:0], packed).shape == (0, 32, 5, 6)
 
 
-def test_winograd_refuses_gradients():
-    x, weight, _, _ = convolution(1, 16, 32, 5, 6)
+def test_winograd_refuses_gradients(device: str):
+    x, weight, _, _ = convolution(1, 16, 32, 5, 6, device=device)
     with pytest.raises(RuntimeError, match="winograd_conv3x3: no argument may require a gradient"):
         OPS.winograd_conv3x3(x.requires_grad_(), OPS.winograd_pack(weight))
