@@ -1,4 +1,4 @@
-"""Devices, poisoned allocations, and the Triton interpreter where there is no GPU."""
+"""Devices, threads, poisoned allocations, and the Triton interpreter where there is no GPU."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 
 import pytest
 import torch
+
+# What is tested here is so small that further threads only wait for each other; a script that a
+# test starts inherits this. tests/ops/test_threads.py runs the kernels with more.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

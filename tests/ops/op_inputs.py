@@ -116,3 +116,31 @@ def sample_inputs(device: str = "cpu", layouts: Sequence[str] = LAYOUTS) -> Iter
             latent(shape, noise_dtype, layout, device, seed + 1),
             which,
         )
+
+
+IMAGE_LAYOUTS = ("contiguous", "channels_last", "sliced", "expanded")
+
+
+def image(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    device: str = "cpu",
+) -> Tensor:
+    """A random feature map [B, C, H, W] whose memory is laid out as `layout` says."""
+    b, c, h, w = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+
+    def randn(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator, dtype=torch.float64).to(dtype).to(device)
+
+    match layout:
+        case "contiguous":
+            return randn(b, c, h, w)
+        case "channels_last":
+            return randn(b, h, w, c).permute(0, 3, 1, 2)
+        case "sliced":
+            return randn(b, h + 1, w + 2, c + 3).permute(0, 3, 1, 2)[:, 2 : c + 2, 1:, :w]
+        case "expanded":
+            return randn(b, c, 1, w).expand(b, c, h, w)
+    raise ValueError(layout)

@@ -1,0 +1,76 @@
+"""`Conv3x3`: when it takes Winograd, and the weights that it packs for it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from op_inputs import image
+from torch import Tensor
+
+from cosmos3_fast.ops import registry
+from cosmos3_fast.vae.layers import Conv3x3
+
+
+@pytest.fixture
+def conv() -> Conv3x3:
+    torch.manual_seed(0)
+    return Conv3x3(16, 32).requires_grad_(False)
+
+
+def large() -> Tensor:
+    return image(1, 16, 64, 64, layout="channels_last")
+
+
+needs_library = pytest.mark.skipif(
+    ("winograd_conv3x3", "cpu") not in registry.LIBRARY_KERNELS, reason="no compiled library"
+)
+
+
+def assert_convolves(conv: Conv3x3, x: Tensor) -> None:
+    wanted = F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert (conv(x).double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+
+
+@needs_library
+def test_conv_packs_once_and_again_after_a_change(conv: Conv3x3):
+    assert_convolves(conv, large())
+    packed = conv._packed
+    conv(large())
+    assert conv._packed is packed
+    with torch.no_grad():
+        conv.weight.mul_(2)
+    assert_convolves(conv, large())
+    conv.load_state_dict({k: v + 1 for k, v in conv.state_dict().items()})
+    assert_convolves(conv, large())
+    conv.load_state_dict({k: v - 3 for k, v in conv.state_dict().items()}, assign=True)
+    assert_convolves(conv, large())
+
+
+@needs_library
+def test_conv_copies_do_not_share_packed_weights(conv: Conv3x3):
+    conv(large())
+    for twin in (copy.deepcopy(conv), pickle.loads(pickle.dumps(conv))):
+        with torch.no_grad():
+            twin.weight.add_(1)
+        assert_convolves(twin, large())
+        assert_convolves(conv, large())
+    assert "packed" not in " ".join(conv.state_dict())
+    assert conv.to(torch.bfloat16)._packed is None
+
+
+@needs_library
+def test_conv_takes_winograd_only_where_it_serves(conv: Conv3x3):
+    conv(image(1, 16, 8, 8))  # too few tiles
+    conv.to(torch.bfloat16)(large().bfloat16())
+    conv.to(torch.float32)(large().requires_grad_()).sum().backward()
+    Conv3x3(12, 32).requires_grad_(False)(image(1, 12, 64, 64))
+    assert conv._packed is None
+    torch.compile(conv, backend="eager", fullgraph=True)(large())
+    assert conv._packed is None
+    with torch.inference_mode():
+        conv(large())
+    assert conv._packed is not None
