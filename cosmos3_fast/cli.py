@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
+import io
 import os
 import re
+import signal
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
+
+from cosmos3_fast.files import check_target, replacing
+from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
+from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare
 
 if TYPE_CHECKING:
     from cosmos3_fast.latents import Mode
@@ -27,7 +34,6 @@ DTYPES = {
 }
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SYNTHETIC_SEED = 0
-FP32_BOUND = 1e-5
 
 
 class UserError(Exception):
@@ -50,13 +56,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # --help and, below, _Parser.error
         return int(stop.code or 0)
     try:
-        return args.run(args)
-    except (UserError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        with _stoppable(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            return args.run(args)
+    except _Stopped as stop:
+        print(f"error: stopped by {stop.signal.name}", file=sys.stderr)
+        return 128 + stop.signal
+    except _FAULTS as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 130
+
+
+# What faulty inputs raise somewhere below: sizes that overflow or do not fit memory included.
+_FAULTS = (
+    UserError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    MemoryError,
+    RuntimeError,
+    OSError,
+    SafetensorError,
+)
+
+
+class _Stopped(BaseException):
+    """SIGTERM or SIGHUP came: unwinds as an interrupt does, so that partial files go."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise `_Stopped`; an ignored SIGHUP (nohup) stays ignored."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped(number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Encode an image and write the conditioned latents, the velocity mask and the "
         "condition latents to a safetensors file.",
     )
-    prepare.add_argument("image", metavar="IMAGE", help="an image file")
+    prepare.add_argument("image", metavar="IMAGE", help="an image, animation or video file")
     prepare.add_argument("--out", required=True, metavar="FILE", help="the .safetensors to write")
     prepare.add_argument("--num-frames", type=int, default=81, help="pixel frames (default 81)")
     prepare.add_argument("--seed", type=_seed, default=42, help="seed of the noise (default 42)")
@@ -98,6 +154,17 @@ def _parser() -> argparse.ArgumentParser:
         default="fast",
         help="fast: the folded encoder; exact: diffusers' VAE itself (default fast)",
     )
+    prepare.add_argument(
+        "--keep",
+        choices=("first", "last"),
+        default="first",
+        help="which end of a clip conditions (default first)",
+    )
+    prepare.add_argument(
+        "--background",
+        metavar="COLOR",
+        help="paint it behind transparent pixels (default: alpha is dropped, as in the engines)",
+    )
     prepare.add_argument("--preview", metavar="PNG", help="also draw a picture of the result")
     prepare.set_defaults(run=_prepare)
 
@@ -105,8 +172,8 @@ def _parser() -> argparse.ArgumentParser:
         "verify",
         help="compare the folded encoder with the VAE on this machine",
         description="Encode one image with the folded encoder and with diffusers' VAE. fp32: the "
-        f"largest difference must be within {FP32_BOUND:g} of the largest latent. bf16, fp16: the "
-        "error (rms) against a float64 run of the same weights must not exceed the VAE's own.",
+        f"largest difference must be within {FLOAT32_BOUND:g} of the largest latent. bf16, fp16: "
+        "the error (rms) against a float64 run of the same weights must not exceed the VAE's own.",
     )
     verify.add_argument("--image", metavar="IMAGE", help="an image file (default: seeded noise)")
     verify.add_argument(
@@ -129,7 +196,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--vae",
             metavar="DIR_OR_REPO",
-            help="a Cosmos3 checkpoint: a folder with vae/ in it, or a Hugging Face repository "
+            help="a Cosmos3 checkpoint: a folder with vae/ in it, a file of weights, or a Hugging "
+            "Face repository "
             "(default: random weights of the same topology, which make meaningless latents)",
         )
         command.add_argument("--device", type=_device, default="cpu", help="default cpu")
@@ -238,6 +306,11 @@ class _VaeSource:
                 "pip install 'cosmos3-fast[diffusers]'"
             ) from error
         if self.checkpoint is not None:
+            if Path(self.checkpoint).is_file():
+                raise UserError(
+                    f"--vae {self.checkpoint!r} is one file, and the VAE itself is read from a "
+                    "folder as diffusers writes it: use --mode fast"
+                )
             bare = (Path(self.checkpoint) / "config.json").is_file()
             vae = AutoencoderKLWan.from_pretrained(
                 self.checkpoint, subfolder=None if bare else "vae", torch_dtype=dtype
@@ -254,9 +327,13 @@ def _prepare(args: argparse.Namespace) -> int:
     from cosmos3_fast.latents import LatentPreparation, check_request
     from cosmos3_fast.pixels import load_frames, normalize_frames
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name need not be text
+            stream.reconfigure(errors="backslashreplace")
     start = time.perf_counter()
-    out = _writable(args.out, "--out")
-    preview = _writable(args.preview, "--preview") if args.preview else None
+    inputs = [args.image, *([args.vae] if args.vae else [])]
+    out = check_target(args.out, "--out", inputs)
+    preview = check_target(args.preview, "--preview", inputs) if args.preview else None
     if preview is not None:
         if preview == out:
             raise UserError(f"--out and --preview are the same file: {out}")
@@ -268,12 +345,21 @@ def _prepare(args: argparse.Namespace) -> int:
     # Before the weights are loaded, which takes seconds; the stage checks again with their factors.
     factor = 16 if args.vae is None else 1
     check_request(args.num_frames, height, width, args.condition_frames, spatial_factor=factor)
+    needed = pixel_frames(frames_wanted(args.condition_frames))
+    _check_memory(args.num_frames, needed, height, width)
     mode: Mode = args.mode
     clips = args.condition_frames != (0,)
     vae_dtype = DTYPES[args.vae_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
 
     with progress.step(f"reading {args.image}"):
-        frames = load_frames(args.image, height, width)
+        frames = load_frames(
+            args.image,
+            height,
+            width,
+            max_frames=needed,
+            keep=args.keep,
+            background=args.background,
+        )
     source.warn()
     with progress.step(f"loading the {'encoder' if mode == 'fast' else 'VAE'}"):
         stage = (
@@ -292,10 +378,16 @@ def _prepare(args: argparse.Namespace) -> int:
             dtype=DTYPES[args.dtype],
             mode=mode,
         )
+    for name in ("latents", "condition_latents"):
+        if not getattr(prepared, name).isfinite().all():
+            raise UserError(
+                f"the {name} hold NaN or infinite values, and are not written: the weights, or "
+                f"--vae-dtype {str(vae_dtype).removeprefix('torch.')}, do not serve this picture"
+            )
     metadata = {
         "cosmos3_fast": _version(),
         "torch": torch.__version__,
-        "image": Path(args.image).name,
+        "image": _text(Path(args.image).name),
         "height": str(height),
         "width": str(width),
         "num_frames": str(args.num_frames),
@@ -303,7 +395,7 @@ def _prepare(args: argparse.Namespace) -> int:
         "seed": str(args.seed),
         "dtype": args.dtype,
         "mode": prepared.mode,
-        "vae": str(source),
+        "vae": _text(str(source)),
         "vae_dtype": str(vae_dtype).removeprefix("torch."),
         "device": args.device.type,
     }
@@ -314,7 +406,7 @@ def _prepare(args: argparse.Namespace) -> int:
         for name in ("latents", "velocity_mask", "condition_latents")
     }
     with contextlib.ExitStack() as stack:
-        partial = stack.enter_context(_partial_file(out))
+        partial = stack.enter_context(replacing(out))
         save_file(tensors, partial, metadata)
         if preview is not None:
             from cosmos3_fast.preview import render_preview
@@ -323,7 +415,7 @@ def _prepare(args: argparse.Namespace) -> int:
                 picture = render_preview(
                     normalize_frames(frames),
                     prepared,
-                    title=f"{Path(args.image).name} as Cosmos3 latents",
+                    title=f"{_text(Path(args.image).name)} as Cosmos3 latents",
                     notes=(
                         f"{args.num_frames} frames of {width}x{height}, seed {args.seed}, "
                         f"{args.dtype}, {prepared.mode} mode",
@@ -332,10 +424,8 @@ def _prepare(args: argparse.Namespace) -> int:
                         else f"VAE: {source}; the latents mean nothing to a model",
                     ),
                 )
-                partial_preview = stack.enter_context(_partial_file(preview))
+                partial_preview = stack.enter_context(replacing(preview))
                 picture.save(partial_preview, format="PNG")
-            os.replace(partial_preview, preview)
-        os.replace(partial, out)
 
     print(f"{out}: {prepared.mode} mode, {time.perf_counter() - start:.1f} s in all")
     for name, tensor in tensors.items():
@@ -345,25 +435,26 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _writable(path: str, option: str) -> Path:
-    target = Path(path)
-    if target.is_dir():
-        raise UserError(f"{option} {path!r} is a folder")
-    if not target.parent.is_dir():
-        raise UserError(f"{option} {path!r}: the folder {str(target.parent)!r} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise UserError(f"{option} {path!r}: the folder {str(target.parent)!r} is not writable")
-    return target
+def _text(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-@contextlib.contextmanager
-def _partial_file(target: Path) -> Iterator[Path]:
-    """A path beside ``target`` to write to and rename from; nothing is left of it afterwards."""
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+def _check_memory(num_frames: int, needed: int, height: int, width: int) -> None:
+    """Refuse what cannot fit this machine before anything is loaded; a lower bound."""
+    latents = 16 * latent_frames(num_frames) * (height // 16) * (width // 16)
+    pixels = 3 * needed * height * width
+    # Noise, latents and the file's copy in 16 bits; pixels as bytes and once as numbers.
+    bytes_needed = 3 * 2 * latents + 3 * pixels
     try:
-        yield partial
-    finally:
-        partial.unlink(missing_ok=True)
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return
+    if bytes_needed > available:
+        raise UserError(
+            f"{num_frames} frames of {height}x{width} need at least {bytes_needed / 1e9:.3g} GB of "
+            f"memory, this machine has {available / 1e9:.3g}"
+        )
 
 
 def _version() -> str:
@@ -387,7 +478,7 @@ def _verify(args: argparse.Namespace) -> int:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand(1, 3, height, width, generator=generator) * 2 - 1
     source.warn()
-    rows: list[_VerifyRow] = []
+    rows: list[Comparison] = []
     dtypes = args.dtypes or list(DTYPES)
     if args.dtypes is None and args.device.type == "cpu":
         dtypes.remove("float16")
@@ -402,50 +493,23 @@ def _verify(args: argparse.Namespace) -> int:
             raise UserError(f"--size must be multiples of {factor}, got {height}x{width}")
         rounded = pixels.to(args.device, dtype)
         with progress.step(f"{name}: folded encoder"):
-            fast = encoder(rounded).double()
+            fast = encoder(rounded)
         with progress.step(f"{name}: reference VAE"):
-            reference = encode_exact(vae, rounded[:, :, None]).double()
-        largest = reference.abs().max().item()
-        difference = (fast - reference).abs().max().item() / largest
-        if dtype == torch.float32:
-            rows.append(_VerifyRow(name, "max |fast-ref| / max |ref|", difference, FP32_BOUND))
-            continue
-        with progress.step(f"{name}: reference VAE in float64"):
-            truth = encode_exact(vae.double(), rounded[:, :, None].double())
-        scale = _rms(truth)
-        rows.append(
-            _VerifyRow(
-                name,
-                "rms error against float64",
-                _rms(fast - truth) / scale,
-                _rms(reference - truth) / scale,
-            )
-        )
+            reference = encode_exact(vae, rounded[:, :, None])
+        truth = None
+        if dtype != torch.float32:
+            with progress.step(f"{name}: reference VAE in float64"):
+                truth = encode_exact(vae.double(), rounded[:, :, None].double())
+        rows.append(compare(fast, reference, truth))
     print(f"folded encoder against diffusers' VAE, {height}x{width}, {args.device}, VAE: {source}")
     print(f"{'dtype':<10}{'measure':<28}{'ours':>11}{'bound':>11}{'ratio':>8}")
     for row in rows:
         verdict = "ok" if row.passed else "OUT OF BOUNDS"
         print(
-            f"{row.dtype:<10}{row.measure:<28}{row.value:>11.2e}{row.bound:>11.2e}"
-            f"{row.value / row.bound:>8.2f}  {verdict}"
+            f"{row.dtype:<10}{row.measure:<28}{row.error:>11.2e}{row.bound:>11.2e}"
+            f"{row.error / row.bound:>8.2f}  {verdict}"
         )
     return 0 if all(row.passed for row in rows) else 1
-
-
-@dataclass(frozen=True)
-class _VerifyRow:
-    dtype: str
-    measure: str
-    value: float
-    bound: float
-
-    @property
-    def passed(self) -> bool:
-        return math.isfinite(self.value) and self.value <= self.bound
-
-
-def _rms(values: torch.Tensor) -> float:
-    return values.double().square().mean().sqrt().item()
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ where one is given that serves them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,10 +20,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from cosmos3_fast import ops
-from cosmos3_fast.frames import TEMPORAL_FACTOR, frames_wanted, latent_frames, pixel_frames
-from cosmos3_fast.pixels import ClipLike, ImageLike, load_frames, normalize_frames
+from cosmos3_fast.arguments import as_int, positive_int, quoted
+from cosmos3_fast.frames import (
+    TEMPORAL_FACTOR,
+    frames_wanted,
+    is_whole,
+    latent_frames,
+    pixel_frames,
+)
+from cosmos3_fast.pictures import Color
+from cosmos3_fast.pixels import ClipLike, ImageLike, Keep, load_frames, normalize_frames
 from cosmos3_fast.vae.exact import encode_exact
-from cosmos3_fast.vae.topology import read_config
+from cosmos3_fast.vae.topology import read_config, read_factors
 
 if TYPE_CHECKING:
     from cosmos3_fast.vae import ClipEncoder, FrameEncoder
@@ -69,18 +78,21 @@ class LatentPreparation:
     ) -> None:
         if encoder is None and vae is None:
             raise ValueError("LatentPreparation needs an encoder, a vae, or both; got neither")
+        if encoder is not None and not hasattr(encoder, "spatial_factor"):
+            raise ValueError(
+                f"encoder must be a FrameEncoder or ClipEncoder, got {type(encoder).__name__}: "
+                "give a VAE as LatentPreparation(vae=...), or folded as FrameEncoder.from_vae(vae)"
+            )
         self.encoder = encoder
         self.vae = vae
         layouts = []
         if encoder is not None:
             layouts.append((int(encoder.z_dim), int(encoder.spatial_factor)))
-        self.temporal_factor = TEMPORAL_FACTOR
+        topology = getattr(encoder, "topology", None)
+        self.temporal_factor = topology.temporal_factor if topology else TEMPORAL_FACTOR
         if vae is not None:
-            spatial_factor = read_config(vae.config, "scale_factor_spatial", 16)
-            layouts.append((int(read_config(vae.config, "z_dim")), int(spatial_factor)))
-            self.temporal_factor = int(
-                read_config(vae.config, "scale_factor_temporal", TEMPORAL_FACTOR)
-            )
+            spatial_factor, self.temporal_factor = read_factors(vae.config)
+            layouts.append((int(read_config(vae.config, "z_dim")), spatial_factor))
         if len(set(layouts)) != 1:
             raise ValueError(
                 "encoder and vae must agree on (latent channels, spatial factor), got "
@@ -97,10 +109,14 @@ class LatentPreparation:
         width: int = 832,
         condition_frames: Sequence[int] = (0,),
         *,
-        seed: int | None = None,
-        generator: torch.Generator | None = None,
+        seed: int | Sequence[int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
         dtype: torch.dtype = torch.bfloat16,
         mode: Mode | None = None,
+        batch: bool = False,
+        keep: Keep = "first",
+        noise_device: torch.device | str | int | None = None,
+        background: Color | None = None,
     ) -> PreparedLatents:
         """Encode the conditioning input and blend it with noise.
 
@@ -112,20 +128,29 @@ class LatentPreparation:
             image_or_clip: See `cosmos3_fast.pixels.load_pixels`.
             num_frames: Pixel frames of the video to generate, at least 1. There are
                 ``T = (num_frames - 1) // 4 + 1`` latent frames; where ``num_frames`` is not 1 + 4k
-                both SGLang and diffusers round down so, and so does this.
+                both SGLang and diffusers round down so, and so does this, with a warning.
             height, width: Pixel size of the video, multiples of the spatial factor (16).
             condition_frames: Latent frames to condition, distinct, in [0, T), in any order.
-            seed: Seed of a new generator on the encoder's device, as SGLang makes it.
-            generator: A generator on the encoder's device, instead of ``seed``. With neither, noise
-                comes from torch's default generator.
+            seed: Seed of a new generator on the noise's device, as SGLang makes it. A sequence has
+                one per sample of a batch: sample i is then, bit for bit, that of a run by itself
+                with seed i. One seed for a batch draws all of its noise in one go.
+            generator: One or several generators on the noise's device, instead of ``seed``. With
+                neither, noise comes from torch's default generator.
             dtype: Dtype of the noise and of every result: float32, bfloat16, float16 (float64 on
                 the CPU).
             mode: "fast" or "exact". None: fast where it can serve (a `ClipEncoder` is there, or a
                 `FrameEncoder` and ``condition_frames`` is (0,)), exact otherwise.
+            batch: ``image_or_clip`` is a batch: a list of images or clips, or a uint8 array
+                [B,H,W,3] or [B,T,H,W,3]. Otherwise a list is a clip. Float tensors have their own
+                batch in any case.
+            keep: Which end of a clip that is longer than needed: "first" or "last".
+            noise_device: Where the noise is drawn; None: on the encoder's device. "cpu" gives the
+                same noise for every device.
+            background: See `cosmos3_fast.pixels.load_pixels`.
 
         Returns:
             `PreparedLatents`, whose ``mode`` says what ran. B = 1 unless ``image_or_clip`` is a
-            float tensor with a batch.
+            batch.
 
         Raises:
             ValueError, TypeError, FileNotFoundError: Every argument is checked before anything is
@@ -139,23 +164,50 @@ class LatentPreparation:
             spatial_factor=self.spatial_factor,
             temporal_factor=self.temporal_factor,
         )
+        num_frames, height, width = map(int, (num_frames, height, width))
+        total = latent_frames(num_frames, self.temporal_factor)
         mode = self._choose_mode(mode, frames)
         device = self._device(mode)
         _check_dtype(dtype, device)
-        generator = _check_generator(seed, generator, device)
+        drawn_on = device if noise_device is None else torch.device(noise_device)
+        generators = _check_generators(seed, generator, drawn_on)
         needed = pixel_frames(frames_wanted(frames), self.temporal_factor)
-        pixels = load_frames(image_or_clip, height, width, max_frames=needed)
+        samples = [
+            load_frames(sample, height, width, max_frames=needed, keep=keep, background=background)
+            for sample in _samples(image_or_clip, batch)
+        ]
+        size = sum(sample.shape[0] for sample in samples)
+        if _is_sequence(seed) or _is_sequence(generator):
+            if len(generators) != size:
+                raise ValueError(
+                    f"seed or generator must be one, or one per sample: got {len(generators)} for "
+                    f"{size} samples"
+                )
+            # Each by itself: convolutions of a batch may round differently.
+            samples = [part for sample in samples for part in sample.split(1)]
+        if not is_whole(num_frames, self.temporal_factor):
+            warnings.warn(
+                f"num_frames={num_frames} is not 1 + {self.temporal_factor}k: the latents are "
+                f"those of {pixel_frames(total, self.temporal_factor)} frames, as in the engines",
+                stacklevel=2,
+            )
 
-        shape = (
-            pixels.shape[0],
-            self.z_dim,
-            latent_frames(num_frames, self.temporal_factor),
-            height // self.spatial_factor,
-            width // self.spatial_factor,
-        )
+        spatial = (height // self.spatial_factor, width // self.spatial_factor)
         # Noise before encoding, as SGLang orders it.
-        noise = torch.randn(shape, generator=generator, device=device, dtype=dtype)
-        condition = self._encode(pixels, needed, mode, total=shape[2]).to(dtype)
+        noise = torch.cat(
+            [
+                torch.randn(
+                    (size // len(generators), self.z_dim, total, *spatial),
+                    generator=each,
+                    device=drawn_on,
+                    dtype=dtype,
+                )
+                for each in generators
+            ]
+        ).to(device)
+        condition = torch.cat([self._encode(sample, needed, mode, total) for sample in samples]).to(
+            dtype
+        )
         latents, velocity_mask = ops.prepare_latents(condition, noise, frames)
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
 
@@ -229,9 +281,8 @@ def check_request(
         ValueError: A size that is no positive multiple of the spatial factor, ``num_frames < 1``,
             condition frames that are none, repeated, or outside the latent frames.
     """
-    for name, value in (("num_frames", num_frames), ("height", height), ("width", width)):
-        if not _is_int(value) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    num_frames = positive_int("num_frames", num_frames)
+    height, width = positive_int("height", height), positive_int("width", width)
     for name, value in (("height", height), ("width", width)):
         if value % spatial_factor:
             raise ValueError(
@@ -240,26 +291,45 @@ def check_request(
             )
     total = latent_frames(num_frames, temporal_factor)
     try:
-        frames = tuple(condition_frames)
+        given = [as_int(frame) for frame in condition_frames]
     except TypeError:
-        frames = ()
-    if not frames or not all(_is_int(frame) for frame in frames):
+        given = []
+    frames = [frame for frame in given if frame is not None]
+    if not frames or len(frames) != len(given):
         raise ValueError(
             "condition_frames must be a non-empty sequence of integers, "
-            f"got {condition_frames!r} of type {type(condition_frames).__name__}"
+            f"got {quoted(condition_frames)} of type {type(condition_frames).__name__}"
         )
     for frame in frames:
         if not 0 <= frame < total:
             raise ValueError(
-                f"condition_frames must be in [0, {total}) for num_frames={num_frames}, got {frame}"
+                f"condition_frames must be in [0, {total}) for num_frames={num_frames}, "
+                f"got {quoted(frame)}"
             )
     if len(set(frames)) != len(frames):
         raise ValueError(f"condition_frames must be distinct, got {list(frames)}")
     return tuple(sorted(frames))
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _samples(image_or_clip: Any, batch: bool) -> list[Any]:
+    """What becomes a sample of its own; a float tensor holds several."""
+    if not batch:
+        return [image_or_clip]
+    if isinstance(image_or_clip, (list, tuple)) and image_or_clip:
+        return list(image_or_clip)
+    rank = getattr(image_or_clip, "ndim", 0)
+    if rank in (4, 5):
+        floats = "float" in str(image_or_clip.dtype)
+        return [image_or_clip] if floats else list(image_or_clip)
+    raise ValueError(
+        "image_or_clip must with batch=True be a non-empty list, a uint8 array [B,H,W,3] or "
+        f"[B,T,H,W,3], or a float tensor, got {quoted(image_or_clip)}"
+    )
+
+
+def _is_sequence(value: Any) -> bool:
+    is_plain = isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+    return is_plain or getattr(value, "ndim", 0) > 0
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
@@ -271,20 +341,33 @@ def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
         raise ValueError(f"dtype must be one of {names} on {device.type}, got {dtype}")
 
 
-def _check_generator(
-    seed: int | None, generator: torch.Generator | None, device: torch.device
-) -> torch.Generator | None:
+def _check_generators(
+    seed: Any, generator: Any, device: torch.device
+) -> list[torch.Generator | None]:
+    """The generators that draw: one for all, or one per sample."""
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
     if seed is not None:
-        if not _is_int(seed) or not -(2**63) <= seed < 2**64:
-            raise ValueError(f"seed must be an integer in [-2^63, 2^64), got {seed!r}")
-        return torch.Generator(device).manual_seed(seed)
+        seeds = list(seed) if _is_sequence(seed) else [seed]
+        numbers = [as_int(each) for each in seeds]
+        for given, number in zip(seeds, numbers, strict=True):
+            if number is None or not -(2**63) <= number < 2**64:
+                raise ValueError(f"seed must be an integer in [-2^63, 2^64), got {quoted(given)}")
+        if not numbers:
+            raise ValueError("seed must be an integer or one per sample, got none")
+        return [torch.Generator(device).manual_seed(n) for n in numbers if n is not None]
     if generator is None:
-        return None
-    if not isinstance(generator, torch.Generator):
-        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
-    given = generator.device
-    if given.type != device.type or (given.index or 0) != (device.index or 0):
-        raise ValueError(f"generator must be on the encoder's device {device}, got one on {given}")
-    return generator
+        return [None]
+    generators = list(generator) if _is_sequence(generator) else [generator]
+    if not generators:
+        raise ValueError("generator must be one or one per sample, got none")
+    for each in generators:
+        if not isinstance(each, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator, got {type(each).__name__}")
+        found = each.device
+        if found.type != device.type or (found.index or 0) != (device.index or 0):
+            raise ValueError(
+                f"generator must be on the encoder's device {device}, got one on {found}: give "
+                f"noise_device={str(found)!r} to draw the noise there"
+            )
+    return generators

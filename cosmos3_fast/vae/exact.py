@@ -99,10 +99,12 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
     """
     if pixels.dim() != 5:
         raise ValueError(f"pixels has shape {list(pixels.shape)}, wanted [B, 3, T, H, W]")
-    if not is_whole(pixels.shape[2]):
-        raise ValueError(f"pixels has {pixels.shape[2]} frames, wanted 1 + 4k")
+    factor = read_factors(vae.config)[1]
+    if not is_whole(pixels.shape[2], factor):
+        raise ValueError(f"pixels has {pixels.shape[2]} frames, wanted 1 + {factor}k")
     weight = vae.encoder.conv_in.weight
-    with as_in_clip(vae, pixels, clip_latent_frames or latent_frames(pixels.shape[2])):
+    own = latent_frames(pixels.shape[2], factor)
+    with as_in_clip(vae, pixels, clip_latent_frames or own):
         latents = encode_mode(vae, pixels.to(weight.device, weight.dtype))
     return normalize_latents(latents, vae.config)
 

@@ -1,0 +1,74 @@
+"""Write a file whole or not at all, and only where a file belongs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+
+class TargetError(ValueError):
+    """A path that must not be written to; the message names the option and says why."""
+
+
+def check_target(path: str, option: str, inputs: Sequence[str] = ()) -> Path:
+    """The file that `path` stands for, new or regular; a symlink's target.
+
+    Args:
+        path: what the user gave.
+        option: how messages call it.
+        inputs: paths that must not be overwritten; of a folder, neither may the files in it.
+
+    Raises:
+        TargetError: it is a folder, a device, a FIFO or a socket, an input, read-only, or in a
+            folder that is missing or not writable.
+    """
+    label = f"{option} {path!r}"
+    try:
+        path.encode("utf-8")
+        target = Path(path).resolve()
+        found = target.stat() if target.exists() else None
+    except UnicodeEncodeError:
+        raise TargetError(f"{label} must be a name in UTF-8") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TargetError(f"{label} cannot be used: {error}") from None
+    if found is not None:
+        if stat.S_ISDIR(found.st_mode):
+            raise TargetError(f"{label} is a folder")
+        if not stat.S_ISREG(found.st_mode):
+            raise TargetError(f"{label} is no regular file (a device, FIFO or socket)")
+        # By the mode too: root may write everything.
+        if not found.st_mode & 0o222 or not os.access(target, os.W_OK):
+            raise TargetError(f"{label} is read-only")
+        for source in map(Path, inputs):
+            with contextlib.suppress(OSError):
+                if source.samefile(target) or (
+                    source.is_dir() and target.is_relative_to(source.resolve())
+                ):
+                    raise TargetError(f"{label} is an input: {str(source)!r}")
+    if not target.parent.is_dir():
+        raise TargetError(f"{label}: the folder {str(target.parent)!r} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise TargetError(f"{label}: the folder {str(target.parent)!r} is not writable")
+    return target
+
+
+@contextlib.contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A path beside `target` to write to, which replaces it at the end of the block.
+
+    If the block fails, nothing is left of it. Its mode is that of the file it replaces, or by the
+    umask. Several writers have different ones, and the last to finish wins.
+    """
+    partial = target.with_name(f".cosmos3-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    try:
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        mode = (target if target.exists() else partial).stat().st_mode
+        yield partial
+        partial.chmod(stat.S_IMODE(mode))
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
