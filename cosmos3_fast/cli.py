@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 
 from cosmos3_fast.files import check_target, replacing
 from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
-from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare
+from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare, peak_signal_to_noise
 
 if TYPE_CHECKING:
     from cosmos3_fast.latents import Mode
@@ -168,12 +168,24 @@ def _parser() -> argparse.ArgumentParser:
     prepare.add_argument("--preview", metavar="PNG", help="also draw a picture of the result")
     prepare.set_defaults(run=_prepare)
 
+    decode = commands.add_parser(
+        "decode",
+        help="one latent frame to a picture",
+        description="Decode one latent frame of a safetensors file that `prepare` wrote, or of "
+        "another with normalized `latents` [B, z, T, h, w], to a PNG.",
+    )
+    decode.add_argument("latents", metavar="FILE", help="a .safetensors with `latents`")
+    decode.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
+    decode.add_argument("--frame", type=int, default=0, help="latent frame (default 0)")
+    decode.set_defaults(run=_decode)
+
     verify = commands.add_parser(
         "verify",
-        help="compare the folded encoder with the VAE on this machine",
-        description="Encode one image with the folded encoder and with diffusers' VAE. fp32: the "
-        f"largest difference must be within {FLOAT32_BOUND:g} of the largest latent. bf16, fp16: "
-        "the error (rms) against a float64 run of the same weights must not exceed the VAE's own.",
+        help="compare the folded networks with the VAE on this machine",
+        description="Encode one image, and decode it again, with the folded networks and with "
+        f"diffusers' VAE. fp32: the largest difference must be within {FLOAT32_BOUND:g} of the "
+        "largest value. bf16, fp16: the error (rms) against a float64 run of the same weights must "
+        "not exceed the VAE's own. Ends with the PSNR of the round trip.",
     )
     verify.add_argument("--image", metavar="IMAGE", help="an image file (default: seeded noise)")
     verify.add_argument(
@@ -193,6 +205,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="HxW",
             help=f"pixel height and width (default {size[0]}x{size[1]})",
         )
+    for command in (prepare, decode, verify):
         command.add_argument(
             "--vae",
             metavar="DIR_OR_REPO",
@@ -201,11 +214,12 @@ def _parser() -> argparse.ArgumentParser:
             "(default: random weights of the same topology, which make meaningless latents)",
         )
         command.add_argument("--device", type=_device, default="cpu", help="default cpu")
-    prepare.add_argument(
-        "--vae-dtype",
-        type=_dtype,
-        help="dtype the encoder computes in (default float32 on cpu, bfloat16 elsewhere)",
-    )
+    for command in (prepare, decode):
+        command.add_argument(
+            "--vae-dtype",
+            type=_dtype,
+            help="dtype the network computes in (default float32 on cpu, bfloat16 elsewhere)",
+        )
 
     info = commands.add_parser("info", help="list every op and backend as available or not")
     info.set_defaults(run=_info)
@@ -297,7 +311,19 @@ class _VaeSource:
         tensors = synthetic.synthetic_state_dict(config, SYNTHETIC_SEED)
         return kind.from_state_dict(tensors, config, dtype, device)
 
-    def vae(self, dtype: torch.dtype, device: torch.device) -> Any:
+    def decoder(self, dtype: torch.dtype, device: torch.device) -> Any:
+        from cosmos3_fast.vae import FrameDecoder
+
+        if self.checkpoint is not None:
+            return FrameDecoder.from_pretrained(self.checkpoint, dtype=dtype, device=device)
+        from cosmos3_fast.vae import synthetic
+
+        config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
+        tensors = synthetic.synthetic_decoder_state_dict(config, SYNTHETIC_SEED)
+        return FrameDecoder.from_state_dict(tensors, config, dtype, device)
+
+    def vae(self, dtype: torch.dtype, device: torch.device, decodes: bool = False) -> Any:
+        """diffusers' VAE; random weights have a small decoder unless it is to decode."""
         try:
             from diffusers import AutoencoderKLWan
         except ImportError as error:
@@ -318,7 +344,11 @@ class _VaeSource:
         else:
             from cosmos3_fast.vae import synthetic
 
-            vae = synthetic.synthetic_vae(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
+            vae = synthetic.synthetic_vae(
+                synthetic.COSMOS3_VAE_CONFIG,
+                SYNTHETIC_SEED,
+                decoder_base_dim=None if decodes else 16,
+            )
         # diffusers' own `to` warns of modules to keep in float32, of which this VAE has none.
         return torch.nn.Module.to(vae, device, dtype).eval()
 
@@ -349,7 +379,7 @@ def _prepare(args: argparse.Namespace) -> int:
     _check_memory(args.num_frames, needed, height, width)
     mode: Mode = args.mode
     clips = args.condition_frames != (0,)
-    vae_dtype = DTYPES[args.vae_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
+    vae_dtype = _vae_dtype(args)
 
     with progress.step(f"reading {args.image}"):
         frames = load_frames(
@@ -411,6 +441,13 @@ def _prepare(args: argparse.Namespace) -> int:
         if preview is not None:
             from cosmos3_fast.preview import render_preview
 
+            decoded = None
+            if args.vae is not None:  # random weights would show noise
+                with progress.step("decoding the first conditioned frame"):
+                    first = prepared.condition_frames[0]
+                    condition = prepared.condition_latents[:1, :, first : first + 1]
+                    decoder = source.decoder(vae_dtype, args.device)
+                    decoded = decoder(condition.to(args.device), output="uint8")[0]
             with progress.step("drawing the preview"):
                 picture = render_preview(
                     normalize_frames(frames),
@@ -423,6 +460,7 @@ def _prepare(args: argparse.Namespace) -> int:
                         if args.vae
                         else f"VAE: {source}; the latents mean nothing to a model",
                     ),
+                    decoded=decoded,
                 )
                 partial_preview = stack.enter_context(replacing(preview))
                 picture.save(partial_preview, format="PNG")
@@ -432,6 +470,42 @@ def _prepare(args: argparse.Namespace) -> int:
         print(f"  {name:<18}{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}")
     if preview is not None:
         print(f"{preview}: {picture.width}x{picture.height} picture")
+    return 0
+
+
+def _vae_dtype(args: argparse.Namespace) -> torch.dtype:
+    return DTYPES[args.vae_dtype or ("float32" if args.device.type == "cpu" else "bfloat16")]
+
+
+@torch.no_grad()
+def _decode(args: argparse.Namespace) -> int:
+    from PIL import Image
+    from safetensors import safe_open
+
+    out = check_target(args.out, "--out", [args.latents, *([args.vae] if args.vae else [])])
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out must end in .png, got {args.out!r}")
+    if not Path(args.latents).is_file():
+        raise UserError(f"{args.latents!r} is no file")
+    with safe_open(args.latents, framework="pt", device="cpu") as file:
+        if "latents" not in file.keys():  # noqa: SIM118 - no mapping
+            raise UserError(f"{args.latents!r} has no tensor `latents`")
+        shape = file.get_slice("latents").get_shape()
+        if len(shape) != 5 or 0 in shape:
+            raise UserError(f"`latents` must have shape [B, z, T, h, w], got {shape}")
+        if not 0 <= args.frame < shape[2]:
+            raise UserError(f"--frame must be in [0, {shape[2]}), got {args.frame}")
+        latents = file.get_slice("latents")[:1, :, args.frame : args.frame + 1]
+    source = _VaeSource(args.vae)
+    source.warn()
+    progress = _Progress()
+    with progress.step("loading the decoder"):
+        decoder = source.decoder(_vae_dtype(args), args.device)
+    with progress.step(f"decoding latent frame {args.frame}"):
+        picture = decoder(latents.to(args.device), output="uint8")[0].cpu()
+    with replacing(out) as partial:
+        Image.fromarray(picture.numpy()).save(partial, format="PNG")
+    print(f"{out}: {picture.shape[1]}x{picture.shape[0]} picture of latent frame {args.frame}")
     return 0
 
 
@@ -466,8 +540,8 @@ def _version() -> str:
 @torch.no_grad()
 def _verify(args: argparse.Namespace) -> int:
     from cosmos3_fast.pixels import load_pixels
-    from cosmos3_fast.vae import FrameEncoder
-    from cosmos3_fast.vae.exact import encode_exact
+    from cosmos3_fast.vae import FrameDecoder, FrameEncoder
+    from cosmos3_fast.vae.exact import decode_sample, denormalize_latents, encode_exact
 
     height, width = args.size
     source = _VaeSource(args.vae)
@@ -478,7 +552,8 @@ def _verify(args: argparse.Namespace) -> int:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand(1, 3, height, width, generator=generator) * 2 - 1
     source.warn()
-    rows: list[Comparison] = []
+    rows: list[tuple[str, Comparison]] = []
+    psnr: dict[str, float] = {}
     dtypes = args.dtypes or list(DTYPES)
     if args.dtypes is None and args.device.type == "cpu":
         dtypes.remove("float16")
@@ -486,30 +561,41 @@ def _verify(args: argparse.Namespace) -> int:
     for name in dtypes:
         dtype = DTYPES[name]
         with progress.step(f"{name}: loading the VAE and folding it"):
-            vae = source.vae(dtype, args.device)
+            vae = source.vae(dtype, args.device, decodes=True)
             encoder = FrameEncoder.from_vae(vae, dtype=dtype)
+            decoder = FrameDecoder.from_vae(vae, dtype=dtype)
         factor = encoder.spatial_factor
         if height % factor or width % factor:
             raise UserError(f"--size must be multiples of {factor}, got {height}x{width}")
         rounded = pixels.to(args.device, dtype)
-        with progress.step(f"{name}: folded encoder"):
+        with progress.step(f"{name}: folded encoder and decoder"):
             fast = encoder(rounded)
-        with progress.step(f"{name}: reference VAE"):
-            reference = encode_exact(vae, rounded[:, :, None])
-        truth = None
+            # Both sides decode what the VAE's own decode is given.
+            own_scale = denormalize_latents(fast, vae.config)
+            picture = decoder.decode_unnormalized(own_scale)
+        with progress.step(f"{name}: the VAE's encoder and decoder"):
+            latents = encode_exact(vae, rounded[:, :, None])
+            reference = decode_sample(vae, own_scale)
+        psnr[name] = peak_signal_to_noise(picture[:, :, 0], pixels.to(args.device))
+        exact_latents = exact_picture = None
         if dtype != torch.float32:
-            with progress.step(f"{name}: reference VAE in float64"):
-                truth = encode_exact(vae.double(), rounded[:, :, None].double())
-        rows.append(compare(fast, reference, truth))
-    print(f"folded encoder against diffusers' VAE, {height}x{width}, {args.device}, VAE: {source}")
-    print(f"{'dtype':<10}{'measure':<28}{'ours':>11}{'bound':>11}{'ratio':>8}")
-    for row in rows:
+            with progress.step(f"{name}: the VAE in float64"):
+                vae = vae.double()
+                exact_latents = encode_exact(vae, rounded[:, :, None].double())
+                exact_picture = decode_sample(vae, own_scale.double())
+        rows.append(("encoder", compare(fast, latents, exact_latents)))
+        rows.append(("decoder", compare(picture, reference, exact_picture)))
+    print(f"folded networks against diffusers' VAE, {height}x{width}, {args.device}, VAE: {source}")
+    print(f"{'network':<9}{'dtype':<10}{'measure':<28}{'ours':>11}{'bound':>11}{'ratio':>8}")
+    for network, row in rows:
         verdict = "ok" if row.passed else "OUT OF BOUNDS"
         print(
-            f"{row.dtype:<10}{row.measure:<28}{row.error:>11.2e}{row.bound:>11.2e}"
+            f"{network:<9}{row.dtype:<10}{row.measure:<28}{row.error:>11.2e}{row.bound:>11.2e}"
             f"{row.error / row.bound:>8.2f}  {verdict}"
         )
-    return 0 if all(row.passed for row in rows) else 1
+    for name, decibels in psnr.items():
+        print(f"round trip in {name}: PSNR {decibels:.1f} dB")
+    return 0 if all(row.passed for _, row in rows) else 1
 
 
 def _info(args: argparse.Namespace) -> int:

@@ -73,13 +73,24 @@ def normalize_latents(latents: Tensor, config: Any) -> Tensor:
         latents: [B, z_dim, T, H, W].
         config: the VAE's configuration, with `latents_mean` and `latents_std`.
     """
+    mean, std = _statistics(latents, config)
+    return (latents - mean) / std
+
+
+def denormalize_latents(latents: Tensor, config: Any) -> Tensor:
+    """`latents * latents_std + latents_mean`: what `vae.decode` takes, in `latents`' own dtype."""
+    mean, std = _statistics(latents, config)
+    return latents * std + mean
+
+
+def _statistics(latents: Tensor, config: Any) -> tuple[Tensor, Tensor]:
     mean, std = (
         torch.as_tensor(read_config(config, name), dtype=torch.float32, device=latents.device)
         .view(1, -1, 1, 1, 1)
         .to(latents.device, latents.dtype)
         for name in ("latents_mean", "latents_std")
     )
-    return (latents - mean) / std
+    return mean, std
 
 
 def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None) -> Tensor:

@@ -39,6 +39,15 @@ def relative_error(ours: Tensor, wanted: Tensor) -> float:
     return difference / scale if scale else difference
 
 
+def peak_signal_to_noise(ours: Tensor, wanted: Tensor) -> float:
+    """PSNR in dB of pictures in [-1, 1], whose peak-to-peak range is 2; inf where they are equal.
+
+    `20 log10(2 / rms(ours - wanted))`.
+    """
+    error = rms(ours.double() - wanted.double())
+    return 20 * math.log10(2 / error) if error else math.inf
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One measured error against the bound it must keep.

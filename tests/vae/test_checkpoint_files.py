@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoint_files import write_checkpoint
 from safetensors.torch import save_file
 
 from cosmos3_fast.vae import FrameEncoder, UnsupportedVAEError
 from cosmos3_fast.vae.checkpoint import CheckpointError
-from cosmos3_fast.vae.synthetic import synthetic_config, synthetic_state_dict, write_checkpoint
+from cosmos3_fast.vae.synthetic import synthetic_config, synthetic_state_dict
 from cosmos3_fast.vae.tensor_names import diffusers_names, family_config
 
 WAN22 = synthetic_config(
