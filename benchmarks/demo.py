@@ -8,14 +8,17 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.formatting import ratio, seconds, spread, table
+from benchmarks.formatting import ratio, seconds, size, spread, table
 from benchmarks.harness import ROOT, machine, measure, say, versions
 from benchmarks.paths import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and_encoder
+from benchmarks.report import row_lines
+from benchmarks.suites.decoder import decoder
 from cosmos3_fast import cli
 from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.pixels import load_pixels
 
 HEIGHT, WIDTH, NUM_FRAMES = 480, 832, 81
+DECODED = "128x224"
 ENGINE, OURS = "3-D vae.encode, eager formula", "cosmos3_fast, fast mode"
 
 
@@ -34,7 +37,7 @@ def main() -> int:
             *("--preview", str(args.out / "preview.png")),
         ]
     )
-    return status or compare(args.rounds)
+    return status or compare(args.rounds) or compare_decoders(args.rounds)
 
 
 def compare(rounds: int) -> int:
@@ -75,6 +78,14 @@ def compare(rounds: int) -> int:
         f"{machine()}, diffusers {versions('diffusers')['diffusers']}\n"
     )
     print("\n".join(table(("path", "median", "range", "speed", "error / largest"), rows)))
+    return 0
+
+
+def compare_decoders(rounds: int) -> int:
+    """Print the table of one latent frame to pixels; abort where the sides disagree."""
+    rows = list(decoder(DECODED, rounds, ("float32",)))
+    print(f"\nOne latent frame to a picture, {size(DECODED)}, {rounds} interleaved rounds\n")
+    print("\n".join(row_lines(rows)))
     return 0
 
 

@@ -20,14 +20,14 @@ def markdown(result: Result) -> str:
         shown += ["", "## Goals", "", *goal_lines(result["goals"])]
     for suite in dict.fromkeys(row["suite"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["suite"] == suite]
-        shown += ["", f"## {suite}", "", *_row_lines(rows)]
+        shown += ["", f"## {suite}", "", *row_lines(rows)]
     for name, suite in all_suites().items():
         if suite.lines is not None and name in result:
             shown += ["", f"## {name}", "", *suite.lines(result[name])]
     return "\n".join(shown)
 
 
-def _row_lines(rows: Sequence[Row]) -> list[str]:
+def row_lines(rows: Sequence[Row]) -> list[str]:
     return table(
         ("case", "path", "median", "10 % to 90 %", "rounds", "speed", "of", "error"),
         [

@@ -16,7 +16,7 @@ from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.vae import FrameEncoder, synthetic
 
 PHOTOGRAPH = Path(__file__).parent.parent / "examples" / "falcon9_dscovr.jpg"
-SMALL = {**synthetic.COSMOS3_VAE_CONFIG, "base_dim": 8}
+SMALL = {**synthetic.COSMOS3_VAE_CONFIG, "base_dim": 8, "decoder_base_dim": 8}
 
 
 @pytest.fixture(autouse=True)
@@ -242,9 +242,14 @@ def test_verify(run):
     status, out, err = run("verify", "--size", "64x96", "--dtypes", "fp32,bf16,fp16")
     assert status == 0, out
     assert "RANDOM weights" in err
-    rows = {line.split()[0]: line for line in out.splitlines()[2:]}
-    assert set(rows) == {"float32", "bfloat16", "float16"}
+    rows = {tuple(line.split()[:2]): line for line in out.splitlines()[2:8]}
+    dtypes = ("float32", "bfloat16", "float16")
+    assert set(rows) == {(part, dtype) for part in ("encoder", "decoder") for dtype in dtypes}
     assert all(line.endswith("ok") for line in rows.values())
+    assert [line.split(":")[0] for line in out.splitlines()[8:]] == [
+        f"round trip in {dtype}" for dtype in dtypes
+    ]
+    assert all("PSNR" in line for line in out.splitlines()[8:])
     status, out, err = run("verify", "--size", "32x48")
     assert status == 0
     assert "float16 is left out" in err
