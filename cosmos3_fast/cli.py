@@ -25,7 +25,7 @@ from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare, peak_signal_to_noise
 
 if TYPE_CHECKING:
-    from cosmos3_fast.latents import Mode
+    from cosmos3_fast.vae.accelerated import Mode
 
 DTYPES = {
     "float32": torch.float32,

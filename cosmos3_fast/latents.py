@@ -15,7 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,13 +30,12 @@ from cosmos3_fast.frames import (
 )
 from cosmos3_fast.pictures import Color
 from cosmos3_fast.pixels import ClipLike, ImageLike, Keep, load_frames, normalize_frames
+from cosmos3_fast.vae.accelerated import Mode
 from cosmos3_fast.vae.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config, read_factors
 
 if TYPE_CHECKING:
     from cosmos3_fast.vae import ClipEncoder, FrameEncoder
-
-Mode = Literal["fast", "exact"]
 
 
 @dataclass(frozen=True)
