@@ -91,7 +91,7 @@ class Sample:
 
 # (batch of cond, frames of cond, noise shape, condition frames)
 SHAPES = (
-    (1, 1, (1, 16, 7, 6, 10), (0,)),
+    (1, 1, (1, 5, 7, 6, 10), (0,)),
     (1, 1, (1, 3, 4, 8, 8), (0,)),  # planes of whole 16-byte vectors
     (2, 1, (2, 3, 4, 5, 7), (0, 2)),
     (1, 3, (2, 4, 5, 3, 1), (2, 0)),
@@ -99,16 +99,19 @@ SHAPES = (
     (1, 7, (3, 1, 4, 2, 2), (1,)),  # more conditioning frames than noise has
     (1, 1, (1, 2, 3, 4, 4), ()),
     (1, 1, (1, 1, 1, 1, 1), (0,)),
-    (1, 1, (1, 2, 140, 1, 3), (0, 63, 64, 127, 128, 139)),  # more than one launch in Triton
+    (1, 1, (1, 1, 140, 1, 3), (0, 63, 64, 127, 128, 139)),  # more than one launch in Triton
 )
 
 
 def sample_inputs(device: str = "cpu", layouts: Sequence[str] = LAYOUTS) -> Iterator[Sample]:
-    """Every shape in several layouts and dtype pairs; each layout and pair occurs often."""
+    """Every shape in several layouts and dtype pairs; each layout and pair occurs often.
+
+    The many frames of the last shape come in every third layout: they are for the launches, and
+    Triton's interpreter is slow.
+    """
     pairs = itertools.cycle(itertools.product(DTYPES, DTYPES))
-    for seed, ((batch, frames, shape, which), layout) in enumerate(
-        itertools.product(SHAPES, layouts)
-    ):
+    cases = [*itertools.product(SHAPES[:-1], layouts), *((SHAPES[-1], x) for x in layouts[::3])]
+    for seed, ((batch, frames, shape, which), layout) in enumerate(cases):
         cond_dtype, noise_dtype = next(pairs)
         cond_layout = layouts[(seed + shape[1]) % len(layouts)]
         yield Sample(

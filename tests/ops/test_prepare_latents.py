@@ -181,9 +181,9 @@ def _free_bytes() -> int:
         return next(int(x.split()[1]) for x in meminfo if x.startswith("MemAvailable")) * 1024
 
 
-@pytest.mark.skipif(_free_bytes() < 7 << 30, reason="needs 7 GiB of free memory")
+@pytest.mark.skipif(_free_bytes() < 5 << 30, reason="needs 5 GiB of free memory")
 def test_more_than_2_to_the_31_elements():
-    shape = (1, 1, 3, 1 << 15, (1 << 15) - 512)
+    shape = (1, 1, 3, 1 << 15, 22_000)
     assert shape[2] * shape[3] * shape[4] > 1 << 31
     cond = torch.full((1, 1, 1, 1, 1), 2.0, dtype=torch.bfloat16).expand(1, 1, 1, *shape[3:])
     noise = torch.full((1, 1, 1, 1, 1), 3.0, dtype=torch.bfloat16).expand(*shape)

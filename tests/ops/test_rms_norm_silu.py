@@ -94,8 +94,11 @@ def test_norm_gradients(device: str):
             )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", IMAGE_LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    # Layouts and dtypes are checked apart in the op: each of both, not their product.
+    [*zip(IMAGE_LAYOUTS, DTYPES, strict=True), *((x, torch.float32) for x in IMAGE_LAYOUTS[1:])],
+)
 def test_opcheck_norm(layout: str, dtype: torch.dtype, device: str):
     x = image(2, 20, 3, 4, dtype=dtype, layout=layout, device=device)
     weight = torch.rand(20, device=device)
