@@ -101,5 +101,5 @@ def clip(seed: int, batch: int, frames: int, height: int, width: int, dtype: tor
 
 
 def reference(vae: Any, pixels: Tensor) -> Tensor:
-    """The seed path: [B, 3, H, W] through the 3-D VAE, normalised as SGLang does."""
+    """[B, 3, H, W] through the 3-D VAE, normalised as SGLang does."""
     return encode_exact(vae, pixels[:, :, None])

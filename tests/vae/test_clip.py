@@ -87,9 +87,9 @@ def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """As `test_encoder.half_errors`; `test_fp64_is_exact_algebra` holds the truth to the VAE's."""
     truth = ClipEncoder.from_vae(vae, torch.float64, probe=False)(pixels)
     got = ClipEncoder.from_vae(vae, probe=False)(pixels)
-    seed_path = encode_exact(vae, pixels)
-    assert got.dtype == seed_path.dtype == pixels.dtype
-    return got.double() - truth, seed_path.double() - truth
+    vae_latents = encode_exact(vae, pixels)
+    assert got.dtype == vae_latents.dtype == pixels.dtype
+    return got.double() - truth, vae_latents.double() - truth
 
 
 @functools.cache
