@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import cosmos3_fast.ops  # noqa: F401 - registers them
 from cosmos3_fast.ops import registry
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def test_versions_are_those_the_engine_tests_install():
 
 
 def test_every_schema_of_the_latent_op_is_shown():
-    for schema in registry.SCHEMAS[:3]:
+    for schema in (each for each in registry.SCHEMAS if each.startswith("prepare_latents")):
         assert f"cosmos3::{schema}" in README
 
 

@@ -82,7 +82,12 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> None:
         )
 
 
-register("pack_pixels", check_pixels, eager=pack_pixels_reference, triton="pack_pixels:pack_pixels")
+register(
+    "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor",
+    check_pixels,
+    eager=pack_pixels_reference,
+    triton="pack_pixels:pack_pixels",
+)
 
 
 @torch.library.register_fake("cosmos3::pack_pixels")

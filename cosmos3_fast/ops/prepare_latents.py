@@ -304,19 +304,22 @@ def check_frames_in_place(
 
 
 register(
-    "prepare_latents",
+    "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
+    "(Tensor latents, Tensor velocity_mask)",
     check_frames,
     eager=prepare_latents_reference,
     triton="prepare_latents:prepare_latents",
 )
 register(
-    "prepare_latents.mask",
+    "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
+    "(Tensor latents, Tensor velocity_mask)",
     check_mask,
     eager=prepare_latents_mask_reference,
     triton="prepare_latents:prepare_latents_mask",
 )
 register(
-    "prepare_latents_",
+    "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
+    "Tensor velocity_mask",
     check_frames_in_place,
     eager=prepare_latents_in_place_reference,
     triton="prepare_latents:prepare_latents_",

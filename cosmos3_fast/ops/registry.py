@@ -23,23 +23,14 @@ from torch.autograd import forward_ad
 BACKENDS = ("cpp", "triton", "eager")
 DEVICES = ("cpu", "cuda")
 
-# As in csrc/ops.cpp, for installs without the library; tests/install/test_build.py compares both.
-SCHEMAS = (
-    "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
-    "(Tensor latents, Tensor velocity_mask)",
-    "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
-    "(Tensor latents, Tensor velocity_mask)",
-    "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
-    "Tensor velocity_mask",
-    "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor",
-    "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor",
-    "unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor",
-    "winograd_pack(Tensor weight) -> Tensor",
-    "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
-    "-> Tensor",
-)
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
-OPS = tuple(schema.split("(", maxsplit=1)[0] for schema in SCHEMAS)
+
+# Filled by `register`: the schemas, the names in them, `torch.ops.cosmos3.<op>` by name, and the
+# (name, device) that the library serves.
+SCHEMAS: list[str] = []
+OPS: list[str] = []
+REGISTERED: dict[str, Any] = {}
+LIBRARY_KERNELS: set[tuple[str, str]] = set()
 
 Kernel = Callable[..., Any]
 
@@ -82,9 +73,6 @@ def _load_library() -> str | None:
 
 LIBRARY_ERROR = _load_library()
 _definitions = torch.library.Library("cosmos3", "DEF" if LIBRARY_ERROR else "FRAGMENT")
-if LIBRARY_ERROR:
-    for _schema in SCHEMAS:
-        _definitions.define(_schema)
 
 
 def _overload(op: str) -> Any:
@@ -92,8 +80,6 @@ def _overload(op: str) -> Any:
     return getattr(getattr(torch.ops.cosmos3, name), overload or "default")
 
 
-# `torch.ops.cosmos3.<op>`, by the name in the schema.
-REGISTERED = {op: _overload(op) for op in OPS}
 _python_kernels: dict[tuple[str, str], Kernel] = {}
 
 
@@ -103,18 +89,22 @@ def _library_serves(op: str, device: str) -> bool:
     )
 
 
-LIBRARY_KERNELS = {(op, device) for op in OPS for device in DEVICES if _library_serves(op, device)}
-
-
-def register(op: str, check: Kernel, *, eager: Kernel, triton: str | None = None) -> None:
-    """Gives `op` its Python backends, for use by name and where the library does not serve.
+def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = None) -> None:
+    """Gives an op its Python backends, for use by name and where the library does not serve.
 
     Args:
-        op: name in the schema, with its overload.
+        schema: as in csrc/ops.cpp, for installs without the library; a test compares the two.
         check: takes the op's arguments; raises if they do not fit.
         eager, triton: take the same arguments; `triton` as "module:function" below
             `cosmos3_fast.ops.triton`, imported at the first call, or None if there is none.
     """
+    op = schema.split("(", maxsplit=1)[0]
+    if LIBRARY_ERROR:
+        _definitions.define(schema)
+    SCHEMAS.append(schema)
+    OPS.append(op)
+    REGISTERED[op] = _overload(op)
+    LIBRARY_KERNELS.update((op, device) for device in DEVICES if _library_serves(op, device))
 
     def run_eager(*args: Any) -> Any:
         check(*args)

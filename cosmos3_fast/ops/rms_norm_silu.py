@@ -73,7 +73,7 @@ def check_norm(x: Tensor, weight: Tensor | None, silu: bool = True) -> None:
 
 
 register(
-    "rms_norm_silu",
+    "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor",
     check_norm,
     eager=rms_norm_silu_reference,
     triton="rms_norm_silu:rms_norm_silu",

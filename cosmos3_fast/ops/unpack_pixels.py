@@ -69,7 +69,7 @@ def check_patches(x: Tensor, patch_size: int, as_bytes: bool = False) -> None:
 
 
 register(
-    "unpack_pixels",
+    "unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor",
     check_patches,
     eager=unpack_pixels_reference,
     triton="unpack_pixels:unpack_pixels",

@@ -239,8 +239,15 @@ def _packed_message(op: str, x: Tensor, packed_weight: Tensor) -> str:
     )
 
 
-register("winograd_pack", check_winograd_weight, eager=winograd_pack_reference)
-register("winograd_conv3x3", check_winograd, eager=winograd_conv3x3_reference)
+register(
+    "winograd_pack(Tensor weight) -> Tensor", check_winograd_weight, eager=winograd_pack_reference
+)
+register(
+    "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
+    "-> Tensor",
+    check_winograd,
+    eager=winograd_conv3x3_reference,
+)
 
 
 @torch.library.register_fake("cosmos3::winograd_pack")

@@ -57,7 +57,7 @@ def test_fp32_matches_at_cosmos3_widths(cosmos3_vae: Any, size: tuple[int, int])
 
 
 def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors of the encoder and of the VAE's own path against fp64 with the same (rounded) weights.
+    """Errors of the encoder and of the VAE against fp64 with the same (rounded) weights.
 
     The fp64 run is the 2-D encoder's, which `test_fp64_is_exact_algebra` holds to the 3-D VAE's:
     PyTorch's fp64 conv3d takes minutes.
