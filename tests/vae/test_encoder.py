@@ -89,7 +89,7 @@ def test_half_error_is_no_larger_than_the_vaes(family: str, dtype: torch.dtype) 
     assert_no_worse(errors)
 
 
-# Few pixels: PyTorch's conv3d of half precision takes seconds for each cell on the CPU.
+# Few pixels: PyTorch's conv3d of half precision is slow on the CPU.
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [
