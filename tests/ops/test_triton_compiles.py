@@ -165,3 +165,32 @@ def test_launches_are_on_the_device_of_the_tensors(op: str, monkeypatch: pytest.
         arguments = CALLS[op](lambda *shape: torch.empty(shape, device="cuda:1"))
         registry._python_kernels[op, "triton"](*arguments)
     assert launched == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("frames", [(0,), (0, 1, 20)])
+def test_one_launch_per_op(monkeypatch: pytest.MonkeyPatch, frames: tuple[int, ...]):
+    if torch.cuda.is_available():
+        pytest.skip("counted in the interpreter")
+    from cosmos3_fast.ops.triton import prepare_latents as module
+
+    launches = []
+
+    class Counted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            launches.append(self.kernel)
+            return self.kernel[grid]
+
+    for name in ("prepare_latents_kernel", "write_frames_kernel", "blend_kernel"):
+        monkeypatch.setattr(module, name, Counted(getattr(module, name)))
+    cond, noise = latent((1, 2, 1, 3, 4)), latent((1, 2, 48, 3, 4))
+    for call in (
+        lambda: module.prepare_latents(cond, noise, frames),
+        lambda: module.prepare_latents_(cond, noise, frames),
+        lambda: module.prepare_latents_mask(cond, noise, torch.rand(1, 1, 48, 1, 1)),
+    ):
+        launches.clear()
+        call()
+        assert len(launches) == 1

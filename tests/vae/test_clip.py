@@ -94,11 +94,11 @@ def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 @functools.cache
 def family_errors(family: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """`half_errors` of four VAEs, on clips of 4x5 cells in 3 latent frames."""
+    """`half_errors` of two VAEs, on clips of 4x5 cells in 3 latent frames."""
     size = (64, 80) if "2.2" in family else (32, 40)
     return [
         half_errors(BUILDERS[family](seed).to(dtype), clip(seed, 1, 9, *size, dtype))
-        for seed in range(4)
+        for seed in range(2)
     ]
 
 
@@ -123,7 +123,7 @@ def test_half_maximum_is_no_larger_than_the_vaes(dtype: torch.dtype) -> None:
     """The maximum, which is one noisy element, on average over the latent frames of all families.
 
     Over 16 seeds it is 0.72 to 0.89 of the VAE's, by family and dtype, with a standard deviation of
-    0.16 from clip to clip: four seeds of one family are too few to tell that from 1.
+    0.16 from clip to clip: two seeds of one family are too few to tell that from 1.
     """
     ours_peak = theirs_peak = 0.0
     for family in BUILDERS:
@@ -135,7 +135,7 @@ def test_half_maximum_is_no_larger_than_the_vaes(dtype: torch.dtype) -> None:
 
 def test_bf16_error_at_cosmos3_widths(cosmos3_vae: Any) -> None:
     vae = copy.deepcopy(cosmos3_vae).bfloat16()
-    ours, theirs = half_errors(vae, clip(0, 1, 5, 32, 32, torch.bfloat16))
+    ours, theirs = half_errors(vae, clip(0, 1, 5, 16, 32, torch.bfloat16))
     assert rms(ours) <= rms(theirs)
 
 
@@ -143,7 +143,7 @@ def test_bf16_error_at_cosmos3_widths(cosmos3_vae: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_prefix_reads_and_computes_nothing_else(family: str, dtype: torch.dtype) -> None:
     encoder = ClipEncoder.from_vae(BUILDERS[family](2).to(dtype), probe=False)
-    pixels = clip(4, 2, 13, 32, 48, dtype)
+    pixels = clip(4, 2, 13, 16, 32, dtype)
     whole = encoder(pixels)
     for wanted in (1, 2, 3, 4):
         used = 4 * wanted - 3

@@ -152,7 +152,9 @@ def test_gradient_reaches_the_pixels_and_only_those_that_matter() -> None:
 def test_captures_one_graph(dtype: torch.dtype) -> None:
     torch.compiler.reset()
     encoder = build(dtype=dtype)
-    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend="aot_eager")
+    # Lowering takes most of the time, and is asked for once.
+    backend = "aot_eager" if dtype == torch.float32 else "eager"
+    compiled = torch.compile(encoder, fullgraph=True, dynamic=True, backend=backend)
     pixels = clip(7, 2, 5, 16, 24, dtype)
     assert torch.equal(compiled(pixels), encoder(pixels))
     with torch.compiler.set_stance("fail_on_recompile"):

@@ -89,11 +89,12 @@ def test_half_error_is_no_larger_than_the_vaes(family: str, dtype: torch.dtype) 
     assert_no_worse(errors)
 
 
+# Few pixels: PyTorch's conv3d of half precision is slow on the CPU.
 @pytest.mark.parametrize(
     ("dtype", "sizes"),
     [
-        (torch.bfloat16, [(64, 96), (48, 80), (64, 64)]),
-        (torch.float16, [(32, 32), (16, 48), (48, 16)]),  # PyTorch's fp16 conv3d is slow on the CPU
+        (torch.bfloat16, [(48, 80), (32, 48), (48, 32)]),
+        (torch.float16, [(32, 32), (16, 48), (48, 16)]),
     ],
     ids=str,
 )

@@ -149,6 +149,52 @@ def test_compiles_with_inductor() -> None:
     assert relative_error(got, wanted) <= FLOAT32_BOUND
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+
+
+@pytest.fixture
+def frames_on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """Three images of one shape; convolutions are then of float32 and not of TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    return [image(seed, 2, 48, 32, torch.float32).cuda() for seed in range(3)]
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_compiles_into_cuda_graphs(frames_on_gpu: list[torch.Tensor]) -> None:
+    torch.compiler.reset()
+    encoder = build(TINY).cuda()
+    compiled = torch.compile(encoder, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        # The first calls warm up and record, the later ones replay what was recorded.
+        for pixels in frames_on_gpu * 2:
+            torch.compiler.cudagraph_mark_step_begin()
+            got = compiled(pixels).clone()
+            assert relative_error(got, encoder(pixels)) <= FLOAT32_BOUND
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_replays_in_a_cuda_graph(frames_on_gpu: list[torch.Tensor]) -> None:
+    encoder = build(TINY).cuda()
+    pixels = frames_on_gpu[0].clone()
+    with torch.no_grad():
+        # Libraries and kernels are set up outside the capture, on a stream beside the current one.
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            encoder(pixels)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            latents = encoder(pixels)
+        for each in frames_on_gpu:
+            pixels.copy_(each)
+            graph.replay()
+            # The capture may have been given another convolution than the eager call is.
+            assert relative_error(latents, encoder(each)) <= FLOAT32_BOUND
+
+
 @pytest.mark.filterwarnings("ignore:No complete tensor found in the group")
 def test_exports_saves_and_runs() -> None:
     encoder = build(WAN21)
