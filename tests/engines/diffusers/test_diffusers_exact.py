@@ -37,8 +37,7 @@ def pipe(request: pytest.FixtureRequest) -> Any:
     restore(pipe)
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-@pytest.mark.parametrize("size", [32, 48, 64])
+@pytest.mark.parametrize(("size", "seed"), [(32, 0), (48, 1), (64, 0)])
 @pytest.mark.parametrize("case", list(NEEDED))
 def test_exact_is_bit_identical(pipe: Any, case: str, size: int, seed: int) -> None:
     inputs = make_inputs(case, size, seed)

@@ -148,7 +148,7 @@ def test_cache_backends_still_find_the_pipeline() -> None:
 def test_a_mode_that_does_not_exist(registry: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MODE_VARIABLE, "quick")
     before = tables(registry)
-    with pytest.raises(ValueError, match="COSMOS3_FAST must be one of .*, got 'quick'"):
+    with pytest.raises(ValueError, match=r"COSMOS3_FAST must be one of .*, got 'quick'"):
         adapter.register()
     assert tables(registry) == before
 
