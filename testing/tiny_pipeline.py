@@ -29,7 +29,7 @@ CHAT_TEMPLATE = (
 )
 FRAMES = 17
 # Actions run on a canvas of 256x256 at least, however small the image.
-ACTION_FRAMES = 9
+ACTION_FRAMES = 5
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -152,6 +152,10 @@ NEEDED = {
     "forward_dynamics": 1,
     "inverse_dynamics": ACTION_FRAMES,
 }
+
+
+# Their pictures are 256 pixels high whatever the size of the video.
+ACTIONS = ("policy", "forward_dynamics", "inverse_dynamics")
 
 
 def total_frames(inputs: dict[str, Any]) -> int:

@@ -77,6 +77,8 @@ class FoldedVAE:
                 # What was sampled is what is folded, also if the weights change meanwhile.
                 with _bare(self._vae) as vae:
                     self._encoder = FrameEncoder.from_vae(vae, device=device)
+                # The engine's own encode takes any values.
+                self._encoder.checks_values = False
                 self._seen, self._sample = seen, sample
             assert self._encoder is not None
             if self._encoder.device != torch.empty(0, device=device).device:

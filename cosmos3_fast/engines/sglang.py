@@ -275,6 +275,7 @@ class _Folded:
             torch.get_device_module(device).synchronize(device)
         try:
             self.encoder = FrameEncoder.from_vae(vae, device=device).eval()
+            self.encoder.checks_values = False  # the engine's own encode takes any
         except UnsupportedVAEError as error:
             self.error = str(error)
 

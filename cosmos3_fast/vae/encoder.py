@@ -38,9 +38,12 @@ class FrameEncoder(FoldedNetwork):
         topology: the `EncoderTopology`.
         z_dim: latent channels.
         spatial_factor: pixels per latent cell along height and width.
+        checks_values: refuse pixels that are not in [-1, 1] by far (on the CPU only); an engine
+            switches it off, since its own encode takes any.
     """
 
     topology_type = EncoderTopology
+    checks_values = True
 
     def __init__(
         self,
@@ -91,7 +94,8 @@ class FrameEncoder(FoldedNetwork):
             ValueError: wrong rank, channels, frames, size, dtype, device or values.
         """
         frame = self._checked_frame(pixels)
-        check_values(frame)
+        if self.checks_values:
+            check_values(frame)
         kind = frame.device.type
         if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False):  # `dtype` is promised, and folded for
@@ -162,6 +166,7 @@ class PosteriorEncoder(FrameEncoder):
     """
 
     topology_type = PosteriorTopology
+    checks_values = False
 
     def _probe(self, vae: Any) -> None:
         probe_posterior(vae, self)

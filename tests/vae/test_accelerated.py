@@ -412,3 +412,13 @@ def test_a_failed_encode_leaves_nothing_behind(wan: Any) -> None:
         handle.remove()
         assert torch.equal(parameters(wan, pixels(9)), wanted)
     assert not wan.quant_conv._forward_hooks
+
+
+def test_any_values_are_encoded(vae: Any) -> None:
+    """The VAE's own encode takes them, also pixels that were never brought to [-1, 1]."""
+    x = 255 * pixels()
+    wanted = parameters(vae, x)
+    accelerate(vae)
+    ours = parameters(vae, x)
+    assert last_encoding(vae).path == "fast"
+    assert close(ours, wanted)

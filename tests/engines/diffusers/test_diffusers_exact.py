@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_pipeline import (
     ACTION_FRAMES,
+    ACTIONS,
     FRAMES,
     NEEDED,
     generate,
@@ -25,6 +26,12 @@ from cosmos3_fast.vae.exact import encode_exact
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def skip_slow(pipe: Any, case: str) -> None:
+    """Where a processor has no bfloat16 instructions, an action takes a minute."""
+    if pipe.vae.dtype == torch.bfloat16 and case in ACTIONS[1:]:
+        pytest.skip("in bfloat16, policy stands for the other actions")
+
+
 @functools.cache
 def shared_pipe(dtype: torch.dtype) -> Any:
     return make_pipe(dtype)
@@ -37,9 +44,17 @@ def pipe(request: pytest.FixtureRequest) -> Any:
     restore(pipe)
 
 
-@pytest.mark.parametrize(("size", "seed"), [(32, 0), (48, 1), (64, 0)])
-@pytest.mark.parametrize("case", list(NEEDED))
+@pytest.mark.parametrize(
+    ("case", "size", "seed"),
+    [
+        (case, size, seed)
+        for case in NEEDED
+        for size, seed in ((32, 0), (48, 1), (64, 0))
+        if case not in ACTIONS or size == 32
+    ],
+)
 def test_exact_is_bit_identical(pipe: Any, case: str, size: int, seed: int) -> None:
+    skip_slow(pipe, case)
     inputs = make_inputs(case, size, seed)
     plain = generate(pipe, inputs, seed)
     accelerate(pipe, "exact")
@@ -71,6 +86,7 @@ def test_exact_with_more_threads(pipe: Any, case: str, size: int) -> None:
 
 @pytest.mark.parametrize("case", list(NEEDED))
 def test_fast_leaves_single_frames_to_the_folded_encoder(pipe: Any, case: str) -> None:
+    skip_slow(pipe, case)
     inputs = make_inputs(case, 64)
     plain = generate(pipe, inputs)
     accelerate(pipe, "fast")
@@ -124,8 +140,8 @@ def test_fast_in_bf16_is_no_further_from_fp64_than_the_pipeline() -> None:
         ("v2v_last", 12, 11),
         ("v2v_last", 20, 0),
         ("policy", 0, 1),
-        ("forward_dynamics", 0, 8),
-        ("inverse_dynamics", 8, None),
+        ("forward_dynamics", 0, 4),
+        ("inverse_dynamics", 4, None),
     ],
 )
 def test_only_conditioned_frames_matter(

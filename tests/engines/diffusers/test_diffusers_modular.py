@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.modular_pipelines.cosmos.encoders import Cosmos3ImageVaeEncoderStep
 from tiny_pipeline import (
+    ACTIONS,
     FRAMES,
     NEEDED,
     generate,
@@ -53,9 +54,13 @@ def distilled(request: pytest.FixtureRequest) -> Any:
     restore(pipe)
 
 
-@pytest.mark.parametrize("size", [32, 48, 64])
-@pytest.mark.parametrize("case", list(NEEDED))
+@pytest.mark.parametrize(
+    ("case", "size"),
+    [(case, size) for case in NEEDED for size in (32, 48, 64) if case not in ACTIONS or size == 32],
+)
 def test_exact_is_bit_identical(pipe: Any, case: str, size: int) -> None:
+    if pipe.vae.dtype == torch.bfloat16 and case in ACTIONS[1:]:
+        pytest.skip("in bfloat16, policy stands for the other actions")
     inputs = make_inputs(case, size, seed=size)
     plain = generate(pipe, inputs)
     accelerate(pipe, "exact")
