@@ -5,7 +5,8 @@ Environment:
                         the pure-Python package; "require": fail instead; "off": pure Python.
     COSMOS3_FAST_CUDA   "1": compile the CUDA kernels or fail; "0": leave them out; unset: compile
                         them if torch is a CUDA build and nvcc is found.
-    COSMOS3_FAST_CUDA_ARCHS  semicolon list, default "80;90;100;120" (the last one also as PTX).
+    COSMOS3_FAST_CUDA_ARCHS  list such as "80;90" or "8.0 9.0", default "80;90;100;120". The first
+                        and the last are also compiled to PTX, for devices between and after them.
     CUDA_HOME           the CUDA toolkit, where nvcc is not enough to find it.
 """
 
@@ -41,7 +42,7 @@ class NotBuilt(Exception):
 def find_cuda_home() -> str | None:
     """The toolkit's root. nvcc on PATH may be a wrapper, so nvcc itself is asked."""
     if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
-        return home
+        return home if (Path(home) / "bin" / "nvcc").is_file() else None
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         return None
@@ -74,9 +75,10 @@ def wants_cuda(torch: Any, cuda_home: str | None) -> bool:
         return False
     if request == "1":
         if cuda_home is None:
+            home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+            where = f"there is no bin/nvcc in CUDA_HOME={home}" if home else "nvcc is not on PATH"
             raise SystemExit(
-                "COSMOS3_FAST_CUDA=1, but no CUDA toolkit was found: "
-                "put nvcc on PATH or set CUDA_HOME"
+                f"COSMOS3_FAST_CUDA=1, but {where}: install a CUDA toolkit, or set CUDA_HOME to one"
             )
         return True
     if request is not None:
@@ -84,13 +86,28 @@ def wants_cuda(torch: Any, cuda_home: str | None) -> bool:
     return torch.version.cuda is not None and cuda_home is not None
 
 
+def cuda_architectures() -> list[str]:
+    """Numbers as nvcc takes them, ascending: "80" for 8.0."""
+    text = os.environ.get("COSMOS3_FAST_CUDA_ARCHS", "80;90;100;120")
+    parts = filter(None, re.split(r"[;,\s]+", text))
+    found = [re.fullmatch(r"(\d{1,2})\.?(\d)", part) for part in parts]
+    if not found or None in found:
+        raise SystemExit(
+            f'COSMOS3_FAST_CUDA_ARCHS must be a list such as "80;90" or "8.0;9.0", got {text!r}'
+        )
+    return sorted({each[1] + each[2] for each in found if each}, key=int)
+
+
 def gencode_flags(architectures: list[str]) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    newest = architectures[-1]
-    return [*flags, f"-gencode=arch=compute_{newest},code=compute_{newest}"]
+    # The oldest serves what lies between two (Orin, Thor), the newest what is to come.
+    as_ptx = dict.fromkeys((architectures[0], architectures[-1]))
+    return [*flags, *(f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in as_ptx)]
 
 
 def compiler_version() -> str:
+    if not os.environ.get("CXX", "c++").strip():
+        del os.environ["CXX"]  # set to nothing is not set, for torch's build too
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         raise NotBuilt(f"no C++ compiler: {compiler!r} was not found")
@@ -105,6 +122,11 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
         import torch
         from torch.utils import cpp_extension
     except ImportError as error:
+        if os.environ.get("COSMOS3_FAST_CUDA") == "1":
+            raise SystemExit(
+                f"COSMOS3_FAST_CUDA=1, but torch could not be imported while building ({error}): "
+                "install with `pip install --no-build-isolation .`"
+            ) from error
         raise NotBuilt(
             f"torch could not be imported while building ({error}): "
             "install with `pip install --no-build-isolation .`"
@@ -116,7 +138,7 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
     compiler = compiler_version()
     cuda_home = find_cuda_home()
     with_cuda = wants_cuda(torch, cuda_home)
-    archs = os.environ.get("COSMOS3_FAST_CUDA_ARCHS", "80;90;100;120").split(";")
+    archs = cuda_architectures()
 
     sources = [
         "csrc/ops.cpp",
@@ -127,6 +149,9 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
     if with_cuda:
         assert cuda_home is not None
         cpp_extension.CUDA_HOME = cuda_home
+        # It refuses an nvcc of another major version than torch's CUDA. Nothing here is linked with
+        # torch's CUDA: the runtime is linked statically, the ABI to torch is the stable one.
+        cpp_extension._check_cuda_version = lambda *_: None
         sources += sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cuda/*.cu"))
         compile_args["nvcc"] = [*NVCC_FLAGS, *STABLE_ABI, *gencode_flags(archs)]
         # The runtime is linked statically and the current stream is looked up when a kernel is
@@ -140,6 +165,7 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
         extra_compile_args=compile_args,
         library_dirs=library_dirs,
         libraries=libraries,
+        depends=sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*.h")),
         py_limited_api=True,
     )
     # CppExtension links libtorch_python and more; the stable ABI lives in these two.
@@ -168,9 +194,12 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
         """Turns a failed build into a pure-Python install, unless one was required."""
 
         def run(self) -> None:
+            forget_libraries(Path(self.build_lib) / PACKAGE)
             try:
                 super().run()
             except Exception as error:
+                if self.inplace:
+                    forget_libraries(ROOT / PACKAGE)
                 if os.environ.get("COSMOS3_FAST_BUILD") == "require" or with_cuda:
                     raise
                 self.extensions = []
@@ -179,6 +208,12 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
                     write_reason(ROOT / PACKAGE, f"the compiler failed: {error}")
 
     return [library, build_info], {"build_ext": BuildExtension}
+
+
+def forget_libraries(folder: Path) -> None:
+    """Removes what an earlier build left there, which must not pass for this one's."""
+    for library in (*folder.glob("_C*.so"), *folder.glob("_build_info*.so")):
+        library.unlink()
 
 
 def write_reason(folder: Path, reason: str) -> None:
@@ -208,7 +243,9 @@ def main() -> None:
             def run(self) -> None:
                 super().run()
                 editable = getattr(self, "editable_mode", False)
-                write_reason(ROOT / PACKAGE if editable else Path(self.build_lib) / PACKAGE, text)
+                folder = ROOT / PACKAGE if editable else Path(self.build_lib) / PACKAGE
+                forget_libraries(folder)
+                write_reason(folder, text)
 
         commands = {"build_py": BuildPy}
     setup(ext_modules=modules, cmdclass=commands)

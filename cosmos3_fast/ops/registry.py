@@ -64,8 +64,17 @@ def _load_library() -> str | None:
     if not libraries:
         reason = folder / "_not_built.txt"
         return reason.read_text().strip() if reason.exists() else "this install has no library"
+    path = str(libraries[0])
+    # Loading it all the same ends the process: the second copy's initialisation is left half done.
+    if path not in torch.ops.loaded_libraries and torch._C._jit_get_schemas_for_operator(
+        "cosmos3::prepare_latents"
+    ):
+        raise ImportError(
+            f"{path} cannot define torch.ops.cosmos3, which this process has already: another copy "
+            "of cosmos3_fast is loaded. Remove one of the two"
+        )
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(path)
     except OSError as error:
         return f"{libraries[0].name} does not load: {error} ({_built_and_found()})"
     return None
