@@ -1,0 +1,141 @@
+"""Pipelines that put single frames through a VAE of these families, accelerated in one line.
+
+Tiny real pipelines without text encoders: the prompt's embeddings are given. Images must agree
+within a level of 255, the least that a picture shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_pipeline import make_inputs, make_pipe
+
+from cosmos3_fast import accelerate, restore
+
+LEVEL = 1 / 255
+EMBEDS = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(2))
+MASK = torch.ones(1, 7, dtype=torch.long)
+SIZE = {"height": 64, "width": 64}
+
+
+def picture(seed: int = 0) -> Image.Image:
+    values = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def qwen_image(kind: str, **others: Any) -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1).eval()
+    transformer = diffusers.QwenImageTransformer2DModel(
+        patch_size=2, in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16,
+        num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+    )  # fmt: skip
+    return getattr(diffusers, kind)(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=vae, transformer=transformer, text_encoder=None, tokenizer=None, **others,
+    )  # fmt: skip
+
+
+def wan_22() -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(
+        base_dim=8, decoder_base_dim=8, z_dim=48, num_res_blocks=1, is_residual=True,
+        in_channels=12, out_channels=12, patch_size=2, scale_factor_spatial=16,
+        latents_mean=[0.0] * 48, latents_std=[1.0] * 48,
+    ).eval()  # fmt: skip
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=48,
+        out_channels=48, text_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer,
+        scheduler=diffusers.UniPCMultistepScheduler(flow_shift=3.0), expand_timesteps=True,
+    )  # fmt: skip
+
+
+def qwen_arguments() -> dict[str, Any]:
+    return {"prompt_embeds": EMBEDS, "prompt_embeds_mask": MASK, "true_cfg_scale": 1.0, **SIZE}
+
+
+def wan_arguments() -> dict[str, Any]:
+    return {"prompt_embeds": EMBEDS, "guidance_scale": 1.0, "num_frames": 9, **SIZE}
+
+
+# The pipeline, what it is called with, and the frames that its VAE encodes and decodes by itself:
+# unpatched, and accelerated.
+CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], Any, Any]] = {
+    "Qwen-Image": (lambda: qwen_image("QwenImagePipeline"), qwen_arguments, (0, 1), (0, 0)),
+    # Its latents are sampled from the posterior, with the log-variance.
+    "Qwen-Image img2img": (
+        lambda: qwen_image("QwenImageImg2ImgPipeline"),
+        lambda: {**qwen_arguments(), "image": picture(), "strength": 0.6},
+        (1, 1),
+        (0, 0),
+    ),
+    "Qwen-Image edit plus": (
+        lambda: qwen_image("QwenImageEditPlusPipeline", processor=None),
+        lambda: {**qwen_arguments(), "image": [picture(0), picture(1)]},
+        (2, 1),
+        (0, 0),
+    ),
+    # One picture in, a clip out.
+    "Wan 2.2 TI2V": (wan_22, lambda: {**wan_arguments(), "image": picture()}, (1, 3), (0, 3)),
+    "Cosmos3 text to image": (make_pipe, lambda: make_inputs("t2i", 64), (1, 1), (0, 0)),
+    "Cosmos3 image to video": (make_pipe, lambda: make_inputs("i2v", 64), (17, 5), (0, 5)),
+}
+
+
+@contextmanager
+def counted(vae: Any) -> Iterator[dict[str, int]]:
+    """Frames that the VAE's own encoder and decoder are called with, by the class's forward.
+
+    Not by a hook: an accelerated VAE with one runs its own code.
+    """
+    seen = {"encoder": 0, "decoder": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        for part in seen:
+            own = type(getattr(vae, part)).forward
+
+            def forward(
+                self: Any, x: torch.Tensor, *args: Any, part: str = part, own: Any = own, **kw: Any
+            ) -> Any:
+                seen[part] += x.shape[2]
+                return own(self, x, *args, **kw)
+
+            patch.setattr(type(getattr(vae, part)), "forward", forward)
+        yield seen
+
+
+def generate(pipe: Any, arguments: dict[str, Any]) -> tuple[np.ndarray, tuple[int, int]]:
+    pipe.set_progress_bar_config(disable=True)
+    if "prompt_embeds" not in arguments:
+        arguments = {"prompt": "a rocket", "enable_safety_check": False, **arguments}
+    with counted(pipe.vae) as seen:
+        result = pipe(
+            **arguments, num_inference_steps=3, output_type="np",
+            generator=torch.Generator().manual_seed(1),
+        )  # fmt: skip
+    output = next(getattr(result, n) for n in ("images", "frames", "video") if hasattr(result, n))
+    return np.asarray(output), (seen["encoder"], seen["decoder"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pictures_are_the_same(name: str):
+    make, arguments, own_frames, our_frames = CASES[name]
+    pipe = make()
+    plain, plain_frames = generate(pipe, arguments())
+    assert accelerate(pipe) is pipe
+    ours, frames = generate(pipe, arguments())
+    assert np.abs(ours - plain).max() <= LEVEL
+    assert not np.array_equal(ours, plain)
+    restore(pipe)
+    again, again_frames = generate(pipe, arguments())
+    assert np.array_equal(again, plain)
+    assert (plain_frames, frames, again_frames) == (own_frames, our_frames, own_frames)
