@@ -12,8 +12,8 @@ from benchmarks.suites import Row
 from benchmarks.suites.op import COMPILED, COPY, FORMULA, IN_PLACE, USUAL_CASES
 
 Result = dict[str, Any]
-# Okabe and Ito's palette, which does not need colour vision.
-COLOURS = {
+# Okabe and Ito's palette, which does not need color vision.
+COLORS = {
     FORMULA: "#D55E00",
     COMPILED: "#E69F00",
     COPY: "#999999",
@@ -24,7 +24,7 @@ COLOURS = {
 }
 WHOLE_CLIP = "#CC79A7"
 # Of paths that have none: the alternatives of other suites.
-SPARE_COLOURS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
+SPARE_COLORS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
 TITLES = {"encoder": "Encoding the conditioning image"}
 
 
@@ -80,14 +80,14 @@ def _figure(result: Result, title: str, widths: Sequence[float], height: float =
 
 
 def _bars(axis: Any, rows: Sequence[Row], labels: Sequence[str], columns: int = 3) -> None:
-    """Groups of bars on a log axis: a group per label (`row["group"]`), a colour per path.
+    """Groups of bars on a log axis: a group per label (`row["group"]`), a color per path.
 
     Each is annotated with its median and its speed against the row's baseline. The legend has
     `columns`.
     """
     paths = list(dict.fromkeys(row["path"] for row in rows))
-    spare = iter(SPARE_COLOURS * len(paths))
-    colours = {path: COLOURS.get(path) or next(spare) for path in paths}
+    spare = iter(SPARE_COLORS * len(paths))
+    colors = {path: COLORS.get(path) or next(spare) for path in paths}
     width = 0.84 / len(paths)
     for i, path in enumerate(paths):
         own = [row for row in rows if row["path"] == path]
@@ -97,7 +97,7 @@ def _bars(axis: Any, rows: Sequence[Row], labels: Sequence[str], columns: int = 
             [row["q90"] - row["median"] for row in own],
         ]
         axis.bar(
-            places, [row["median"] for row in own], width * 0.94, label=path, color=colours[path],
+            places, [row["median"] for row in own], width * 0.94, label=path, color=colors[path],
             yerr=whiskers, error_kw={"lw": 0.9, "ecolor": "#222222", "capsize": 2},
         )  # fmt: skip
         for x, row in zip(places, own, strict=True):
@@ -157,7 +157,7 @@ def _multiples(axis: Any, rows: Sequence[Row], labels: Sequence[str], paths: Seq
         x = [row["median"] / copies[row["group"]] for row in own]
         y = [labels.index(row["group"]) for row in own]
         axis.scatter(
-            x, y, s=52, color=COLOURS[path], label=path, zorder=3,
+            x, y, s=52, color=COLORS[path], label=path, zorder=3,
             marker={FORMULA: "s", COMPILED: "D", OURS: "o", IN_PLACE: "v"}[path],
         )  # fmt: skip
         for multiple, place in zip(x, y, strict=True):
@@ -167,7 +167,7 @@ def _multiples(axis: Any, rows: Sequence[Row], labels: Sequence[str], paths: Seq
                 va="top" if path == OURS else "bottom", xytext=(0, -6 if path == OURS else 6),
                 textcoords="offset points", fontweight="bold" if path == OURS else "normal",
             )  # fmt: skip
-    axis.axvline(1, color=COLOURS[COPY], lw=1.4, label=COPY)
+    axis.axvline(1, color=COLORS[COPY], lw=1.4, label=COPY)
     axis.set_xscale("log")
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     axis.set_ylim(len(labels) - 0.5 + 0.2 * len(labels), -0.7)
@@ -205,9 +205,9 @@ def _growth(result: Result, rows: Sequence[Row]) -> Any:
         points = [
             (t, row) for t, row in zip(frames, rows, strict=True) if (row["path"] == OURS) == mine
         ]
-        colour = COLOURS[OURS] if mine else WHOLE_CLIP
+        color = COLORS[OURS] if mine else WHOLE_CLIP
         x, y = [t for t, _ in points], [row["median"] for _, row in points]
-        axis.plot(x, y, "o-" if mine else "s-", color=colour, label=label)
+        axis.plot(x, y, "o-" if mine else "s-", color=color, label=label)
         for t, row in points:
             axis.annotate(
                 seconds(row["median"]), (t, row["median"]), ha="center", va="bottom", fontsize=9,
@@ -237,14 +237,14 @@ def _stage_bars(axis: Any, rows: Sequence[Row]) -> None:
             row["path"],
             row["median"],
             f"{seconds(row['median'])}: {ratio(against[row['path']]['speedup'])} ours",
-            COLOURS.get(row["path"], WHOLE_CLIP),
+            COLORS.get(row["path"], WHOLE_CLIP),
         )
         for row in theirs
     ]
     ours = against.get(ONE_FRAME) or next(iter(against.values()))
-    bars.append((OURS, ours["median"], seconds(ours["median"]), COLOURS[OURS]))
-    names, medians, texts, colours = zip(*bars, strict=True)
-    axis.barh(range(len(bars)), medians, 0.66, color=colours)
+    bars.append((OURS, ours["median"], seconds(ours["median"]), COLORS[OURS]))
+    names, medians, texts, colors = zip(*bars, strict=True)
+    axis.barh(range(len(bars)), medians, 0.66, color=colors)
     for place, (median, text) in enumerate(zip(medians, texts, strict=True)):
         axis.annotate(
             text, (median, place), va="center", fontsize=9, xytext=(5, 0),

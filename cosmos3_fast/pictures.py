@@ -104,7 +104,7 @@ def to_rgb(image: Image, label: str, background: Color | None) -> Image:
             multiplied by 255, with a warning; alpha is dropped, as in the engines, unless
             `background` is given.
         label: what messages call it.
-        background: the colour that shows through transparent pixels. None: their own colour does,
+        background: the color that shows through transparent pixels. None: their own color does,
             with a warning where there are any.
 
     Raises:
@@ -177,7 +177,7 @@ def _without_alpha(image: Image, label: str, background: Color | None) -> Image:
     least = rgba.getchannel("A").getextrema()[0]
     if least < 255:  # type: ignore[operator]
         warnings.warn(
-            f"{label} has transparent pixels, and the colours under them show, as in the engines: "
+            f"{label} has transparent pixels, and the colors under them show, as in the engines: "
             "give background= to paint them over",
             stacklevel=6,
         )
@@ -185,7 +185,7 @@ def _without_alpha(image: Image, label: str, background: Color | None) -> Image:
 
 
 def parse_color(color: Any) -> tuple[int, int, int]:
-    """Red, green and blue in [0, 255] of a colour.
+    """Red, green and blue in [0, 255] of a color.
 
     Args:
         color: a name or code that Pillow's `ImageColor` knows, or three integers.
@@ -203,6 +203,6 @@ def parse_color(color: Any) -> tuple[int, int, int]:
     except (TypeError, ValueError):
         pass
     raise ValueError(
-        "background must be a colour such as 'white', '#ff8000' or (255, 128, 0), "
+        "background must be a color such as 'white', '#ff8000' or (255, 128, 0), "
         f"got {quoted(color)}"
     )

@@ -65,7 +65,7 @@ def load_pixels(
         max_frames: Of a clip, load so many frames only; the others are not read where the kind of
             file allows.
         keep: Which of them: the "first" or the "last".
-        background: The colour to paint behind transparent pixels: a name, "#rrggbb" or three
+        background: The color to paint behind transparent pixels: a name, "#rrggbb" or three
             integers in [0, 255]. None: alpha is dropped, as in the engines, with a warning where
             pixels are transparent.
 

@@ -139,7 +139,7 @@ sys.exit(cli.main([]))
         (("--size", f"{10**30}x96"), "height must be below 2^31"),
         (("--size", "160000000x160000000"), "GB of memory, this machine has"),
         (("--condition-frames", 10**30), "condition_frames must be in [0, 2)"),
-        (("--background", "no colour"), "background must be a colour"),
+        (("--background", "no color"), "background must be a color"),
     ],
 )
 def test_what_cannot_be_is_said_before_the_weights_are_loaded(

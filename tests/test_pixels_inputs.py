@@ -138,9 +138,9 @@ def test_opaque_alpha_does_not_warn_and_arrays_have_alpha_too():
     assert (load_frames(rgba[None], 32, 48, background="white") == 255).all()
 
 
-@pytest.mark.parametrize("color", ["no colour", (1, 2), (0, 0, 300), 7, ("a", "b", "c")])
+@pytest.mark.parametrize("color", ["no color", (1, 2), (0, 0, 300), 7, ("a", "b", "c")])
 def test_a_background_that_is_none(color):
-    with pytest.raises(ValueError, match="background must be a colour such as 'white'"):
+    with pytest.raises(ValueError, match="background must be a color such as 'white'"):
         load_frames(Image.new("RGB", (8, 8)), 32, 48, background=color)
 
 

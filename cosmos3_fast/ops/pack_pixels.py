@@ -66,7 +66,7 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> None:
     torch._check(
         pixels.shape[3 if is_bytes else 1] == 3,
         lambda: (
-            f"{op}: pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
+            f"{op}: pixels must have 3 colors in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
             f"got {list(pixels.shape)}"
         ),
     )

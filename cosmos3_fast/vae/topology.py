@@ -137,7 +137,7 @@ class ConfigValues:
         )
 
     def pixel_channels(self, config: Any, name: str) -> int:
-        """`config[name]` (Qwen-Image: `input_channels`), which must be the colours of a patch."""
+        """`config[name]` (Qwen-Image: `input_channels`), which must be the colors of a patch."""
         channels = read_config(config, name, read_config(config, "input_channels", 3))
         if positive_int(name, channels) != 3 * self.patch_size**2:
             raise UnsupportedVAEError(

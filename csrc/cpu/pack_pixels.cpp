@@ -19,7 +19,7 @@ void check_pixels(const Tensor& pixels, int64_t patch_size, ScalarType dtype) {
          name(pixels.scalar_type()));
   }
   if (pixels.size(bytes ? 3 : 1) != 3) {
-    fail(op, ": pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, got ",
+    fail(op, ": pixels must have 3 colors in shape [B, 3, H, W], or [B, H, W, 3] in uint8, got ",
          list(pixels.sizes()));
   }
   check_dtype(op, "dtype", dtype);
@@ -46,11 +46,11 @@ void pack(Tensor& out, int64_t patch, const Read& read) {
     for (int64_t line = begin; line < end; ++line) {
       Out* at = to + line * columns * channels;
       for (int64_t x = 0; x < columns; ++x) {
-        // Channels in the order of torch.nn.functional.pixel_unshuffle: colour, row, column.
-        for (int64_t colour = 0; colour < 3; ++colour) {
+        // Channels in the order of torch.nn.functional.pixel_unshuffle: color, row, column.
+        for (int64_t color = 0; color < 3; ++color) {
           for (int64_t dy = 0; dy < patch; ++dy) {
             for (int64_t dx = 0; dx < patch; ++dx) {
-              *at++ = read(line / rows, colour, line % rows * patch + dy, x * patch + dx);
+              *at++ = read(line / rows, color, line % rows * patch + dy, x * patch + dx);
             }
           }
         }

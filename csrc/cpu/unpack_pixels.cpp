@@ -27,7 +27,7 @@ uint8_t byte_of(float value) {
   return static_cast<uint8_t>(std::nearbyintf(255.0f * (inside * 0.5f + 0.5f)));
 }
 
-// Calls write(b, colour, y, x, value) for every pixel, one image row after the other.
+// Calls write(b, color, y, x, value) for every pixel, one image row after the other.
 template <typename In, typename Write>
 void unpack(const Tensor& x, int64_t patch, const Write& write) {
   const int64_t batch = x.size(0), rows = x.size(2), columns = x.size(3);
@@ -37,12 +37,12 @@ void unpack(const Tensor& x, int64_t patch, const Write& write) {
     for (int64_t line = begin; line < end; ++line) {
       const int64_t b = line / rows, row = line % rows;
       const In* from = data + b * sb + row * sh;
-      // Channels in the order of torch.nn.functional.pixel_shuffle: colour, row, column.
+      // Channels in the order of torch.nn.functional.pixel_shuffle: color, row, column.
       for (int64_t channel = 0; channel < 3 * patch * patch; ++channel) {
         const int64_t dx = channel % patch, dy = channel / patch % patch;
-        const int64_t colour = channel / patch / patch;
+        const int64_t color = channel / patch / patch;
         for (int64_t column = 0; column < columns; ++column) {
-          write(b, colour, row * patch + dy, column * patch + dx, from[channel * sc + column * sw]);
+          write(b, color, row * patch + dy, column * patch + dx, from[channel * sc + column * sw]);
         }
       }
     }

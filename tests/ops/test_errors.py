@@ -198,14 +198,14 @@ ENCODER_FAULTS = {
             pixels_call((1, 3, 4, 4), torch.int16),
             "pixels must be uint8, float32, bfloat16, float16 or float64, got torch.int16",
         ),
-        "colours": (
+        "colors": (
             pixels_call((1, 4, 4, 4)),
-            "pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
+            "pixels must have 3 colors in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
             "got [1, 4, 4, 4]",
         ),
-        "colours of bytes": (
+        "colors of bytes": (
             pixels_call((1, 3, 4, 4), torch.uint8),
-            "pixels must have 3 colours in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
+            "pixels must have 3 colors in shape [B, 3, H, W], or [B, H, W, 3] in uint8, "
             "got [1, 3, 4, 4]",
         ),
         "target dtype": (

@@ -24,15 +24,15 @@ def pack_pixels_kernel(
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
-    # Channels in the order of torch.nn.functional.pixel_unshuffle: colour, row, column.
+    # Channels in the order of torch.nn.functional.pixel_unshuffle: color, row, column.
     dx = i % PATCH
     dy = i // PATCH % PATCH
-    colour = i // (PATCH * PATCH) % 3
+    color = i // (PATCH * PATCH) % 3
     cell = i // (3 * PATCH * PATCH)
     x = cell % columns * PATCH + dx
     y = cell // columns % rows * PATCH + dy
     b = cell // columns // rows
-    at = pixels + b * stride_b + colour * stride_c + y * stride_h + x * stride_w
+    at = pixels + b * stride_b + color * stride_c + y * stride_h + x * stride_w
     value = tl.load(at, mask=inside, other=0)
     if BYTES:
         # A true division: the reciprocal's product would round differently.

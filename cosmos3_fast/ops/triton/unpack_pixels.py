@@ -26,17 +26,17 @@ def unpack_pixels_kernel(
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < elements
     if BYTES:
-        colour = i % 3
+        color = i % 3
         column = i // 3 % W
         row = i // 3 // W % H
         b = i // 3 // W // H
     else:
         column = i % W
         row = i // W % H
-        colour = i // W // H % 3
+        color = i // W // H % 3
         b = i // W // H // 3
-    # Channels in the order of torch.nn.functional.pixel_shuffle: colour, row, column.
-    channel = (colour * PATCH + row % PATCH) * PATCH + column % PATCH
+    # Channels in the order of torch.nn.functional.pixel_shuffle: color, row, column.
+    channel = (color * PATCH + row % PATCH) * PATCH + column % PATCH
     at = b * stride_b + channel * stride_c + row // PATCH * stride_h + column // PATCH * stride_w
     value = tl.load(x + at, mask=inside, other=0)
     if BYTES:
