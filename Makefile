@@ -15,7 +15,7 @@ TEST_CUDA := $(if $(shell command -v nvcc),1,)
 # The engines' requirements exclude each other: each has an environment of its own.
 PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
 
-.PHONY: help demo bench bench-full test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni
+.PHONY: help demo bench bench-full test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -88,6 +88,14 @@ test-sglang: .venv-sglang/stamp
 	.venv-sglang/bin/pytest tests/engines/sglang
 test-vllm-omni: .venv-vllm_omni/stamp
 	.venv-vllm_omni/bin/pytest tests/engines/vllm_omni
+
+## make test-releases           the same tests on the other releases of each engine that are served;
+##                              OLDEST_AND_NEWEST=1: only on the oldest and the newest pre-release
+RUN_RELEASE = tests/engines/releases.py $(if $(OLDEST_AND_NEWEST),--oldest-and-newest)
+test-releases: .venv-diffusers/stamp .venv-sglang/stamp .venv-vllm_omni/stamp
+	.venv-diffusers/bin/python $(RUN_RELEASE) diffusers
+	.venv-sglang/bin/python $(RUN_RELEASE) sglang
+	.venv-vllm_omni/bin/python $(RUN_RELEASE) vllm-omni
 
 ## make lint    ruff, clang-format and mypy, as pre-commit runs them
 lint: $(VENV)/test.stamp

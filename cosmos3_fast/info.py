@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import cosmos3_fast.ops  # noqa: F401 - registers the backends
+from cosmos3_fast.engines.releases import TESTED, outlook
 from cosmos3_fast.ops import registry
 
 
@@ -79,4 +80,6 @@ def format_info() -> str:
         serves = ", serves" if backend == facts["default"][op, device] else ""
         state = f"not available: {error}" if error else f"available{serves}"
         lines.append(f"{'cosmos3::' + op:<{width}}  {device:<4}  {backend:<6}  {state}")
+    engines = {engine: text for engine in TESTED if (text := outlook(engine))}
+    lines += ["", *(f"{engine}: {text}" for engine, text in engines.items())] if engines else []
     return "\n".join(lines)

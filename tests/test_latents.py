@@ -68,7 +68,7 @@ class FakeVae:
         return SimpleNamespace(mode=lambda: latents)
 
 
-def sglang_stage(vae, pixels, num_frames, frames, seed, dtype):
+def sglang_engine(vae, pixels, num_frames, frames, seed, dtype):
     """Cosmos3LatentPreparationStage.forward of SGLang 0.5.23 for [B,3,T,H,W] pixels on the CPU."""
     shape = (
         pixels.shape[0],
@@ -96,7 +96,7 @@ def test_exact_mode_equals_sglang_bit_for_bit(vae, photograph, dtype):
     stage = LatentPreparation(vae=vae)
     prepared = stage(photograph, FRAMES, H, W, seed=7, dtype=dtype)
     pixels = load_pixels(photograph, H, W)[:, :, None]
-    latents, velocity_mask = sglang_stage(vae, pixels, FRAMES, [0], 7, dtype)
+    latents, velocity_mask = sglang_engine(vae, pixels, FRAMES, [0], 7, dtype)
     assert prepared.mode == "exact"
     assert torch.equal(prepared.latents, latents)
     assert torch.equal(prepared.velocity_mask, velocity_mask)
@@ -136,7 +136,7 @@ def test_clip_equals_the_whole_encode(clip, size, frames, dtype, tiled):
     pixels = load_pixels(given, *size)
     padding = pixels[:, :, -1:].expand(-1, -1, FRAMES - len(given), -1, -1)
     padded = torch.cat([pixels, padding], dim=2)
-    latents, velocity_mask = sglang_stage(vae, padded, FRAMES, frames, 1, torch.float32)
+    latents, velocity_mask = sglang_engine(vae, padded, FRAMES, frames, 1, torch.float32)
     assert torch.equal(prepared.latents, latents)
     assert torch.equal(prepared.velocity_mask, velocity_mask)
     assert not vae.quant_conv._forward_pre_hooks

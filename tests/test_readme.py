@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import cosmos3_fast.ops  # noqa: F401 - registers them
+from cosmos3_fast.engines.releases import TESTED
 from cosmos3_fast.ops import registry
 
 ROOT = Path(__file__).parent.parent
@@ -24,10 +25,12 @@ def pinned(engine: str, package: str) -> str:
 def test_versions_are_those_the_engine_tests_install():
     torch_version = re.search(r"^TORCH \?= torch==(\S+)", (ROOT / "Makefile").read_text(), re.M)
     assert torch_version is not None
-    for engine in ("diffusers", "sglang", "vllm-omni"):
-        version = pinned(engine.replace("-", "_"), engine)
-        row = f"| {engine} | {version} | {torch_version[1]} | `make test-{engine}` |"
+    for engine, tested in TESTED.items():
+        newest = pinned(engine.replace("-", "_"), engine)
+        others = ", ".join(version for version in tested if version != newest)
+        row = f"| {engine} | {newest} | {others} | {torch_version[1]} | `make test-{engine}` |"
         assert row in README
+        assert newest in tested
 
 
 def test_every_schema_of_the_latent_op_is_shown():

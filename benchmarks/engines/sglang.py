@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import sglang_stage
+import sglang_engine
 import torch
 from torch import Tensor
 
@@ -27,14 +27,14 @@ Forward = Callable[..., Any]
 
 def main() -> int:
     args = arguments(__doc__)
-    vae = sglang_stage.make_vae(torch.float32, base_dim=args.base_dim or 160)
-    stage = sglang_stage.make_stage(vae)
+    vae = sglang_engine.make_vae(torch.float32, base_dim=args.base_dim or 160)
+    stage = sglang_engine.make_stage(vae)
     generator = torch.Generator().manual_seed(0)
     clip = torch.rand(1, 3, args.num_frames, args.height, args.width, generator=generator) * 2 - 1
     size = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
     requests = {"I2V": {"image": clip[:, :, 0]}, "V2V": {"video": clip}}
     forwards = {
-        UNPATCHED: sglang_stage.Cosmos3LatentPreparationStage.forward,
+        UNPATCHED: sglang_engine.Cosmos3LatentPreparationStage.forward,
         "exact": patched_forward("exact"),
         "fast": patched_forward("fast"),
     }
@@ -45,9 +45,9 @@ def main() -> int:
         modes = list(forwards) if kind == "I2V" else [UNPATCHED, "exact"]
 
         def prepare(mode: str, request: dict[str, Tensor] = request) -> Any:
-            batch = sglang_stage.make_batch(**request, **size)
+            batch = sglang_engine.make_batch(**request, **size)
             with torch.inference_mode():
-                return forwards[mode](stage, batch, sglang_stage.SERVER_ARGS)
+                return forwards[mode](stage, batch, sglang_engine.SERVER_ARGS)
 
         if "fast" in modes:
             prepare("fast")  # folds the encoder, which probes the VAE
@@ -59,8 +59,8 @@ def main() -> int:
 
 def patched_forward(mode: str) -> Forward:
     """The stage's forward as SGLang's plugin registry leaves it in `mode`."""
-    with sglang_stage.patched(mode):
-        return sglang_stage.Cosmos3LatentPreparationStage.forward
+    with sglang_engine.patched(mode):
+        return sglang_engine.Cosmos3LatentPreparationStage.forward
 
 
 def gate(name: str, mode: str, ours: Any, reference: Any) -> None:

@@ -10,6 +10,7 @@ The engine encodes at its own time and draws its noise in its own order.
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -18,12 +19,17 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
+from cosmos3_fast.engines import selftest
+from cosmos3_fast.engines.common import guarded, tiny_diffusers_vae, tiny_vae_config
+from cosmos3_fast.engines.releases import Gate
 from cosmos3_fast.frames import frames_wanted, latent_frames
 from cosmos3_fast.vae import accelerated
 from cosmos3_fast.vae.accelerated import (
     Encoding,
+    Mode,
     check_mode,
     is_accelerated,
     uncompiled,
@@ -51,6 +57,7 @@ _BLOCKS = "diffusers.modular_pipelines.cosmos."
 # The user of a modular pipeline has asked for the encoder's latents themselves.
 _latents_asked: ContextVar[bool] = ContextVar("cosmos3_fast_latents_asked", default=False)
 _install_lock = threading.Lock()
+_gates: dict[tuple[bool, str], Gate] = {}
 
 
 def accelerate(target: T, mode: str = "fast") -> T:
@@ -62,6 +69,9 @@ def accelerate(target: T, mode: str = "fast") -> T:
     "forward_dynamics", 4·max(condition_frame_indexes_vision) + 1 for a video. Inverse dynamics,
     transfer controls, and modular pipelines in which something else reads the encoder's latents,
     are encoded whole.
+
+    In a release of diffusers that the tests have not run on, a Cosmos3 pipeline has to pass a
+    self-test, or is left as it is with a warning.
 
     Called again it changes the mode. The state is the VAE's: pipelines that share it share the
     acceleration.
@@ -89,16 +99,21 @@ def accelerate(target: T, mode: str = "fast") -> T:
     if not hasattr(target, "vae") and not is_modular:
         raise TypeError(f"target must be a VAE or a pipeline with one, got {_name(type(target))}")
     vae = getattr(target, "vae", None)
+    is_task = "Cosmos3OmniPipeline" in names
+    if vae is None and not (is_task or is_modular):
+        raise UnsupportedVAEError(f"{_name(type(target))} has no vae yet")
     if vae is not None:
         accelerated.accelerate(vae, checked)
     if is_modular:
         _install_modular(target)
-    elif "Cosmos3OmniPipeline" in names:
+    elif is_task:
         _install(type(target), "prepare_latents", _announcing_prepare_latents)
     else:
-        if vae is None:
-            raise UnsupportedVAEError(f"{_name(type(target))} has no vae yet")
         return target
+    cases = _modular_cases if is_modular else _cases
+    gate = _gates.setdefault((is_modular, checked), Gate("diffusers"))
+    if not gate.opens(lambda: _self_test(target, cases(target), checked)):
+        return restore(target)
     vars(target)[_MODE] = checked
     return target
 
@@ -164,7 +179,7 @@ def _announcing_prepare_latents(original: Any) -> Any:
         if indexes is not None:
             # It may be an iterator, good for one reading.
             given["condition_frame_indexes_vision"] = tuple(indexes)
-        with wanted_frames(_guarded(_wanted_by_arguments, given)):
+        with wanted_frames(guarded(_wanted_by_arguments, given)):
             return original(*bound.args, **bound.kwargs)
 
     return prepare_latents
@@ -198,7 +213,7 @@ def _announcing_step(original: Any) -> Any:
     def call(self: Any, components: Any, state: Any) -> Any:
         if not _has_accelerated_vae(components):
             return original(self, components, state)
-        with wanted_frames(_guarded(_wanted_by_step, self, components, state)):
+        with wanted_frames(guarded(_wanted_by_step, self, components, state)):
             return original(self, components, state)
 
     return call
@@ -244,15 +259,6 @@ def _announcing_call(original: Any) -> Any:
     return call
 
 
-def _guarded(wanted: Callable[..., int | None], *args: Any) -> int | None:
-    """The announcement; all frames where this release's arguments are not as expected."""
-    try:
-        return wanted(*args)
-    except Exception as error:  # the engine has the right to refuse or to know better
-        logger.info("cosmos3_fast announces nothing: %r", error)
-        return None
-
-
 def _install_modular(pipe: Any) -> None:
     for block in _leaves(vars(pipe).get("_blocks")):
         for base in type(block).__mro__:
@@ -270,6 +276,86 @@ def _install(cls: type[Any], name: str, announcing: Callable[[Any], Any]) -> Non
             wrapper = announcing(method)
             setattr(wrapper, _MARK, True)
             setattr(owner, name, wrapper)
+
+
+_SIZE = {"height": 16, "width": 32, "num_frames": 9}
+
+
+def _self_test(pipe: Any, cases: list[selftest.Case], mode: Mode) -> str | None:
+    """What differs with this package in the diffusers that is installed."""
+    from diffusers import AutoencoderKLWan
+
+    config, device = tiny_vae_config(), pipe._execution_device
+    vae = getattr(pipe, "vae", None)
+    if vae is not None:
+        # The pipeline may keep what it has read of its VAE's configuration.
+        config = tiny_vae_config(vae.config["z_dim"])
+        config.update({name: vae.config[name] for name in ("latents_mean", "latents_std")})
+    return selftest.why_not(
+        lambda dtype: tiny_diffusers_vae(AutoencoderKLWan, config, device, dtype), cases, mode
+    )
+
+
+def _with_vae(pipe: Any, vae: Any) -> Any:
+    """A copy of the pipeline; `setattr` would write into the configuration that both share."""
+    shell = copy.copy(pipe)
+    vars(shell).pop(_MODE, None)
+    vars(shell)["vae"] = vae
+    return shell
+
+
+def _conditions() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    clip = torch.rand(_SIZE["num_frames"], 3, 16, 32, generator=generator, device="cpu")
+    return {"image": clip[:1] * 2 - 1, "video": clip}
+
+
+def _cases(pipe: Any) -> list[selftest.Case]:
+    def run(given: dict[str, Any], vae: Any) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            returned = _with_vae(pipe, vae).prepare_latents(
+                **given,
+                **_SIZE,
+                generator=generator,
+                device=pipe._execution_device,
+                dtype=vae.dtype,
+            )
+        return {"returned": returned, "generator": generator}
+
+    image, video = _conditions().values()
+    requests: list[tuple[str, dict[str, Any], int]] = [
+        ("text to video", {}, 0),
+        ("image to video", {"image": image}, 1),
+        ("video to video", {"video": video}, 5),
+    ]
+    return [
+        selftest.Case(name, functools.partial(run, given), encoded)
+        for name, given, encoded in requests
+    ]
+
+
+def _modular_cases(pipe: Any) -> list[selftest.Case]:
+    """Of the conditioned latent frames; the others are noise to the blocks that read them."""
+    from diffusers.modular_pipelines.modular_pipeline import PipelineState
+
+    def run(step: Any, vae: Any) -> dict[str, Any]:
+        state = PipelineState()
+        for name, value in {**_conditions(), **_SIZE}.items():
+            state.set(name, value)
+        state.set("condition_frame_indexes_vision", [0, 1])
+        state.set("condition_video_keep", "first")
+        step(_with_vae(pipe, vae), state)
+        left = dict(state.values)
+        left[_LATENTS] = left[_LATENTS][:, :, left["vision_condition_frames"]]
+        return left
+
+    encoded = {"Cosmos3ImageVaeEncoderStep": 1, "Cosmos3VideoVaeEncoderStep": 5}
+    return [
+        selftest.Case(name, functools.partial(run, step), encoded[name])
+        for step in _leaves(vars(pipe).get("_blocks"))
+        if (name := type(step).__name__) in encoded
+    ]
 
 
 def _leaves(blocks: Any) -> Iterator[Any]:

@@ -3,54 +3,42 @@
 vLLM-Omni loads `register` from the entry-point group `vllm_omni.general_plugins` in every
 process. The environment variable COSMOS3_FAST chooses the mode:
 
-- `exact` (default) and `off`: nothing is registered. vLLM-Omni 0.30 encodes only the pixel frames
-  that the conditioned latent frames depend on and writes them in place; there is nothing that
-  could be left out without changing a bit.
-- `fast`: the pipeline of `cosmos3_fast.engines.vllm_omni_pipeline` takes the place of the
-  engine's. Single frames go through the folded 2-D encoder; clips stay exact.
+- `exact` (default) and `off`: nothing is changed. Since 0.24 vLLM-Omni encodes only the pixel
+  frames that the conditioned latent frames depend on and writes them in place; there is nothing
+  that could be left out without changing a bit.
+- `fast`: single frames go through networks folded from the VAE; clips stay the engine's.
+
+How: the VAE of the pipeline is accelerated (`cosmos3_fast.vae.accelerated`) after the engine has
+loaded its weights. Normalising, cropping and casting stay the engine's. The base class is patched,
+so that pipelines derived from it are reached too.
 """
 
 from __future__ import annotations
 
-import inspect
+import functools
 import logging
-import re
-from types import ModuleType
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
 
-from cosmos3_fast.engines.common import mode_from_environment
+import torch
+from torch import nn
+
+from cosmos3_fast.engines import selftest
+from cosmos3_fast.engines.common import mode_from_environment, tiny_diffusers_vae, tiny_vae_config
+from cosmos3_fast.engines.releases import Gate
+from cosmos3_fast.vae import accelerated
 
 logger = logging.getLogger(__name__)
 
-ARCHITECTURES = ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline")
-"""What `model_index.json` of a Cosmos3 checkpoint may name; one class serves both."""
-
-KNOWN_VERSIONS = "0.30.x"
-
-_OURS = "cosmos3_fast.engines.vllm_omni_pipeline"
-_ENGINE = "vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3"
-_CLASS = "Cosmos3OmniDiffusersPipeline"
-_PROCESSING = {
-    "pre_process_func_name": "get_cosmos3_pre_process_func",
-    "post_process_func_name": "get_cosmos3_post_process_func",
-    "ir_op_priority_func_name": "get_cosmos3_ir_op_priority_func",
-}
-# What the subclass overrides or calls, and the parameters it relies on.
-_METHODS = {
-    "__init__": ["self", "od_config", "prefix"],
-    "load_weights": ["self", "weights"],
-    "_encode_conditioning_image_latent": ["self", "image_tensor"],
-    "_encode_video_tensor": ["self", "video_tensor", "image_size"],
-    "_to_vae_device": ["self", "tensor", "pin_cpu"],
-    "_crop_latent_to_image_size": ["self", "latent", "image_size"],
-}
+_MARK = "_cosmos3_fast"
+_gate = Gate("vllm-omni")
 
 
 def register() -> None:
-    """Register the pipeline of the mode that COSMOS3_FAST asks for; vLLM-Omni calls this.
+    """Patch the pipeline in the mode that COSMOS3_FAST asks for; vLLM-Omni calls this.
 
-    Does nothing but log a warning where the installed vLLM-Omni is not one that the pipeline is
-    known to fit, or where another plugin has replaced Cosmos3 already. Calling it again changes
-    nothing.
+    A pipeline that is not found gives a warning. Calling it again changes nothing.
 
     Raises:
         ValueError: COSMOS3_FAST holds something else than exact, fast or off.
@@ -60,57 +48,85 @@ def register() -> None:
         logger.info("cosmos3_fast: %s mode, vLLM-Omni's own Cosmos3 pipeline serves", mode)
         return
     try:
-        difference = _difference_from_known()
-    except Exception as error:  # a plugin must not keep other models from being served
-        difference = f"its Cosmos3 pipeline cannot be inspected ({error!r})"
-    if difference is not None:
-        logger.warning(
-            "cosmos3_fast leaves vLLM-Omni's Cosmos3 pipeline as it is: %s; known: vllm-omni %s",
-            difference,
-            KNOWN_VERSIONS,
+        from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import (
+            Cosmos3OmniDiffusersPipeline,
         )
+
+        original = Cosmos3OmniDiffusersPipeline.load_weights
+    except Exception as error:  # a plugin must not keep other models from being served
+        logger.warning("cosmos3_fast leaves vLLM-Omni as it is: no Cosmos3 pipeline: %r", error)
         return
-    from vllm_omni.diffusion import registry
-
-    if all(_registered_module(registry, name) == _OURS for name in ARCHITECTURES):
-        return
-    for name in ARCHITECTURES:
-        registry.register_diffusion_model(name, _OURS, _CLASS, **_PROCESSING)
-    logger.info("cosmos3_fast: fast mode, its Cosmos3 pipeline is registered")
+    if not hasattr(original, _MARK):
+        Cosmos3OmniDiffusersPipeline.load_weights = _adopting(original)
+        logger.info("cosmos3_fast: fast mode, Cosmos3's VAE is accelerated where it is loaded")
 
 
-def _difference_from_known() -> str | None:
-    """What about the installed vLLM-Omni is not as the pipeline needs it; None if nothing is."""
-    from vllm_omni.version import __version__
+def _adopting(original: Callable[..., set[str]]) -> Callable[..., set[str]]:
+    @functools.wraps(original)
+    def load_weights(self: Any, *args: Any, **kwargs: Any) -> set[str]:
+        loaded = original(self, *args, **kwargs)
+        _adopt(self)
+        return loaded
 
-    if not re.match(r"0\.30\.\d", __version__):
-        return f"found vllm-omni {__version__}"
-    found = f"found vllm-omni {__version__}"
-
-    from vllm_omni.diffusion import registry
-    from vllm_omni.diffusion.models.cosmos3 import pipeline_cosmos3
-
-    for name in ARCHITECTURES:
-        module = _registered_module(registry, name)
-        if module not in (_ENGINE, _OURS):
-            return f"{found} with {name} served by {module}"
-    pipeline = getattr(pipeline_cosmos3, _CLASS, None)
-    if pipeline is None:
-        return f"{found} without {_CLASS}"
-    for name, wanted in _METHODS.items():
-        method = getattr(pipeline, name, None)
-        if method is None:
-            return f"{found} without {_CLASS}.{name}"
-        parameters = list(inspect.signature(method).parameters)
-        if parameters != wanted:
-            return f"{found} with {_CLASS}.{name}({', '.join(parameters)})"
-    for name in _PROCESSING.values():
-        if not callable(getattr(pipeline_cosmos3, name, None)):
-            return f"{found} without {name}"
-    return None
+    setattr(load_weights, _MARK, True)
+    return load_weights
 
 
-def _registered_module(registry: ModuleType, architecture: str) -> str | None:
-    """The module that vLLM-Omni's registry would load `architecture` from."""
-    model = registry.DiffusionModelRegistry.models.get(architecture)
-    return getattr(model, "module_name", None)
+def _adopt(pipeline: Any) -> None:
+    """Accelerate the pipeline's VAE, or, where that is done, fold its new weights."""
+    vae = getattr(pipeline, "vae", None)
+    try:
+        if vae is None or not _gate.opens(lambda: _self_test(pipeline)):
+            return
+        if accelerated.is_accelerated(vae):
+            # Loaders write through `.data`, which leaves no trace.
+            accelerated.refresh(vae)
+        else:
+            accelerated.accelerate(vae, "fast")
+    except Exception as error:  # the engine serves without us
+        accelerated.restore(vae)
+        logger.warning("cosmos3_fast leaves the VAE to vLLM-Omni: %s", error)
+
+
+def _self_test(pipeline: Any) -> str | None:
+    """What differs with this package in the pipeline of the vLLM-Omni that is installed."""
+    live, config = pipeline.vae, tiny_vae_config()
+    height, width, frames = 16, 32, 9
+    noise = torch.Generator().manual_seed(0)
+    clip = torch.rand(1, 3, frames, height, width, generator=noise, device="cpu") * 2 - 1
+
+    def make_vae(dtype: torch.dtype) -> Any:
+        vae = tiny_diffusers_vae(type(live), config, pipeline.device, dtype)
+        if hasattr(live, "distributed_executor"):
+            vae.distributed_executor = live.distributed_executor
+        return vae
+
+    def run(prepare: Callable[[Any, torch.Generator], Iterable[Any]], vae: Any) -> dict[str, Any]:
+        cls: Any = type(pipeline)
+        shell = cls.__new__(cls)
+        nn.Module.__init__(shell)
+        shell.device, shell.dtype, shell.vae = pipeline.device, pipeline.dtype, vae
+        shell.vae_scale_factor_temporal = config["scale_factor_temporal"]
+        shell.vae_scale_factor_spatial = config["scale_factor_spatial"]
+        shell.transformer = SimpleNamespace(latent_channel_size=config["z_dim"])
+        generator = torch.Generator(pipeline.device).manual_seed(7)
+        with torch.inference_mode():
+            left = tuple(prepare(shell, generator))
+        return {"returned": left, "generator": generator}
+
+    size = height, width, frames
+
+    def image_to_video(shell: Any, generator: torch.Generator) -> Any:
+        return shell._prepare_latents_i2v(clip[:, :, 0].clone(), *size, generator)
+
+    def video_to_video(indexes: list[int]) -> Callable[[Any, torch.Generator], Any]:
+        return lambda shell, generator: shell._prepare_latents_v2v(
+            clip.clone(), *size, generator, indexes
+        )
+
+    cases = [
+        selftest.Case("image to video", functools.partial(run, image_to_video), 1),
+        selftest.Case("video, first frame", functools.partial(run, video_to_video([0])), 1),
+        selftest.Case("video to video", functools.partial(run, video_to_video([0, 1])), 5),
+    ]
+    return selftest.why_not(make_vae, cases, "fast")

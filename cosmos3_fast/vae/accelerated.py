@@ -51,6 +51,7 @@ Mode = Literal["exact", "fast", "off"]
 MODES: tuple[Mode, ...] = ("exact", "fast", "off")
 
 VAE = TypeVar("VAE")
+Cached = Callable[[Callable[[Any, Tensor], Tensor]], Callable[[Any, Tensor], Tensor]]
 
 _STATE = "_cosmos3_fast"
 _ENCODER = ("encoder", "quant_conv")
@@ -60,6 +61,10 @@ _DECODER = ("decoder", "post_quant_conv")
 _wanted: ContextVar[int | None] = ContextVar("cosmos3_fast_wanted", default=None)
 # Inside a VAE's own code: what it calls of itself, as `super().encode`, is its own too.
 _own: ContextVar[bool] = ContextVar("cosmos3_fast_own", default=False)
+# Called before a VAE's own code runs; None: nothing is.
+_before_own_code: ContextVar[Callable[[], None] | None] = ContextVar(
+    "cosmos3_fast_before_own_code", default=None
+)
 _install_lock = threading.Lock()
 
 
@@ -111,7 +116,21 @@ def wanted_frames(count: int | None) -> Iterator[None]:
         _wanted.reset(token)
 
 
-def accelerate(vae: VAE, mode: str = "fast") -> VAE:
+@contextmanager
+def before_own_code(fetch: Callable[[], None]) -> Iterator[None]:
+    """Inside, `fetch` is called whenever an accelerated VAE is about to run code of its own.
+
+    For an engine that brings the VAE to the device before it encodes: where a folded network
+    serves, which stays on its device, the VAE need not come.
+    """
+    token = _before_own_code.set(fetch)
+    try:
+        yield
+    finally:
+        _before_own_code.reset(token)
+
+
+def accelerate(vae: VAE, mode: str = "fast", cached: Cached | None = None) -> VAE:
     """Let a VAE of the Wan family encode and decode single frames as 2-D networks.
 
     With "fast", `encode` of one frame and `decode` of one latent frame go through networks folded
@@ -119,15 +138,18 @@ def accelerate(vae: VAE, mode: str = "fast") -> VAE:
     log-variance. With "exact", all of it stays the VAE's own code, on fewer frames where
     `wanted_frames` says that fewer are used. Anything else is the VAE's own code, bit for bit.
 
-    Changes of the weights are followed, but for writes through `.data`, after which `refresh` is
-    to be called. Forward hooks, parametrisations, compiled parts, tiling at sizes that exceed a
-    tile, autocast, a gradient that is wanted, weights that are offloaded or stored in 8 bits: the
-    VAE's own code runs, and one warning says why. Calls inside `torch.compile` are the VAE's own.
+    Changes of the weights are followed, but for those that leave no trace: writes through `.data`,
+    or into tensors made in inference mode. After these `refresh` is to be called. Forward hooks,
+    parametrisations, compiled parts, tiling at sizes that exceed a tile, autocast, a gradient that
+    is wanted, weights that are offloaded or stored in 8 bits: the VAE's own code runs, and one
+    warning says why. Calls inside `torch.compile` are the VAE's own.
 
     Args:
         vae: diffusers' AutoencoderKLWan or AutoencoderKLQwenImage, or another with the same
             structure. Changed in place; folding neither moves it nor draws random numbers.
         mode: "fast", "exact" or "off" (as `restore`). Called again it changes the mode.
+        cached: decorates methods `encode(vae, frames)`, as an engine's cache of encodings
+            decorates the VAE's own `encode`.
 
     Returns:
         `vae` itself.
@@ -146,7 +168,7 @@ def accelerate(vae: VAE, mode: str = "fast") -> VAE:
         raise UnsupportedVAEError(f"vae must have an encoder, got {type(plain).__name__} without")
     if not hasattr(plain, "config"):
         raise UnsupportedVAEError(f"vae must have a config, got {type(plain).__name__} without")
-    state = _Acceleration(checked, type(plain))
+    state = _Acceleration(checked, type(plain), cached)
     state.topology(plain)
     if checked == "fast":
         state.fold(plain)
@@ -169,7 +191,7 @@ def restore(vae: VAE) -> VAE:
 
 
 def refresh(vae: VAE) -> VAE:
-    """Fold again at the next use: for weights written through `.data`, which leaves no trace.
+    """Fold again at the next use: for weights that were changed without a trace.
 
     Returns:
         `vae` itself.
@@ -198,8 +220,9 @@ def _state(vae: Any) -> _Acceleration | None:
 class _Acceleration:
     """What an accelerated VAE carries."""
 
-    def __init__(self, mode: Mode, vae_class: type[Any]) -> None:
+    def __init__(self, mode: Mode, vae_class: type[Any], cached: Cached | None = None) -> None:
         self.mode = mode
+        self._cached = cached
         self.last: Encoding | None = None
         self._vae_class = vae_class
         self._config: tuple[Any, EncoderTopology] | None = None
@@ -210,10 +233,10 @@ class _Acceleration:
         _install(vae_class)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Acceleration, (self.mode, self._vae_class)
+        return _Acceleration, (self.mode, self._vae_class, self._cached)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Acceleration:
-        return _Acceleration(self.mode, self._vae_class)
+        return _Acceleration(self.mode, self._vae_class, self._cached)
 
     def refresh(self) -> None:
         """Forget the networks."""
@@ -246,7 +269,7 @@ class _Acceleration:
         for folded in (self._encoder, self._decoder):
             seen = survey(vae, folded.names)
             if seen.obstacle is not None:
-                self.tell(seen.obstacle)
+                self._tell_own(folded, seen.obstacle)
                 continue
             try:
                 device = next(getattr(vae, folded.names[0]).parameters()).device
@@ -289,15 +312,29 @@ class _Acceleration:
             whole_reason = why_not_shortened(vae)
             if whole_reason is None:
                 head = x[:, :, : pixel_frames(wanted)]
-                with as_in_clip(vae, head, total, factor):
-                    out = own(head)
-                returns, parameters = EncodeReturns.of(out)
-                self._report(Encoding("exact", head.shape[2], given, reason))
-                return returns.make(F.pad(parameters, (0, 0, 0, 0, 0, total - wanted)))
+                forms: list[EncodeReturns] = []
+
+                def encode_head(_: Any, frames: Tensor) -> Tensor:
+                    # What is hooked meanwhile is shared with the VAE's other callers.
+                    with self._lock, as_in_clip(vae, frames, total, factor):
+                        out = own(frames)
+                    form, parameters = EncodeReturns.of(out)
+                    forms.append(form)
+                    return parameters
+
+                parameters = self._through_cache(f"encode_head_of_{total}", encode_head, vae, head)
+                returns = forms[0] if forms else self.learn_returns(vae)
+                if returns is not None and parameters.shape[2] == wanted:
+                    self._report(Encoding("exact", head.shape[2], given, reason))
+                    parameters = F.pad(parameters, (0, 0, 0, 0, 0, total - wanted))
+                    return returns.make(parameters, return_dict)
+                whole_reason = f"the first {wanted} latent frames have another form than a clip's"
             self.tell(f"all {given} frames are encoded: {whole_reason}")
             reason = whole_reason
+        with self._lock:
+            out = own(x)
         self._report(Encoding("whole", given, given, reason))
-        return own(x)
+        return out
 
     def decode(self, vae: Any, own: Callable[..., Any], z: Tensor, return_dict: bool) -> Any:
         """What `vae.decode(z)` returns; `own(z)` is the VAE's own code."""
@@ -323,21 +360,36 @@ class _Acceleration:
                 reason = reason or "a gradient is wanted"
         if reason is None and seen is not None:
             weight = getattr(vae, folded.names[0]).conv_in.weight
-            hooked = hasattr(vae, "_hf_hook")
-            if x.dtype != weight.dtype or (x.device != weight.device and not hooked):
+            moved = hasattr(vae, "_hf_hook") or _before_own_code.get() is not None
+            if x.dtype != weight.dtype or (x.device != weight.device and not moved):
                 # The VAE's own code says what is wrong, or copes with it.
                 return None, f"the input is {x.dtype} on {x.device}, the VAE is not"
             try:
                 with self._lock:
                     network = folded.network(vae, seen, x.device)
+
+                def encode_folded(_: Any, frames: Tensor) -> Tensor:
+                    if getattr(vae, "use_slicing", False) and frames.shape[0] > 1:
+                        return torch.cat([network(each) for each in frames.split(1)])
+                    return network(frames)
+
                 with torch.no_grad():
-                    if getattr(vae, "use_slicing", False) and x.shape[0] > 1:
-                        return torch.cat([network(each) for each in x.split(1)]), None
-                    return network(x), None
+                    if folded is self._encoder:
+                        return self._through_cache("encode_folded", encode_folded, vae, x), None
+                    return encode_folded(vae, x), None
             except Exception as error:  # never stop a run that the VAE's own code can make
                 reason = str(error) or repr(error)
-        self.tell(f"the VAE's own {folded.methods[0]} runs: {reason}")
+        self._tell_own(folded, reason)
         return None, reason
+
+    def _through_cache(
+        self, name: str, encode: Callable[[Any, Tensor], Tensor], vae: Any, frames: Tensor
+    ) -> Tensor:
+        """`encode(vae, frames)`; an engine's cache tells methods apart by their names."""
+        if self._cached is None:
+            return encode(vae, frames)
+        encode.__name__ = name
+        return self._cached(encode)(vae, frames)
 
     def learn_returns(self, vae: Any) -> EncodeReturns | None:
         """What `vae.encode` returns, learnt from the smallest frame; None where that fails."""
@@ -348,10 +400,10 @@ class _Acceleration:
             try:
                 weight = next(p for p in vae.encoder.parameters())
                 device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
-                bare = _Bare(vae)
+                bare = _bare(vae)
                 if weight.is_meta:
                     weight = torch.empty(0, device=device or "cpu", dtype=weight.dtype)
-                with torch.no_grad():
+                with torch.no_grad(), self._lock:
                     out = bare.encode(weight.new_zeros(1, 3, 1, edge, edge))
                 returns, parameters = EncodeReturns.of(out)
                 if parameters.shape[1] != 2 * self.topology(vae).z_dim:
@@ -366,6 +418,9 @@ class _Acceleration:
         logger.info(
             "encode: %s, %d of %d frames", encoding.path, encoding.pixel_frames, encoding.of
         )
+
+    def _tell_own(self, folded: _Folded, reason: str | None) -> None:
+        self.tell(f"the VAE's own {folded.methods[0]} runs: {reason}")
 
     def tell(self, message: str) -> None:
         if message not in self._told:
@@ -400,6 +455,9 @@ class _Folded:
         """
         if not same_traces(self._seen, seen.traces):
             self._network, self._refusal = None, None
+            if device.type != "cpu":
+                # An offload's copy of the weights to the host may still be under way.
+                torch.get_device_module(device).synchronize(device)
             try:
                 # Whatever the surroundings are, these are ordinary tensors where they should be.
                 with (
@@ -422,42 +480,25 @@ class _Folded:
 
 
 def _fold_encoder(vae: Any, device: torch.device) -> tuple[Any, EncodeReturns]:
-    bare = _Bare(vae)
+    bare = _bare(vae)
     network = PosteriorEncoder.from_vae(bare, device=device, probe=False)
     return network, probe_posterior(bare, network)
 
 
 def _fold_decoder(vae: Any, device: torch.device) -> tuple[Any, DecodeReturns]:
-    bare = _Bare(vae)
+    bare = _bare(vae)
     network = FrameDecoder.from_vae(bare, device=device)
     weight = vae.decoder.conv_in.weight
-    return network, DecodeReturns.of(bare.decode(weight.new_zeros(1, network.z_dim, 1, 1, 1)))
+    out = bare.decode(weight.new_zeros(1, network.z_dim, 1, 1, 1))
+    return network, DecodeReturns.of(out, weight.dtype)
 
 
-class _Bare:
-    """A VAE with its undecorated methods: no offload hook moves it, no cache answers for it."""
-
-    def __init__(self, vae: Any) -> None:
-        vars(self)["_vae"] = vae
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._vae, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._vae, name, value)
-
-    def encode(self, x: Tensor) -> Any:
-        return self._call("encode", x)
-
-    def decode(self, z: Tensor) -> Any:
-        return self._call("decode", z)
-
-    def _call(self, name: str, x: Tensor) -> Any:
-        token = _own.set(True)
-        try:
-            return inspect.unwrap(getattr(type(self._vae), name))(self._vae, x)
-        finally:
-            _own.reset(token)
+def _bare(vae: Any) -> Any:
+    """The VAE's own code and modules, without what moves, shortens or replaces its methods."""
+    bare = object.__new__(type(vae))
+    hidden = {"_hf_hook", _STATE, "encode", "decode"}
+    vars(bare).update({name: value for name, value in vars(vae).items() if name not in hidden})
+    return bare
 
 
 def _install(vae_class: type[Any]) -> None:
@@ -467,12 +508,23 @@ def _install(vae_class: type[Any]) -> None:
             owner = next((c for c in vae_class.__mro__ if name in vars(c)), None)
             method = None if owner is None else vars(owner)[name]
             if inspect.isfunction(method) and not hasattr(method, _STATE):
-                setattr(owner, name, _inert(method, short_cut))
+                setattr(owner, name, _inert(method, _signature(method, name), short_cut))
 
 
-def _inert(original: Any, short_cut: Callable[..., Any]) -> Any:
+def _signature(method: Any, name: str) -> inspect.Signature:
+    """Of `encode` or `decode`, also where a decorator of the engine's hides it."""
+    signature = inspect.signature(method)
+    kinds = [parameter.kind for parameter in signature.parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return signature
+    first = {"encode": "x", "decode": "z"}[name]
+    plain = {"self": inspect.Parameter.empty, first: inspect.Parameter.empty, "return_dict": True}
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return inspect.Signature([inspect.Parameter(n, kind, default=v) for n, v in plain.items()])
+
+
+def _inert(original: Any, signature: inspect.Signature, short_cut: Callable[..., Any]) -> Any:
     """`original`, but for objects that carry an `_Acceleration`."""
-    signature = inspect.signature(original)
     receiver, first = list(signature.parameters)[:2]
     known = {receiver, first, "return_dict"}
 
@@ -483,19 +535,26 @@ def _inert(original: Any, short_cut: Callable[..., Any]) -> Any:
         state = self.__dict__.get(_STATE)
         if state is None or _own.get():
             return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:  # its own words for it
+            return original(self, *args, **kwargs)
         given = bound.arguments
         x = given.get(first)
 
         def own(tensor: Any) -> Any:
             given[first] = tensor
+            fetch = _before_own_code.get()
+            if fetch is not None:
+                fetch()
             token = _own.set(True)
             try:
                 return original(*bound.args, **bound.kwargs)
             finally:
                 _own.reset(token)
 
-        if not isinstance(x, Tensor) or not given.keys() <= known:
+        others = [value for name, value in given.items() if name not in known]
+        if not isinstance(x, Tensor) or any(value is not None for value in others):
             return own(x)
         return short_cut(state, self, own, x, given.get("return_dict", True))
 

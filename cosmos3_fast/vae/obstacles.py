@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+# Modules whose functions, as a module's `forward`, compute what its class's does: vLLM-Omni binds
+# them where it fuses operations of the VAE.
+_EQUIVALENT_FORWARDS = "vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath"
 # Weights in another dtype are stored for a hook to convert.
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -41,7 +44,7 @@ def survey(vae: Any, names: tuple[str, ...]) -> Survey:
         if not isinstance(module, nn.Module):
             return Survey(f"vae.{name} is no module but a {type(module).__name__}", False, [])
         attributes = module.__dict__
-        obstacle = _obstacle(name, attributes)
+        obstacle = _obstacle(name, attributes) or _why_parallel(name, attributes)
         if obstacle is not None:
             return Survey(obstacle, False, [])
         traces.append((module, None, None))
@@ -72,9 +75,22 @@ def _obstacle(name: str, attributes: dict[str, Any]) -> str | None:
         return f"vae.{name} is parametrized"
     if "_orig_mod" in modules or attributes.get("_compiled_call_impl") is not None:
         return f"vae.{name} is compiled"
-    if "forward" in attributes:
+    forward = attributes.get("forward")
+    if forward is not None and not _module_of(forward).startswith(_EQUIVALENT_FORWARDS):
         return f"vae.{name} has a forward of its own (offloading, casting or compilation)"
     return None
+
+
+def _why_parallel(name: str, attributes: dict[str, Any]) -> str | None:
+    """Ranks that share one frame have to take the same path; SGLang's VAE says so in this way."""
+    parallel = attributes.get("use_parallel_encode") or attributes.get("use_parallel_decode")
+    if parallel and attributes.get("world_size", 1) > 1:
+        return f"vae.{name} works in parallel over ranks"
+    return None
+
+
+def _module_of(function: Any) -> str:
+    return getattr(function, "__module__", None) or ""
 
 
 def same_traces(seen: list[tuple[Any, Any, Any]] | None, now: list[tuple[Any, Any, Any]]) -> bool:
@@ -122,6 +138,9 @@ def why_not_shortened(vae: Any) -> str | None:
             return f"vae.{name} was replaced"
     if getattr(vae, "use_feature_cache", True) is False:
         return "the VAE's feature cache is off"
+    parallel = _why_parallel("encoder", vars(vae.encoder))
+    if parallel is not None:
+        return parallel
     quant_conv = getattr(vae, "quant_conv", None)
     if not isinstance(quant_conv, nn.Module):
         return "the VAE has no quant_conv"

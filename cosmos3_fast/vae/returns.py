@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cosmos3_fast.vae.exact import normalize_latents
@@ -88,14 +89,16 @@ class DecodeReturns:
     Attributes:
         output: class that holds the pixels as `sample`; None where they stand alone.
         in_tuple: they are the only entry of a tuple.
+        dtype: that of the pixels; None: as the latents'.
     """
 
     output: type[Any] | None = None
     in_tuple: bool = False
+    dtype: torch.dtype | None = None
 
     @classmethod
-    def of(cls, out: Any) -> DecodeReturns:
-        """The form of `out`.
+    def of(cls, out: Any, dtype: torch.dtype) -> DecodeReturns:
+        """The form of `out`, decoded from latents of `dtype`.
 
         Raises:
             TypeError: `out` holds no tensor.
@@ -103,14 +106,15 @@ class DecodeReturns:
         in_tuple = isinstance(out, tuple) and len(out) == 1
         inner = out[0] if in_tuple else out
         pixels = getattr(inner, "sample", inner)
-        if isinstance(inner, Tensor):
-            return cls(None, in_tuple)
         if not isinstance(pixels, Tensor):
             raise TypeError(f"vae.decode must return pixels, got {type(inner).__name__}")
-        return cls(type(inner), in_tuple)
+        output = None if pixels is inner else type(inner)
+        return cls(output, in_tuple, None if pixels.dtype == dtype else pixels.dtype)
 
     def make(self, pixels: Tensor, return_dict: bool = True) -> Any:
         """What `vae.decode` returns for these pixels, [B, 3, T, H, W]."""
+        if self.dtype is not None:
+            pixels = pixels.to(self.dtype)
         if self.in_tuple or not return_dict:
             return (pixels,)
         return pixels if self.output is None else self.output(sample=pixels)

@@ -41,8 +41,8 @@ def synthetic_config(
     """`config` with seeded `latents_mean` (about ±0.5) and `latents_std` (0.5 to 1.5)."""
     generator = torch.Generator().manual_seed(seed)
     z_dim = config["z_dim"]
-    mean = torch.randn(z_dim, generator=generator) * 0.5
-    std = torch.rand(z_dim, generator=generator) + 0.5
+    mean = torch.randn(z_dim, generator=generator, device="cpu") * 0.5
+    std = torch.rand(z_dim, generator=generator, device="cpu") + 0.5
     return {
         **config,
         "latents_mean": [round(value, 4) for value in mean.tolist()],
@@ -80,7 +80,7 @@ def synthetic_decoder_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor
 
 
 def _random_tensor(name: str, shape: Shape, generator: torch.Generator) -> Tensor:
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=generator, device="cpu")
     if name.endswith(".gamma"):
         return values.mul_(0.25).add_(1.0)
     if name.endswith(".bias"):

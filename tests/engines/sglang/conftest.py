@@ -12,4 +12,4 @@ if importlib.util.find_spec("sglang") is None:
 else:
     # At these sizes two threads that other processes disturb are ten times slower than one.
     torch.set_num_threads(1)
-    import sglang_stage  # noqa: F401  before any test module imports SGLang
+    import sglang_engine  # noqa: F401  before any test module imports SGLang

@@ -1,16 +1,22 @@
-"""Found by SGLang's own plugin loader, and only where SGLang is the one that is known."""
+"""Found and applied by SGLang's own plugin loader."""
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 
 import pytest
-import sglang
 import torch
 from sglang.multimodal_gen.runtime.platforms import plugins
 from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
-from sglang_stage import Cosmos3LatentPreparationStage, make_batch, make_stage, make_vae, run
+from sglang_engine import (
+    HOOKED,
+    Cosmos3LatentPreparationStage,
+    make_batch,
+    make_stage,
+    make_vae,
+    run,
+    unpatch,
+)
 
 from cosmos3_fast.engines import sglang as engine
 
@@ -27,10 +33,7 @@ def clean(monkeypatch):
     HookRegistry.reset()
     yield before
     plugins._reset_lifecycle_for_tests()
-    HookRegistry.reset()
-    engine._registered = False
-    for name in ("forward", "component_uses"):
-        setattr(Cosmos3LatentPreparationStage, name, before[name])
+    unpatch({name: before.get(name) for name in HOOKED})
 
 
 @pytest.fixture
@@ -57,17 +60,17 @@ def load() -> None:
 def hooked() -> set[str]:
     return {
         name
-        for name in ("forward", "component_uses")
-        if hasattr(vars(Cosmos3LatentPreparationStage)[name], "__wrapped__")
+        for name in HOOKED
+        if hasattr(vars(Cosmos3LatentPreparationStage).get(name), "__wrapped__")
     }
 
 
 @pytest.mark.parametrize(
     ("mode", "hooks"),
     [
-        (None, {"forward"}),
-        ("exact", {"forward"}),
-        (" FAST ", {"forward", "component_uses"}),
+        (None, {"__init__", "forward"}),
+        ("exact", {"__init__", "forward"}),
+        (" FAST ", set(HOOKED)),
         ("off", set()),
     ],
 )
@@ -85,6 +88,7 @@ def test_loaded_this_way_it_works(clean, installed, monkeypatch):
     lines: list[str] = []
     monkeypatch.setattr(type(stage), "log_info", lambda _, message, *args: lines.append(message))
     load()
+    make_stage(stage.vae)
     run(stage, make_batch(video=torch.zeros(1, 3, 17, 32, 48)))
     assert "cosmos3_fast (exact) encoded 5 of 17 pixel frames" in lines
 
@@ -99,37 +103,4 @@ def test_a_misspelt_mode_is_reported_and_hooks_nothing(clean, installed, monkeyp
 def test_registering_again_changes_nothing(clean):
     engine.register()
     engine.register()
-    assert [len(hooks) for hooks in HookRegistry._hooks.values()] == [1]
-
-
-@pytest.mark.parametrize("version", ["0.5.22", "0.5.23.post1", "0.6.0"])
-def test_another_version_is_left_alone(clean, installed, monkeypatch, caplog, version):
-    found = importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: version if name == "sglang" else found(name)
-    )
-    monkeypatch.setenv("COSMOS3_FAST", "fast")
-    load()
-    assert hooked() == set()
-    assert f"found sglang {version}; known: sglang 0.5.23" in caplog.text
-
-
-@pytest.mark.parametrize("name", engine._KNOWN_RELEASES["0.5.23"])
-@pytest.mark.parametrize("change", ["modified", "missing"])
-def test_a_changed_source_is_left_alone(clean, monkeypatch, tmp_path, caplog, name, change):
-    """The same version with one of the files altered or gone."""
-    original = Path(sglang.__file__).parent
-    for file in engine._KNOWN_RELEASES["0.5.23"]:
-        copy = tmp_path / file
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes((original / file).read_bytes())
-    monkeypatch.setattr(engine, "_source_roots", lambda: [str(tmp_path)])
-    assert engine._difference_from_known() is None
-    if change == "modified":
-        (tmp_path / name).write_bytes((tmp_path / name).read_bytes() + b"\n")
-    else:
-        (tmp_path / name).unlink()
-    engine.register()
-    assert dict(HookRegistry._hooks) == {}
-    wording = {"modified": "with a modified", "missing": "without the source file"}[change]
-    assert f"found sglang 0.5.23 {wording} {name}" in caplog.text
+    assert [len(hooks) for hooks in HookRegistry._hooks.values()] == [1, 1]

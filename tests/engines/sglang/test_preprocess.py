@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sglang_stage import (
+from sglang_engine import (
     SERVER_ARGS,
     Cosmos3ImagePreprocessStage,
     make_batch,

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,15 +17,17 @@ from omni_pipeline import (
     EnginePipeline,
     clip,
     frames_through,
+    make_fast,
     make_pipeline,
     make_vae,
     prepared,
+    registered,
 )
 from torch import Tensor, nn
-from vllm_omni.diffusion import registry as engine_registry
+from vllm_omni.diffusion.models.cosmos3 import pipeline_cosmos3
 
-from cosmos3_fast.engines import vllm_omni_pipeline
-from cosmos3_fast.engines.vllm_omni_pipeline import Cosmos3OmniDiffusersPipeline as FastPipeline
+from cosmos3_fast.engines import vllm_omni as adapter
+from cosmos3_fast.vae import accelerated
 from cosmos3_fast.vae.verify import largest, relative_error, rms
 
 BOUND = 1e-5
@@ -35,8 +36,13 @@ CLIPS = [name for name, case in CASES.items() if not case.folded]
 
 
 def both(vae: Any, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
-    """The engine's pipeline and the fast one around the same VAE."""
-    return make_pipeline(EnginePipeline, vae, dtype), make_pipeline(FastPipeline, vae, dtype)
+    """The engine's pipeline and one whose VAE, a copy, is accelerated."""
+    return make_pipeline(EnginePipeline, vae, dtype), make_fast(copy.deepcopy(vae), dtype)
+
+
+def result_dtype(pipeline: Any) -> torch.dtype:
+    """Of the latents; releases since 0.31 have one for sampling."""
+    return getattr(pipeline, "sampling_dtype", pipeline.dtype)
 
 
 def image_latent(pipeline: Any, pixels: Tensor) -> Tensor:
@@ -69,9 +75,8 @@ def test_single_frames_fp32(vae: Any, name: str) -> None:
     pixels = clip(case.pixel_frames)
     with frames_through(vae) as calls:
         wanted = prepared(case, engine, pixels)
-    assert calls == [case.encoded]
-    fast._folded_encoder()
-    with frames_through(vae) as calls:
+    assert sum(calls) == case.encoded
+    with frames_through(fast.vae) as calls:
         got = prepared(case, fast, pixels)
     assert calls == []
     assert_within_bound(got[2], wanted[2])
@@ -92,30 +97,22 @@ def test_clips_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     engine, fast = both(vae)
     pixels = clip(case.pixel_frames)
     wanted = prepared(case, engine, pixels)
-    with frames_through(vae) as calls:
+    with frames_through(fast.vae) as calls:
         got = prepared(case, fast, pixels)
-    assert calls == [case.encoded]
+    assert sum(calls) == case.encoded
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(got, wanted, strict=True))
 
 
 @pytest.mark.parametrize(
     ("mode", "name"), [*(("exact", name) for name in CASES), ("off", "image to video")]
 )
-def test_other_modes_bit_for_bit(
-    registry: Any, monkeypatch: pytest.MonkeyPatch, mode: str, name: str
-) -> None:
-    """What the registry serves after registration, against the class taken before."""
-    from cosmos3_fast.engines.vllm_omni import register
-
-    monkeypatch.setenv("COSMOS3_FAST", mode)
+def test_other_modes_bit_for_bit(mode: str, name: str) -> None:
     case = CASES[name]
     vae = make_vae(torch.bfloat16)
     wanted = prepared(case, make_pipeline(EnginePipeline, vae), clip(case.pixel_frames))
-    register()
-    served = registry.DiffusionModelRegistry._try_load_model_cls("Cosmos3OmniPipeline")
-    with frames_through(vae) as calls:
-        got = prepared(case, make_pipeline(served, vae), clip(case.pixel_frames))
-    assert calls == [case.encoded]
+    with registered(mode), frames_through(vae) as calls:
+        got = prepared(case, make_pipeline(EnginePipeline, vae), clip(case.pixel_frames))
+    assert sum(calls) == case.encoded
     assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
 
 
@@ -128,10 +125,11 @@ def test_half_error_is_no_larger_than_the_engines(dtype: torch.dtype) -> None:
         pixels = clip(1, seed).to(dtype)
         engine, fast = both(vae)
         in_fp64 = make_pipeline(EnginePipeline, copy.deepcopy(vae).double())
+        in_fp64.sampling_dtype = torch.float64
         truth = image_latent(in_fp64, pixels.double())
         assert truth.dtype == torch.float64
         wanted, got = image_latent(engine, pixels), image_latent(fast, pixels)
-        assert got.dtype == wanted.dtype == dtype
+        assert got.dtype == wanted.dtype == result_dtype(engine)
         assert torch.equal(video_latent(fast, pixels), got)
         errors = got.double() - truth, wanted.double() - truth
         assert 0 < rms(errors[0]) <= rms(errors[1])
@@ -151,12 +149,11 @@ def test_pipeline_in_another_dtype_than_the_vae(vae: Any) -> None:
     engine, fast = both(vae, torch.bfloat16)
     for encode in (image_latent, video_latent):
         wanted, got = encode(engine, clip(1)), encode(fast, clip(1))
-        assert got.dtype == wanted.dtype == torch.bfloat16
+        assert got.dtype == wanted.dtype == result_dtype(engine)
         # Both round an fp32 result once: they may differ by one place where it is near a tie.
         assert largest(got.float() - wanted.float()) <= 2**-7 * largest(wanted.float())
-    with torch.no_grad():
-        unrounded = make_pipeline(FastPipeline, vae)._encode_video_tensor(clip(1))
-    assert torch.equal(video_latent(fast, clip(1)), unrounded.bfloat16())
+    unrounded = video_latent(make_fast(copy.deepcopy(vae)), clip(1))
+    assert torch.equal(video_latent(fast, clip(1)), unrounded.to(result_dtype(engine)))
 
 
 def test_video_without_batch_dimension(vae: Any) -> None:
@@ -190,7 +187,7 @@ def test_sizes_that_are_not_whole_cells(
     engine, fast = both(vae)
     with pytest.raises(RuntimeError) as wanted:
         encode(engine, clip(1, 0, *size))
-    with frames_through(vae) as calls, pytest.raises(RuntimeError) as got:
+    with frames_through(fast.vae) as calls, pytest.raises(RuntimeError) as got:
         encode(fast, clip(1, 0, *size))
     assert calls[-1:] == [1]
     assert str(got.value) == str(wanted.value)
@@ -199,9 +196,9 @@ def test_sizes_that_are_not_whole_cells(
 @pytest.mark.parametrize("keep", ["first", "last"])
 @pytest.mark.parametrize("indexes", [[0], [0, 1]])
 def test_conditioning_on_either_end_of_a_clip(vae: Any, keep: str, indexes: list[int]) -> None:
-    """From a user's frames, through the engine's preprocessing as the module exports it."""
+    """From a user's frames, through the engine's preprocessing."""
     config = SimpleNamespace(model_config={"guardrails": False})
-    preprocess = vllm_omni_pipeline.get_cosmos3_pre_process_func(config)
+    preprocess = pipeline_cosmos3.get_cosmos3_pre_process_func(config)
     frames = list(((clip(FRAMES)[0] + 1) * 127.5).byte().permute(1, 2, 3, 0))
     sampling = SimpleNamespace(
         extra_args={"condition_frame_indexes_vision": indexes, "condition_video_keep": keep},
@@ -230,7 +227,7 @@ def test_conditioning_on_either_end_of_a_clip(vae: Any, keep: str, indexes: list
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.pixel_frames > 1])
 def test_which_pixels_matter(vae: Any, name: str) -> None:
     case = CASES[name]
-    fast = make_pipeline(FastPipeline, vae)
+    fast = make_fast(copy.deepcopy(vae))
     pixels = clip(case.pixel_frames)
     before = prepared(case, fast, pixels)
     last_used = min(case.encoded, case.pixel_frames)
@@ -245,20 +242,19 @@ def test_which_pixels_matter(vae: Any, name: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
-def test_tiling_is_not_reproduced(vae: Any) -> None:
-    tiled = copy.copy(vae)
+def test_tiles_are_the_engines(vae: Any, caplog: pytest.LogCaptureFixture) -> None:
+    tiled = copy.deepcopy(vae)
     tiled.enable_tiling(32, 32, 32, 32)
     engine, fast = both(tiled)
-    image, video = clip(1, 0, 48, 80), clip(5, 0, 48, 80)
-    untiled = image_latent(make_pipeline(EnginePipeline, vae), image)
-    assert largest(image_latent(engine, image) - untiled) > 100 * BOUND * largest(untiled)
-    assert_within_bound(image_latent(fast, image), untiled)
-    assert tiled.use_tiling
-    assert not vae.use_tiling
-    # Clips are the engine's, tiles and all.
-    seams = video_latent(engine, video)
-    assert torch.equal(video_latent(fast, video), seams)
-    assert not torch.equal(seams, video_latent(make_pipeline(EnginePipeline, vae), video))
+    for pixels in (clip(1, 0, 48, 80), clip(5, 0, 48, 80)):
+        assert torch.equal(video_latent(fast, pixels), video_latent(engine, pixels))
+    assert "tiling is on" in caplog.text
+    # Without a second tile there is nothing that could differ.
+    with frames_through(fast.vae) as calls:
+        assert_within_bound(
+            video_latent(fast, clip(1, 0, 32, 32)), video_latent(engine, clip(1, 0, 32, 32))
+        )
+    assert calls == []
 
 
 def load_state_dict(vae: Any) -> None:
@@ -270,16 +266,12 @@ def step_in_place(vae: Any) -> None:
         vae.encoder.mid_block.resnets[0].conv1.weight.mul_(1.5)
 
 
-def write_data(vae: Any) -> None:
-    vae.quant_conv.bias.data += 1.0
-
-
 def replace_parameter(vae: Any) -> None:
     conv = vae.encoder.conv_in
     conv.weight = nn.Parameter(conv.weight.detach() * -1, requires_grad=False)
 
 
-@pytest.mark.parametrize("change", [load_state_dict, step_in_place, write_data, replace_parameter])
+@pytest.mark.parametrize("change", [load_state_dict, step_in_place, replace_parameter])
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_changed_weights_are_followed(
     change: Callable[[Any], None], guard: Callable[[], Any]
@@ -288,27 +280,20 @@ def test_changed_weights_are_followed(
     engine, fast = both(vae)
     with guard():
         before = fast._encode_video_tensor(clip(1))
-    change(vae)
+    for each in (vae, fast.vae):
+        change(each)
     wanted = video_latent(engine, clip(1))
     assert largest(wanted - before) > 100 * BOUND * largest(wanted)
     with guard():
         assert_within_bound(fast._encode_video_tensor(clip(1)).clone(), wanted)
 
 
-def test_a_replaced_vae_is_followed(vae: Any) -> None:
-    engine, fast = both(vae)
-    before = image_latent(fast, clip(1))
-    engine.vae = fast.vae = make_vae(seed=6)
-    wanted = image_latent(engine, clip(1))
-    assert largest(wanted - before) > 100 * BOUND * largest(wanted)
-    assert_within_bound(image_latent(fast, clip(1)), wanted)
-
-
 def test_loaded_weights_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Loaders write through `.data`, here one element that no sample of the weights contains."""
-    vae = make_vae()
-    engine, fast = both(vae)
-    before = image_latent(fast, clip(1))
+    """Through the engine's `load_weights`, which writes through `.data`; in a subclass too."""
+
+    class Derived(EnginePipeline):
+        def load_weights(self, weights: Any) -> set[str]:
+            return super().load_weights(weights)
 
     def load(self: Any, weights: Any) -> set[str]:
         for name, tensor in weights:
@@ -316,21 +301,20 @@ def test_loaded_weights_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
         return {name for name, _ in weights}
 
     monkeypatch.setattr(EnginePipeline, "load_weights", load)
+    vae = make_vae()
+    engine, served = make_pipeline(EnginePipeline, vae), make_pipeline(Derived, copy.deepcopy(vae))
     name = "vae.encoder.conv_in.weight"
-    weight = fast.get_parameter(name).clone()
-    weight.view(-1)[-1] += 10.0
-    assert fast.load_weights([(name, weight)]) == {name}
+    weight = served.get_parameter(name).clone()
+    with registered("fast"):
+        assert served.load_weights([(name, weight)]) == {name}
+        before = image_latent(served, clip(1))
+        assert accelerated.last_encoding(served.vae).path == "fast"
+        weight.view(-1)[-1] += 10.0
+        served.load_weights([(name, weight)])
+    engine.get_parameter(name).data.copy_(weight)
     wanted = image_latent(engine, clip(1))
     assert largest(wanted - before) > 100 * BOUND * largest(wanted)
-    assert_within_bound(image_latent(fast, clip(1)), wanted)
-
-
-def test_folding_happens_once(vae: Any) -> None:
-    fast = make_pipeline(FastPipeline, vae)
-    first = fast._folded_encoder()
-    image_latent(fast, clip(1))
-    video_latent(fast, clip(1))
-    assert fast._folded_encoder() is first
+    assert_within_bound(image_latent(served, clip(1)), wanted)
 
 
 def test_state_dict_and_modules_are_the_engines(vae: Any) -> None:
@@ -342,7 +326,7 @@ def test_state_dict_and_modules_are_the_engines(vae: Any) -> None:
 
 def test_modes_of_torch(vae: Any) -> None:
     """The engine serves in inference_mode; what is folded there must serve outside, and back."""
-    fast = make_pipeline(FastPipeline, vae)
+    fast = make_fast(copy.deepcopy(vae))
     with torch.inference_mode():
         first = fast._encode_conditioning_image_latent(clip(1)[:, :, 0])
     assert torch.equal(image_latent(fast, clip(1)), first)
@@ -364,8 +348,10 @@ def test_a_vae_made_in_inference_mode() -> None:
         engine, fast = both(vae)
         wanted = engine._encode_video_tensor(clip(1))
         assert_within_bound(fast._encode_video_tensor(clip(1)), wanted)
-        assert fast._cosmos3_fast[1] is not None
-        vae.encoder.conv_in.bias.mul_(-3)
+        assert accelerated.last_encoding(fast.vae).path == "fast"
+        for each in (vae, fast.vae):
+            each.encoder.conv_in.bias.mul_(-3)
+        accelerated.refresh(fast.vae)
         changed = engine._encode_video_tensor(clip(1))
         assert largest(changed - wanted) > 100 * BOUND * largest(wanted)
         assert_within_bound(fast._encode_video_tensor(clip(1)), changed)
@@ -375,32 +361,29 @@ def test_a_vae_that_cannot_be_folded(caplog: pytest.LogCaptureFixture) -> None:
     vae = make_vae()
     vae.encoder.nonlinearity = nn.ReLU()
     engine, fast = both(vae)
-    with caplog.at_level(logging.WARNING, logger=vllm_omni_pipeline.__name__):
-        for encode in (image_latent, video_latent, image_latent):
-            with frames_through(vae) as calls:
-                assert torch.equal(encode(fast, clip(1)), encode(engine, clip(1)))
-            assert calls == [1, 1]
-    (record,) = [r for r in caplog.records if r.name == vllm_omni_pipeline.__name__]
+    for encode in (image_latent, video_latent, image_latent):
+        with frames_through(fast.vae) as calls:
+            assert torch.equal(encode(fast, clip(1)), encode(engine, clip(1)))
+        assert calls == [1]
+    (record,) = [r for r in caplog.records if r.name == adapter.__name__]
     assert "nonlinearity" in record.getMessage()
-    # Another VAE gets another chance.
-    fast.vae = make_vae(seed=1)
-    fast._folded_encoder()
-    with frames_through(fast.vae) as calls:
-        image_latent(fast, clip(1))
-    assert calls == []
 
 
-def test_the_registrys_own_class_encodes(registry: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cosmos3_fast.engines.vllm_omni import register
-
-    assert registry is engine_registry
-    monkeypatch.setenv("COSMOS3_FAST", "fast")
-    register()
+def test_forwards_that_the_engine_fuses_do_not_keep_it_from_folding(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As its fast path for Wan does on CUDA: a function of its own bound as a module's forward."""
     vae = make_vae()
-    for architecture in ("Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"):
-        served = registry.DiffusionModelRegistry._try_load_model_cls(architecture)
-        pipeline = make_pipeline(served, vae)
-        pipeline._folded_encoder()
-        with frames_through(vae) as calls:
-            prepared(CASES["image to video"], pipeline, clip(1))
-        assert calls == []
+    conv = vae.encoder.conv_in
+
+    def forward(self: Any, x: Tensor, *args: Any) -> Tensor:
+        return type(self).forward(self, x, *args)
+
+    forward.__module__ = "vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath.install"
+    monkeypatch.setattr(conv, "forward", MethodType(forward, conv), raising=False)
+    pipeline = make_fast(vae)
+    image_latent(pipeline, clip(1))
+    assert accelerated.last_encoding(vae).path == "fast"
+    forward.__module__ = "somewhere.else"
+    image_latent(pipeline, clip(1))
+    assert accelerated.last_encoding(vae).path == "whole"

@@ -5,6 +5,7 @@ Importing this module makes `sglang.multimodal_gen` importable without a GPU.
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,11 +37,18 @@ from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry  # noqa
 from sglang.multimodal_gen.runtime.server_args import set_global_server_args  # noqa: E402
 
 from cosmos3_fast.engines import sglang as engine  # noqa: E402
+from cosmos3_fast.vae import accelerated  # noqa: E402
 from cosmos3_fast.vae.synthetic import (  # noqa: E402
     COSMOS3_VAE_CONFIG,
     synthetic_config,
     synthetic_state_dict,
 )
+
+RELEASE = tuple(int(part) for part in importlib.metadata.version("sglang").split(".")[:3])
+PADS_CLIPS = RELEASE >= (0, 5, 23)
+"""Whether the stage itself repeats the last frame of a clip that is too short."""
+CLEARS_PIXELS = RELEASE >= (0, 5, 23)
+"""Whether the stage drops the request's pixels, which the next one reads in older releases."""
 
 SERVER_ARGS = SimpleNamespace(comfyui_mode=False, enable_layerwise_nvtx_marker=False)
 set_global_server_args(SERVER_ARGS)
@@ -137,31 +145,63 @@ def outputs(batch: Req) -> dict[str, Any]:
     return found
 
 
+HOOKED = ("__init__", "forward", "component_uses", "use_declared_component")
+
+
 @contextmanager
 def patched(mode: str) -> Iterator[None]:
-    """SGLang with this package's plugin registered and applied by SGLang's own registry."""
-    before = {
-        name: vars(Cosmos3LatentPreparationStage)[name] for name in ("forward", "component_uses")
-    }
+    """SGLang with this package's plugin registered and applied by SGLang's own registry.
+
+    VAEs that were accelerated inside are plain again behind it.
+    """
+    before = {name: vars(Cosmos3LatentPreparationStage).get(name) for name in HOOKED}
+    accelerate, seen = accelerated.accelerate, []
+
+    def remembering(vae: Any, *args: Any) -> Any:
+        seen.append(vae)
+        return accelerate(vae, *args)
+
+    accelerated.accelerate = remembering
     os.environ["COSMOS3_FAST"] = mode
     try:
         engine.register()
         HookRegistry.apply_hooks()
         yield
     finally:
+        accelerated.accelerate = accelerate
+        for vae in seen:
+            accelerated.restore(vae)
         del os.environ["COSMOS3_FAST"]
-        HookRegistry.reset()
-        engine._registered = False
-        for name, value in before.items():
+        unpatch(before)
+
+
+def unpatch(before: dict[str, Any]) -> None:
+    """The stage's class with the methods `before`, and nothing registered."""
+    HookRegistry.reset()
+    engine._registered = False
+    for name, value in before.items():
+        if value is not None:
             setattr(Cosmos3LatentPreparationStage, name, value)
+        elif name in vars(Cosmos3LatentPreparationStage):
+            delattr(Cosmos3LatentPreparationStage, name)
 
 
 @contextmanager
 def pixel_frames_encoded(vae: AutoencoderKLWan) -> Iterator[list[int]]:
-    """Frames of each chunk of pixels that reaches the encoder's first convolution."""
+    """Frames of each chunk of pixels that reaches the encoder's first convolution.
+
+    Counted in a class of its own, because a hook would be a reason not to fold the encoder.
+    """
     seen: list[int] = []
-    handle = vae.encoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+    conv = vae.encoder.conv_in
+    own = type(conv)
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append(x.shape[2])
+        return own.forward(self, x, *args, **kwargs)
+
+    conv.__class__ = type(own.__name__, (own,), {"forward": forward})
     try:
         yield seen
     finally:
-        handle.remove()
+        conv.__class__ = own
