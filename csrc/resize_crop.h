@@ -65,6 +65,7 @@ inline const Filter* find_filter(const std::string& name) {
 // One direction of a resize: output i is the weighted sum of source elements
 // begin + starts[i] + (0 … taps - 1).
 struct Axis {
+  bool resized;  // Pillow leaves out the pass of a size that stays; a weight of 1 keeps the bytes
   int64_t begin, end;  // the source elements that the outputs take
   int64_t taps;
   std::vector<int32_t> starts;
@@ -81,9 +82,8 @@ struct Axis {
 // Of outputs first … first + count - 1 when `in` elements become `out`. Formulas and their order of
 // operations are those of Pillow, so that every weight is its weight to the bit.
 inline Axis axis_of(int64_t in, int64_t out, int64_t first, int64_t count, const Filter& filter) {
-  Axis axis{0, 0, 1, std::vector<int32_t>(count), {}};
-  if (in == out || count == 0) {
-    // Pillow leaves out the pass of a size that stays; a weight of 1 gives the same bytes.
+  Axis axis{in != out, 0, 0, 1, std::vector<int32_t>(count), {}};
+  if (!axis.resized) {
     for (int64_t i = 0; i < count; ++i) {
       axis.starts[i] = static_cast<int32_t>(i);
     }

@@ -158,15 +158,17 @@ int64_t rounded_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
 }
 
-// The resize of one image, and the memory that a thread needs for it.
+// The passes that one resize takes, and the memory that a thread needs for them.
 class Resize {
  public:
+  // `pitch`: bytes from a source row to the next.
   Resize(const Axis& columns, const Axis& rows, int64_t pitch, bool vertical_first)
       : columns_{columns.starts.data(), columns.weights.data(), columns.outputs(), columns.taps},
         rows_{rows.starts.data(), rows.weights.data(), rows.outputs(), rows.taps},
-        offset_(rows.begin * pitch + 3 * columns.begin),
-        pitch_(pitch),
-        vertical_first_(vertical_first) {
+        along_(columns.resized),
+        across_(rows.resized || !columns.resized),
+        vertical_first_(vertical_first),
+        pitch_(pitch) {
     const int64_t source_columns = columns.end - columns.begin;
     for (int64_t y = 0; y < rows_.outputs; ++y) {
       span_ = std::max(span_, rows_.span(y, std::min(y + kRows, rows_.outputs)));
@@ -193,19 +195,55 @@ class Resize {
     return scratch_bytes_;
   }
 
-  // Rows [first, last) of the crop, whose row 0 is at `to`.
-  void run(const uint8_t* image, int64_t first, int64_t last, uint8_t* scratch, uint8_t* to) const {
-    if (vertical_first_) {
-      across_then_along(image + offset_, first, last, scratch, to);
-    } else {
-      along_then_across(image + offset_, first, last, scratch, to);
+  // Rows [first, last) of the crop, whose row 0 is at `to`; `source` is where the first row begins
+  // that the outputs take.
+  void run(const uint8_t* source, int64_t first, int64_t last, uint8_t* scratch,
+           uint8_t* to) const {
+    auto source_row = [&](int64_t row) { return source + row * pitch_; };
+    // A ring: rows that no output needs any more make room for the next ones.
+    auto between_row = [&](int64_t row) {
+      return scratch + between_at_ + row % between_rows_ * between_length_;
+    };
+    const int64_t end = rows_.starts[last - 1] + rows_.taps;
+    int64_t made = rows_.starts[first];
+    for (int64_t y = first; y < last; y += kRows) {
+      const int64_t count = std::min(kRows, last - y);
+      uint8_t* wanted[kRows];
+      const uint8_t* from[kRows];
+      uint8_t* between[kRows];
+      for (int64_t r = 0; r < kRows; ++r) {
+        // What is made of a row again, where kRows are not left, is for nobody.
+        wanted[r] = r < count ? to + (y + r) * length_ : scratch + spare_at_ + r * length_;
+      }
+      if (!along_) {
+        across(y, count, length_, source_row, scratch, wanted);
+      } else if (!across_ || vertical_first_) {
+        for (int64_t r = 0; r < kRows; ++r) {
+          between[r] = between_row(r);
+          const int64_t taken = std::min(r, count - 1);
+          from[r] = across_ ? between_row(taken) : source_row(rows_.starts[y + taken]);
+        }
+        if (across_) {
+          across(y, count, between_length_, source_row, scratch, between);
+        }
+        along(from, scratch, wanted);
+      } else {
+        for (; made < rows_.starts[y + count - 1] + rows_.taps; made += kRows) {
+          for (int64_t r = 0; r < kRows; ++r) {
+            from[r] = source_row(std::min(made + r, end - 1));
+            between[r] = between_row(made + r);
+          }
+          along(from, scratch, between);
+        }
+        across(y, count, length_, between_row, scratch, wanted);
+      }
     }
   }
 
  private:
   Windows columns_, rows_;
-  int64_t offset_, pitch_;
-  bool vertical_first_;
+  bool along_, across_, vertical_first_;
+  int64_t pitch_;
   int64_t span_ = 0;  // source rows that kRows outputs take
   int64_t tile_columns_;
   int64_t length_;                         // bytes of a row of the crop
@@ -220,59 +258,19 @@ class Resize {
             scratch + more_bytes_at_};
   }
 
-  // `row(i)` is where row i of those that the outputs take lies.
+  void along(const uint8_t* const* from, uint8_t* scratch, uint8_t* const* to) const {
+    along_rows(from, columns_, tile_columns_, tile(scratch), to);
+  }
+
+  // Outputs y … y + count - 1, from rows of `length` bytes of which `row(i)` is the i-th.
   template <typename Row>
-  void across(int64_t first, int64_t last, int64_t length, const Row& row, uint8_t* scratch,
+  void across(int64_t y, int64_t count, int64_t length, const Row& row, uint8_t* scratch,
               uint8_t* const* to) const {
     auto** taken = reinterpret_cast<const uint8_t**>(scratch + pointers_at_);
-    for (int64_t i = 0; i < rows_.span(first, last); ++i) {
-      taken[i] = row(rows_.starts[first] + i);
+    for (int64_t i = 0; i < rows_.span(y, y + count); ++i) {
+      taken[i] = row(rows_.starts[y] + i);
     }
-    across_rows(taken, rows_, first, last, length, tile(scratch), to);
-  }
-
-  void along_then_across(const uint8_t* image, int64_t first, int64_t last, uint8_t* scratch,
-                         uint8_t* to) const {
-    // A ring: rows that no output needs any more make room for the next ones.
-    auto slot = [&](int64_t row) {
-      return scratch + between_at_ + row % between_rows_ * between_length_;
-    };
-    const int64_t end = rows_.starts[last - 1] + rows_.taps;
-    int64_t made = rows_.starts[first];
-    for (int64_t y = first; y < last; y += kRows) {
-      const int64_t next = std::min(y + kRows, last);
-      for (; made < rows_.starts[next - 1] + rows_.taps; made += kRows) {
-        const uint8_t* from[kRows];
-        uint8_t* slots[kRows];
-        for (int64_t r = 0; r < kRows; ++r) {
-          from[r] = image + std::min(made + r, end - 1) * pitch_;
-          slots[r] = slot(made + r);
-        }
-        along_rows(from, columns_, tile_columns_, tile(scratch), slots);
-      }
-      uint8_t* wanted[kRows];
-      for (int64_t r = 0; r < next - y; ++r) {
-        wanted[r] = to + (y + r) * length_;
-      }
-      across(y, next, length_, slot, scratch, wanted);
-    }
-  }
-
-  void across_then_along(const uint8_t* image, int64_t first, int64_t last, uint8_t* scratch,
-                         uint8_t* to) const {
-    auto row = [&](int64_t index) { return image + index * pitch_; };
-    for (int64_t y = first; y < last; y += kRows) {
-      const int64_t next = std::min(y + kRows, last);
-      uint8_t* slots[kRows];
-      uint8_t* wanted[kRows];
-      for (int64_t r = 0; r < kRows; ++r) {
-        // The last rows again where kRows are not left; for nobody.
-        slots[r] = scratch + between_at_ + std::min(r, next - y - 1) * between_length_;
-        wanted[r] = y + r < next ? to + (y + r) * length_ : scratch + spare_at_ + r * length_;
-      }
-      across(y, next, between_length_, row, scratch, slots);
-      along_rows(slots, columns_, tile_columns_, tile(scratch), wanted);
-    }
+    across_rows(taken, rows_, y, y + count, length, tile(scratch), to);
   }
 };
 
@@ -290,10 +288,12 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
         axis_of(image.size(rank - 2), size[1], wanted.left, wanted.width, chosen),
         axis_of(image.size(rank - 3), size[0], wanted.top, wanted.height, chosen));
   });
+  Tensor source = torch::stable::narrow(image, rank - 3, rows.begin, rows.end - rows.begin);
+  source = torch::stable::narrow(source, rank - 2, columns.begin, columns.end - columns.begin);
   // The kernels take pixels that follow each other.
-  const bool dense = image.stride(rank - 1) == 1 && image.stride(rank - 2) == 3;
-  const Tensor source =
-      dense ? image : allocating(op, [&] { return torch::stable::contiguous(image); });
+  if (source.stride(rank - 1) != 1 || source.stride(rank - 2) != 3) {
+    source = allocating(op, [&] { return torch::stable::contiguous(source); });
+  }
   const Resize resize(columns, rows, source.stride(rank - 3), vertical_first);
   // Of a strip, rows that it shares with the one before are made twice: one strip per thread.
   const int64_t lines = batch * wanted.height;
