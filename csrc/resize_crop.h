@@ -8,7 +8,11 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <iterator>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "checks.h"
@@ -74,14 +78,11 @@ struct Axis {
   int64_t outputs() const {
     return static_cast<int64_t>(starts.size());
   }
-  const int32_t* weights_of(int64_t output) const {
-    return weights.data() + output * taps;
-  }
 };
 
 // Of outputs first … first + count - 1 when `in` elements become `out`. Formulas and their order of
 // operations are those of Pillow, so that every weight is its weight to the bit.
-inline Axis axis_of(int64_t in, int64_t out, int64_t first, int64_t count, const Filter& filter) {
+inline Axis make_axis(int64_t in, int64_t out, int64_t first, int64_t count, const Filter& filter) {
   Axis axis{in != out, 0, 0, 1, std::vector<int32_t>(count), {}};
   if (!axis.resized) {
     for (int64_t i = 0; i < count; ++i) {
@@ -108,7 +109,8 @@ inline Axis axis_of(int64_t in, int64_t out, int64_t first, int64_t count, const
     axis.taps = std::max(axis.taps, window_end(i) - window_begin(i));
   }
   axis.weights.resize(count * axis.taps);
-  torch::stable::parallel_for(0, count, 32, [&](int64_t from, int64_t to) {
+  const int64_t worth_a_thread = 1 + 8192 / axis.taps;
+  torch::stable::parallel_for(0, count, worth_a_thread, [&](int64_t from, int64_t to) {
     std::vector<double> shares(axis.taps);
     for (int64_t i = from; i < to; ++i) {
       const int64_t begin = window_begin(i), size = window_end(i) - begin;
@@ -129,6 +131,29 @@ inline Axis axis_of(int64_t in, int64_t out, int64_t first, int64_t count, const
       }
     }
   });
+  return axis;
+}
+
+// As make_axis. The last few of a thread are kept: pictures of one size come one after the other,
+// and the sines of a small one take longer than its bytes.
+inline std::shared_ptr<const Axis> axis_of(int64_t in, int64_t out, int64_t first, int64_t count,
+                                           const Filter& filter) {
+  constexpr size_t kKept = 4, kLargestKept = size_t{1} << 18;
+  using Key = std::tuple<int64_t, int64_t, int64_t, int64_t, const Filter*>;
+  static thread_local std::vector<std::pair<Key, std::shared_ptr<const Axis>>> kept;
+  const Key key{in, out, first, count, &filter};
+  for (const auto& [each, axis] : kept) {
+    if (each == key) {
+      return axis;
+    }
+  }
+  auto axis = std::make_shared<const Axis>(make_axis(in, out, first, count, filter));
+  if (axis->resized && axis->weights.size() <= kLargestKept) {
+    if (kept.size() == kKept) {
+      kept.erase(kept.begin());
+    }
+    kept.emplace_back(key, axis);
+  }
   return axis;
 }
 

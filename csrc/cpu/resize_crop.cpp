@@ -283,11 +283,12 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
   const int64_t batch = rank == 4 ? image.size(0) : 1;
   // First of all: a result that no machine holds fails here.
   Tensor out = allocating(op, [&] { return empty_crop(image, wanted); });
-  const auto [columns, rows] = allocating(op, [&] {
+  const auto [kept_columns, kept_rows] = allocating(op, [&] {
     return std::make_pair(
         axis_of(image.size(rank - 2), size[1], wanted.left, wanted.width, chosen),
         axis_of(image.size(rank - 3), size[0], wanted.top, wanted.height, chosen));
   });
+  const Axis &columns = *kept_columns, &rows = *kept_rows;
   Tensor source = torch::stable::narrow(image, rank - 3, rows.begin, rows.end - rows.begin);
   source = torch::stable::narrow(source, rank - 2, columns.begin, columns.end - columns.begin);
   // The kernels take pixels that follow each other.

@@ -125,10 +125,11 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
   }
   Tensor source = image.dim() == 3 ? torch::stable::unsqueeze(image, 0) : image;
   const int64_t batch = source.size(0);
-  const auto [columns, rows] = allocating(op, [&] {
+  const auto [kept_columns, kept_rows] = allocating(op, [&] {
     return std::make_pair(axis_of(source.size(2), size[1], wanted.left, wanted.width, chosen),
                           axis_of(source.size(1), size[0], wanted.top, wanted.height, chosen));
   });
+  const Axis &columns = *kept_columns, &rows = *kept_rows;
   source = torch::stable::narrow(source, 1, rows.begin, rows.end - rows.begin);
   source = torch::stable::narrow(source, 2, columns.begin, columns.end - columns.begin);
   const auto [column_table, row_table] =
