@@ -17,9 +17,10 @@ namespace {
 // Rows that a pass takes, or makes, at a time.
 constexpr int64_t kRows = 8;
 // Source columns that the pass along rows takes at a time, and bytes of a row that the one across
-// rows does: what they are widened to stays in the first-level cache.
-constexpr int64_t kColumns = 192;
+// rows does: what they are widened to stays in the cache.
+constexpr int64_t kColumns = 384;
 constexpr int64_t kBlock = 64;
+constexpr double kProductsOfAStrip = 1 << 20;
 
 // A sum of weighted bytes, rounded and clamped.
 COSMOS3_INLINE uint8_t to_byte(uint32_t sum) {
@@ -296,10 +297,15 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
     source = allocating(op, [&] { return torch::stable::contiguous(source); });
   }
   const Resize resize(columns, rows, source.stride(rank - 3), vertical_first);
-  // Of a strip, rows that it shares with the one before are made twice: one strip per thread.
+  // Of a strip, rows that it shares with the one before are made twice: at most one per thread, and
+  // none for a picture that takes less time than a thread takes to wake up.
   const int64_t lines = batch * wanted.height;
+  const double products =
+      3.0 * batch * wanted.width *
+      (static_cast<double>(rows.end - rows.begin) * columns.taps + wanted.height * rows.taps);
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t strips = std::clamp<int64_t>(lines / kRows, 1, threads);
+  const int64_t worth = static_cast<int64_t>(std::min(products / kProductsOfAStrip, 1e9));
+  const int64_t strips = std::clamp<int64_t>(std::min(lines / kRows, worth), 1, threads);
   const int64_t scratch_bytes = resize.scratch_bytes();
   Tensor scratch =
       allocating(op, [&] { return torch::stable::new_empty(image, {strips * scratch_bytes}); });
