@@ -1,6 +1,6 @@
 """`cosmos3::resize_crop`: the crop of a resized picture, every byte as Pillow has it.
 
-Kernels: `csrc/cpu/resize_crop.cpp`.
+Kernels: `csrc/cpu/resize_crop.cpp` and `csrc/cuda/resize_crop.cu`.
 """
 
 from __future__ import annotations
@@ -61,19 +61,22 @@ def vertical_first_in_pillow(image_size: Sequence[int], size: Sequence[int]) -> 
     Args:
         image_size, size: height and width before and after.
     """
-    # Where the faults of the sizes are told.
-    if not _pillow_chooses() or len(image_size) != 2 or len(size) != 2:
-        return False
-    fewer_rows, fewer_columns = image_size[0] - size[0], image_size[1] - size[1]
-    return fewer_rows > 0 and fewer_rows > 2 * fewer_columns
+    if len(image_size) != 2 or len(size) != 2:
+        return False  # the op says what is wrong
+    (rows, columns), (height, width) = image_size, size
+    if _pillow_release() >= (13, 0):
+        return rows > height and rows - height > 2 * (columns - width)
+    if _pillow_release() >= (12, 2):
+        return rows > height and rows > 100 * columns
+    return False
 
 
 @functools.cache
-def _pillow_chooses() -> bool:
-    """Since its release 13; before, the horizontal pass always came first."""
+def _pillow_release() -> tuple[int, int]:
     import PIL
 
-    return int(PIL.__version__.split(".")[0]) >= 13
+    major, minor = PIL.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 def resize_crop_reference(

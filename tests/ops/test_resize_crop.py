@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,8 @@ from cosmos3_fast.ops import registry
 from cosmos3_fast.ops.resize_crop import FILTERS
 
 OP = torch.ops.cosmos3.resize_crop
+# The module, whose name the package gives to the op.
+resize_crop = importlib.import_module("cosmos3_fast.ops.resize_crop")
 # There is no Triton kernel.
 BACKENDS = ("cpp", "eager")
 
@@ -87,6 +90,19 @@ def test_each_order_of_the_passes(size: tuple[int, int], filter: str, backend: s
             assert torch.equal(got.cpu(), torch.from_numpy(part.copy()))
         results.append(wanted)
     assert not np.array_equal(*results), "the order must show, or this tests nothing"
+
+
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [((9, 3), "0000"), ((12, 1), "0000"), ((12, 2), "1000"), ((13, 0), "1011"), ((14, 1), "1011")],
+)
+def test_the_order_of_each_release_of_pillow(
+    release: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Read from their sources; that of the one installed shows in the tests against it."""
+    monkeypatch.setattr(resize_crop, "_pillow_release", lambda: release)
+    sizes = [((505, 5), (90, 40)), ((505, 5), (600, 40)), ((100, 90), (60, 90)), ((99, 9), (60, 8))]
+    assert "".join(str(int(resize_crop.vertical_first_in_pillow(*s))) for s in sizes) == expected
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
