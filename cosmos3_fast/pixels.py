@@ -34,9 +34,9 @@ Keep = Literal["first", "last"]
 
 # How far rounding and interpolation may carry a float picture out of [-1, 1]; clipped.
 _OVERSHOOT = 1e-3
-# Bytes of a picture that leave Pillow at a time: so few stay in the cache, while fresh memory for
-# all of a photograph takes longer than resizing it.
-_BAND = 1 << 20
+# Bytes of a picture that leave Pillow at a time: so few stay in the cache and are not mapped anew
+# for each band; fresh memory for all of a photograph takes longer than resizing it.
+_BAND = 1 << 19
 
 
 def load_pixels(
