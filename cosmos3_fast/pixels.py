@@ -34,9 +34,11 @@ Keep = Literal["first", "last"]
 
 # How far rounding and interpolation may carry a float picture out of [-1, 1]; clipped.
 _OVERSHOOT = 1e-3
-# Bytes of a picture that leave Pillow at a time: so few stay in the cache and are not mapped anew
-# for each band; fresh memory for all of a photograph takes longer than resizing it.
+# Bytes of a picture that leave Pillow at a time: memory for so few is not mapped anew each time.
 _BAND = 1 << 19
+# Bytes that are resized at a time: mapping memory for all of a photograph takes longer than
+# resizing it, and so does waiting for threads that other processes keep busy once per band.
+_PART = 1 << 23
 
 
 def load_pixels(
@@ -256,19 +258,18 @@ def _resized(
     where = device if there else torch.device("cpu")
     if isinstance(image, torch.Tensor):
         return ops.resize_crop(image.to(where), size, crop).to(device)
-    band = _BAND // (3 * columns) + 1
-    if where.type == "cpu" and band < rows and not vertical_first_in_pillow((rows, columns), size):
-        return _resized_in_bands(image, size, crop, band).to(device)
+    part = _PART // (3 * columns) + 1
+    if where.type == "cpu" and part < rows and not vertical_first_in_pillow((rows, columns), size):
+        return _resized_in_parts(image, size, crop, part).to(device)
     pixels = torch.empty(rows, columns, 3, dtype=torch.uint8, device=where)
-    for top in range(0, rows, band):
-        pixels[top : top + band] = _rows(image, top, min(top + band, rows))
+    _copy_rows(pixels, image, 0)
     return ops.resize_crop(pixels, size, crop).to(device)
 
 
-def _resized_in_bands(
-    image: Image, size: tuple[int, int], crop: tuple[int, int, int, int], band: int
+def _resized_in_parts(
+    image: Image, size: tuple[int, int], crop: tuple[int, int, int, int], part: int
 ) -> torch.Tensor:
-    """`resize_crop` of a picture: its horizontal pass, `band` rows at a time, and its vertical."""
+    """`resize_crop` of a picture: its horizontal pass, `part` rows at a time, and its vertical."""
     top, left, height, width = crop
     scale = image.height / size[0]
     # Lanczos reaches 3 rows, or 3 of the result's where those are larger; and one for rounding.
@@ -277,17 +278,24 @@ def _resized_in_bands(
     last = min(math.ceil((top + height - 0.5) * scale + reach), image.height)
     # Rows before the first and after the last are never touched, nor is their memory.
     narrow = torch.empty(image.height, width, 3, dtype=torch.uint8, device="cpu")
-    for y in range(first, last, band):
-        count = min(band, last - y)
-        rows = _rows(image, y, y + count)
+    pixels = torch.empty(part, image.width, 3, dtype=torch.uint8, device="cpu")
+    for y in range(first, last, part):
+        rows = pixels[: last - y]
+        _copy_rows(rows, image, y)
+        count = rows.shape[0]
         narrow[y : y + count] = ops.resize_crop(rows, (count, size[1]), (0, left, count, width))
     return ops.resize_crop(narrow, (size[0], width), (top, 0, height, width))
 
 
-def _rows(image: Image, first: int, last: int) -> torch.Tensor:
+def _copy_rows(pixels: torch.Tensor, image: Image, top: int) -> None:
+    """Rows of a picture from `top` on to uint8 [rows,W,3]."""
     import numpy as np
 
-    return torch.from_numpy(np.array(image.crop((0, first, image.width, last))))
+    band = _BAND // (3 * image.width) + 1
+    for y in range(0, pixels.shape[0], band):
+        below = min(y + band, pixels.shape[0])
+        rows = image.crop((0, top + y, image.width, top + below))
+        pixels[y:below] = torch.from_numpy(np.array(rows))
 
 
 def _float_pixels(array: torch.Tensor, height: int, width: int, kept: slice) -> torch.Tensor:

@@ -110,11 +110,12 @@ def test_extreme_aspect_ratios_are_pillow_s_to_the_bit(width, height):
 
 
 @pytest.mark.parametrize(("width", "height"), [(100, 90), (61, 200), (200, 61), (130, 401)])
-def test_bands_of_a_picture_give_all_of_it(width, height, monkeypatch):
+def test_parts_of_a_picture_give_all_of_it(width, height, monkeypatch):
     image = Image.fromarray(noise(height, width, 3))
     for size in ((48, 80), (80, 48), (120, 130)):
-        for band in (1, 3 * width * 7, 3 * width * 64):
-            monkeypatch.setattr(pixels, "_BAND", band)
+        for rows, part in ((1, 1), (3, 7), (64, 10), (9, 64)):
+            monkeypatch.setattr(pixels, "_BAND", 3 * width * (rows - 1))
+            monkeypatch.setattr(pixels, "_PART", 3 * width * (part - 1))
             assert torch.equal(load_frames(image, *size), covering(image, *size))
 
 
