@@ -24,8 +24,8 @@ def resize_crop(
     size: Sequence[int],
     crop: Sequence[int],
     filter: str = "lanczos",
-    *,
     vertical_first: bool | None = None,
+    *,
     backend: str | None = None,
 ) -> Tensor:
     """A part of the resized image, at the cost of that part.
