@@ -31,7 +31,10 @@ TORCH_TARGET = "2.10"
 TORCH_TARGET_MACRO = "0x020A000000000000"
 
 CXX_FLAGS = ["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-Wall"]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-fmad=false", "--threads=2", "-Xptxas=-v,--warn-on-spills"]
+NVCC_FLAGS = [
+    *("-O3", "-std=c++17", "-fmad=false", "-Xcompiler=-ffp-contract=off"),
+    *("--threads=2", "-Xptxas=-v,--warn-on-spills"),
+]
 STABLE_ABI = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_MACRO}", "-DTORCH_STABLE_ONLY"]
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.paths import ONE_FRAME, OURS, all_frames
+from benchmarks.suites import pixels
 from benchmarks.suites.op import COPY, USUAL_CASES
 
 Result = dict[str, Any]
@@ -55,6 +56,13 @@ def _goals(result: Result) -> Iterator[Goal]:
             case "stage", case, baseline if baseline == all_frames(17):
                 name = f"stage {case}, {row['dtype']}: speed against {baseline}"
                 yield Goal(name, row["speedup"], "at least", 70)
+            case "pixels", "1280x1920 to 480x832" as case, pixels.PILLOW:
+                yield Goal(f"picture {case}: speed against Pillow", row["speedup"], "at least", 8)
+            case "pixels", "1280x1920 to 480x832, 1 thread" as case, pixels.PILLOW:
+                yield Goal(f"picture {case}: speed against Pillow", row["speedup"], "at least", 4)
+            case "pixels", case, pixels.DECODE if "3024x4032" in case:
+                name = f"{case}: time against {pixels.DECODE}"
+                yield Goal(name, 1 / row["speedup"], "at most", 1.3)
     figures = result.get("engines", {}).get("diffusers", {})
     for row in figures.get("rows", []):
         if (row["request"], row["mode"], figures.get("num_frames")) == ("I2V", "fast", 17):

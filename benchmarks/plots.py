@@ -25,7 +25,7 @@ COLORS = {
 WHOLE_CLIP = "#CC79A7"
 # Of paths that have none: the alternatives of other suites.
 SPARE_COLORS = ("#D55E00", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442")
-TITLES = {"encoder": "Encoding the conditioning image"}
+TITLES = {"encoder": "Encoding the conditioning image", "pixels": "Resizing pictures"}
 
 
 def draw(result: Result, out: Path) -> None:

@@ -172,7 +172,15 @@ class LatentPreparation:
         generators = _check_generators(seed, generator, drawn_on)
         needed = pixel_frames(frames_wanted(frames), self.temporal_factor)
         samples = [
-            load_frames(sample, height, width, max_frames=needed, keep=keep, background=background)
+            load_frames(
+                sample,
+                height,
+                width,
+                max_frames=needed,
+                keep=keep,
+                background=background,
+                device=device,
+            )
             for sample in _samples(image_or_clip, batch)
         ]
         size = sum(sample.shape[0] for sample in samples)

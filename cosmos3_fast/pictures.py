@@ -27,6 +27,7 @@ WANTED = (
 )
 _WIDE_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 _ORIENTATION = 0x0112
+_TURNED = range(2, 9)
 # With one slash too: `Path` makes "https:/host" of "https://host". Drive letters are no schemes.
 _URL = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]+:/)")
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
@@ -117,8 +118,10 @@ def to_rgb(image: Image, label: str, background: Color | None) -> Image:
         image.load()
         if image.mode in _WIDE_MODES:
             image = _narrowed(image, label)
-        upright = PIL.ImageOps.exif_transpose(image)
-        rgb = _without_alpha(upright, label, background)
+        # Asked first, because an upright image would be copied.
+        if image.getexif().get(_ORIENTATION, 1) in _TURNED:
+            image = PIL.ImageOps.exif_transpose(image)
+        rgb = _without_alpha(image, label, background)
     except (_Refused, Warning):
         raise
     # Decoders raise whatever their parser met in a broken file: OSError, SyntaxError, struct.error.
@@ -169,7 +172,7 @@ def _without_alpha(image: Image, label: str, background: Color | None) -> Image:
 
     transparent = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
     if not transparent or 0 in image.size:
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
     rgba = image.convert("RGBA")
     if background is not None:
         canvas = PIL.Image.new("RGBA", rgba.size, (*parse_color(background), 255))

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import torch
 
+from cosmos3_fast import ops
 from cosmos3_fast.arguments import positive_int, quoted
 from cosmos3_fast.clips import is_animation, read_file
+from cosmos3_fast.ops.resize_crop import LARGEST_SIZE, vertical_first_in_pillow
 from cosmos3_fast.pictures import Color, parse_color, source_name, to_rgb
 
 if TYPE_CHECKING:
@@ -32,8 +34,11 @@ Keep = Literal["first", "last"]
 
 # How far rounding and interpolation may carry a float picture out of [-1, 1]; clipped.
 _OVERSHOOT = 1e-3
-# Where the whole resized image would be so many times the wanted one, only its centre is made.
-_WASTED = 16
+# Bytes of a picture that leave Pillow at a time: memory for so few is not mapped anew each time.
+_BAND = 1 << 19
+# Bytes that are resized at a time: mapping memory for all of a photograph takes longer than
+# resizing it, and so does waiting for threads that other processes keep busy once per band.
+_PART = 1 << 23
 
 
 def load_pixels(
@@ -94,8 +99,14 @@ def load_frames(
     max_frames: int | None = None,
     keep: Keep = "first",
     background: Color | None = None,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """As `load_pixels`, but bytes stay bytes: a quarter of the size on the way to a device.
+
+    Args:
+        device: Where the bytes are resized, where it has a kernel for that, and returned. None: on
+            the device of a tensor that was given, on the CPU otherwise. Float tensors stay where
+            they are.
 
     Returns:
         uint8, contiguous: [1,height,width,3] for an image, [1,T,height,width,3] for a clip. Float
@@ -111,25 +122,23 @@ def load_frames(
     kept = slice(max_frames) if keep == "first" else slice(-(max_frames or 0), None)
 
     if isinstance(image_or_clip, (list, tuple)):
-        return _clip_frames(image_or_clip[kept], height, width, background)
+        return _clip_frames(image_or_clip[kept], height, width, background, device)
     array = _as_tensor(image_or_clip)
     if array is None:
         images, is_clip = read_file(
             image_or_clip, "image", max_frames=max_frames, keep=keep, background=background
         )
         if is_clip:
-            return _clip_frames(images, height, width, background)
-        return _resized(images[0], height, width)[None]
+            return _clip_frames(images, height, width, background, device)
+        return _resized(images[0], height, width, device)[None]
     if array.is_floating_point():
         return _float_pixels(array, height, width, kept)
     if array.dtype != torch.uint8:
         raise ValueError(f"image must be uint8 or floating point, got {array.dtype}")
+    device = array.device if device is None else device
     if array.ndim == 4:
-        frames = [
-            _from_uint8(frame, f"clip frame {i}", background) for i, frame in enumerate(array[kept])
-        ]
-        return _clip_frames(frames, height, width, background).to(array.device)
-    return _resized(_from_uint8(array, "image", background), height, width)[None].to(array.device)
+        return _clip_frames(list(array[kept]), height, width, background, device)
+    return _resized(_from_uint8(array, "image", background), height, width, device)[None]
 
 
 def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
@@ -137,31 +146,6 @@ def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
     # By a tensor on the device: torch multiplies by the reciprocal of a plain number there.
     divisor = torch.tensor(127.5, dtype=torch.float32, device=frames.device)
     return (frames.to(torch.float32).movedim(-1, 1).contiguous() / divisor).sub_(1.0)
-
-
-def resize_crop(image: Image, height: int, width: int) -> Image:
-    """Resize a PIL image with Lanczos to cover ``width`` x ``height`` and crop its centre.
-
-    Each side of the resized image is rounded up, as in SGLang's ``Cosmos3ImagePreprocessStage``.
-    Of a picture much longer or taller than the size asked for, only the part that the crop shows is
-    resampled; bits may then differ from the engines', which resample all of it.
-    """
-    from PIL.Image import Resampling
-
-    scale = max(width / image.width, height / image.height)
-    resized_width, resized_height = math.ceil(scale * image.width), math.ceil(scale * image.height)
-    left, top = (resized_width - width) // 2, (resized_height - height) // 2
-    if resized_width * resized_height > _WASTED * width * height:
-        x, y = image.width / resized_width, image.height / resized_height
-        box = (
-            left * x,
-            top * y,
-            min((left + width) * x, image.width),
-            min((top + height) * y, image.height),
-        )
-        return image.resize((width, height), Resampling.LANCZOS, box)
-    image = image.resize((resized_width, resized_height), Resampling.LANCZOS)
-    return image.crop((left, top, left + width, top + height))
 
 
 def _as_tensor(value: Any) -> torch.Tensor | None:
@@ -175,11 +159,14 @@ def _as_tensor(value: Any) -> torch.Tensor | None:
     native = value.dtype.newbyteorder("=")
     if native not in (np.uint8, np.float16, np.float32, np.float64):
         raise ValueError(f"image must be uint8 or floating point, got an array of {value.dtype}")
+    if native == np.uint8 and value.flags.writeable and min(value.strides, default=0) >= 0:
+        return torch.from_numpy(value)  # bytes are only read
     # A copy, because torch takes no read-only or byte-swapped memory and no negative strides.
     return torch.from_numpy(np.array(value, dtype=native, order="C", copy=True))
 
 
-def _from_uint8(array: torch.Tensor, name: str, background: Color | None) -> Image:
+def _from_uint8(array: torch.Tensor, name: str, background: Color | None) -> Image | torch.Tensor:
+    """The array where it is RGB already, else a picture made of it."""
     from PIL.Image import fromarray
 
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
@@ -191,16 +178,22 @@ def _from_uint8(array: torch.Tensor, name: str, background: Color | None) -> Ima
         raise ValueError(f"{name} is empty: shape {list(array.shape)}")
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
+    if array.ndim == 3 and array.shape[2] == 3:
+        return array.detach()
     return to_rgb(fromarray(array.detach().cpu().contiguous().numpy()), name, background)
 
 
 def _clip_frames(
-    frames: Sequence[Any], height: int, width: int, background: Color | None
+    frames: Sequence[Any],
+    height: int,
+    width: int,
+    background: Color | None,
+    device: torch.device | str | None,
 ) -> torch.Tensor:
     if not frames:
         raise ValueError("clip is empty: it needs at least one frame")
     size = (1, len(frames), height, width, 3)
-    clip = torch.empty(size, dtype=torch.uint8, device="cpu")
+    clip = torch.empty(size, dtype=torch.uint8, device="cpu" if device is None else device)
     for i, frame in enumerate(frames):
         array = _as_tensor(frame)
         if array is not None and array.dtype != torch.uint8:
@@ -214,7 +207,7 @@ def _clip_frames(
             if array is None
             else _from_uint8(array, name, background)
         )
-        clip[0, i] = _resized(image, height, width)
+        clip[0, i] = _resized(image, height, width, clip.device)
     return clip
 
 
@@ -232,11 +225,77 @@ def _one_image(frame: Any, name: str, background: Color | None) -> Image:
     return images[0]
 
 
-def _resized(image: Image, height: int, width: int) -> torch.Tensor:
-    """An RGB image as uint8 [height, width, 3]."""
+def _resized(
+    image: Image | torch.Tensor, height: int, width: int, device: torch.device | str | None
+) -> torch.Tensor:
+    """An RGB image, resized with Lanczos to cover `width` x `height` and cropped at its centre.
+
+    Each side of the resized image is rounded up, as in SGLang's `Cosmos3ImagePreprocessStage`.
+
+    Args:
+        image: a PIL image, or uint8 [H,W,3].
+        device: where it is resized if it can be there; None: on the CPU.
+
+    Returns:
+        uint8 [height,width,3], on `device`.
+
+    Raises:
+        ValueError: Pillow, which counts in 32 bits, knows no image of the size to crop from.
+    """
+    device = torch.device("cpu" if device is None else device)
+    if isinstance(image, torch.Tensor):
+        rows, columns, _ = image.shape
+    else:
+        columns, rows = image.size
+    scale = max(width / columns, height / rows)
+    size = math.ceil(scale * rows), math.ceil(scale * columns)
+    if max(size) > LARGEST_SIZE:
+        raise ValueError(
+            f"image must be less elongated to cover {width}x{height}, got {columns}x{rows}"
+        )
+    crop = ((size[0] - height) // 2, (size[1] - width) // 2, height, width)
+    there = device.type == "cpu" or ops.default_backend(device, "resize_crop") == "cpp"
+    where = device if there else torch.device("cpu")
+    if isinstance(image, torch.Tensor):
+        return ops.resize_crop(image.to(where), size, crop).to(device)
+    part = _PART // (3 * columns) + 1
+    if where.type == "cpu" and part < rows and not vertical_first_in_pillow((rows, columns), size):
+        return _resized_in_parts(image, size, crop, part).to(device)
+    pixels = torch.empty(rows, columns, 3, dtype=torch.uint8, device=where)
+    _copy_rows(pixels, image, 0)
+    return ops.resize_crop(pixels, size, crop).to(device)
+
+
+def _resized_in_parts(
+    image: Image, size: tuple[int, int], crop: tuple[int, int, int, int], part: int
+) -> torch.Tensor:
+    """`resize_crop` of a picture: its horizontal pass, `part` rows at a time, and its vertical."""
+    top, left, height, width = crop
+    scale = image.height / size[0]
+    # Lanczos reaches 3 rows, or 3 of the result's where those are larger; and one for rounding.
+    reach = 3 * max(scale, 1.0) + 1
+    first = max(math.floor((top + 0.5) * scale - reach), 0)
+    last = min(math.ceil((top + height - 0.5) * scale + reach), image.height)
+    # Rows before the first and after the last are never touched, nor is their memory.
+    narrow = torch.empty(image.height, width, 3, dtype=torch.uint8, device="cpu")
+    pixels = torch.empty(part, image.width, 3, dtype=torch.uint8, device="cpu")
+    for y in range(first, last, part):
+        rows = pixels[: last - y]
+        _copy_rows(rows, image, y)
+        count = rows.shape[0]
+        narrow[y : y + count] = ops.resize_crop(rows, (count, size[1]), (0, left, count, width))
+    return ops.resize_crop(narrow, (size[0], width), (top, 0, height, width))
+
+
+def _copy_rows(pixels: torch.Tensor, image: Image, top: int) -> None:
+    """Rows of a picture from `top` on to uint8 [rows,W,3]."""
     import numpy as np
 
-    return torch.from_numpy(np.array(resize_crop(image, height, width)))
+    band = _BAND // (3 * image.width) + 1
+    for y in range(0, pixels.shape[0], band):
+        below = min(y + band, pixels.shape[0])
+        rows = image.crop((0, top + y, image.width, top + below))
+        pixels[y:below] = torch.from_numpy(np.array(rows))
 
 
 def _float_pixels(array: torch.Tensor, height: int, width: int, kept: slice) -> torch.Tensor:

@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(cosmos3, m) {
   m.def("rms_norm_silu(Tensor x, Tensor? weight, bool silu=True) -> Tensor");
   m.def("pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor");
   m.def("unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor");
+  m.def(
+      "resize_crop(Tensor image, int[2] size, int[4] crop, str filter, bool vertical_first=False) "
+      "-> "
+      "Tensor");
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(
       "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "

@@ -3,14 +3,14 @@
 import io
 import math
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from cosmos3_fast.pixels import load_frames, load_pixels, resize_crop
+from cosmos3_fast import pixels
+from cosmos3_fast.pixels import load_frames, load_pixels
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -85,26 +85,65 @@ def test_wide_values_that_make_no_picture(bad):
         load_frames(Image.fromarray(values), 32, 48)
 
 
-@pytest.mark.parametrize(("width", "height"), [(20_000, 10), (3, 9_000), (11_600, 10)])
-def test_extreme_aspect_ratios_cost_little(width, height):
+def covering(image: Image.Image, height: int, width: int) -> torch.Tensor:
+    """What Pillow makes: resized to cover the size, cropped at the centre."""
+    scale = max(width / image.width, height / image.height)
+    w, h = math.ceil(scale * image.width), math.ceil(scale * image.height)
+    left, top = (w - width) // 2, (h - height) // 2
+    resized = image.resize((w, h), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized.crop((left, top, left + width, top + height))))[None]
+
+
+@pytest.mark.parametrize(("width", "height"), [(300_000, 10), (3, 100_000)])
+def test_extreme_aspect_ratios_cost_what_their_crop_costs(width, height):
+    """All of the resized image would take tens of gigabytes."""
     image = Image.effect_noise((width, height), 100).convert("RGB")
-    tracemalloc.start()
-    cropped = resize_crop(image, 480, 832)
-    assert cropped.size == (832, 480)
-    assert tracemalloc.get_traced_memory()[1] < 2**24
-    tracemalloc.stop()
+    cropped = load_frames(image, 480, 832)
+    assert cropped.shape == (1, 480, 832, 3)
+    assert torch.equal(load_frames(np.array(image), 480, 832), cropped)
 
 
-def test_the_cropped_source_gives_the_crop_of_the_resized():
-    # Wide enough for the short way; smooth, and one pass rounds 8 bits twice at most.
-    x = np.linspace(0, 40 * math.pi, 3000)
-    wave = (127 + 100 * np.sin(x)).round().astype(np.uint8)
-    image = Image.fromarray(np.tile(wave, (10, 1)))
-    whole = image.resize((24_000, 80), Image.Resampling.LANCZOS)
-    left = (24_000 - 128) // 2
-    expected = np.array(whole.crop((left, 0, left + 128, 80))).astype(int)
-    got = np.array(resize_crop(image, 80, 128)).astype(int)
-    assert np.abs(got - expected).max() <= 1
+@pytest.mark.parametrize(("width", "height"), [(3000, 10), (10, 3000), (900, 20)])
+def test_extreme_aspect_ratios_are_pillow_s_to_the_bit(width, height):
+    image = Image.fromarray(noise(height, width, 3))
+    assert torch.equal(load_frames(image, 40, 64), covering(image, 40, 64))
+
+
+@pytest.mark.parametrize(("width", "height"), [(100, 90), (61, 200), (200, 61), (130, 401)])
+def test_parts_of_a_picture_give_all_of_it(width, height, monkeypatch):
+    image = Image.fromarray(noise(height, width, 3))
+    for size in ((48, 80), (80, 48), (120, 130)):
+        for rows, part in ((1, 1), (3, 7), (64, 10), (9, 64)):
+            monkeypatch.setattr(pixels, "_BAND", 3 * width * (rows - 1))
+            monkeypatch.setattr(pixels, "_PART", 3 * width * (part - 1))
+            assert torch.equal(load_frames(image, *size), covering(image, *size))
+
+
+def test_a_picture_that_no_size_covers():
+    with pytest.raises(ValueError, match="image must be less elongated to cover 2000x2000, got 1x"):
+        load_frames(torch.zeros(1 << 21, 1, 3, dtype=torch.uint8), 2000, 2000)
+
+
+def test_a_picture_is_left_as_it_was(tmp_path):
+    image = Image.fromarray(noise(40, 50, 3))
+    image.save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        first = load_frames(opened, 32, 48)
+        first.zero_()
+        array = np.array(image)
+        for given in (opened, array, torch.from_numpy(array)):
+            again = load_frames(given, 40, 50)
+            assert torch.equal(again, torch.from_numpy(np.array(image))[None])
+            again.zero_()
+        assert np.array_equal(np.array(opened), np.array(image))
+        assert np.array_equal(array, np.array(image))
+
+
+def test_frames_for_a_device():
+    array = noise(40, 50, 3)
+    for given in (Image.fromarray(array), array, torch.from_numpy(array), [array, array]):
+        frames = load_frames(given, 32, 48, device="cpu")
+        assert torch.equal(frames, load_frames(given, 32, 48))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "PA"])

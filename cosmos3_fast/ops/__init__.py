@@ -7,6 +7,7 @@ kernel, autograd and registration. `registry` decides which backend serves.
 from cosmos3_fast.ops.pack_pixels import pack_pixels
 from cosmos3_fast.ops.prepare_latents import prepare_latents, prepare_latents_
 from cosmos3_fast.ops.registry import BackendUnavailableError, default_backend
+from cosmos3_fast.ops.resize_crop import resize_crop
 from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu
 from cosmos3_fast.ops.unpack_pixels import unpack_pixels
 from cosmos3_fast.ops.winograd import takes_winograd, winograd_conv3x3, winograd_pack
@@ -17,6 +18,7 @@ __all__ = [
     "pack_pixels",
     "prepare_latents",
     "prepare_latents_",
+    "resize_crop",
     "rms_norm_silu",
     "takes_winograd",
     "unpack_pixels",

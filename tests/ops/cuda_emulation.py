@@ -20,9 +20,11 @@ import torch
 import cosmos3_fast  # noqa: F401  (defines the schemas)
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "csrc" / "cuda" / "prepare_latents.cu"
+FOLDER = ROOT / "csrc" / "cuda"
+SOURCE = FOLDER / "prepare_latents.cu"
+RESIZE_SOURCE = FOLDER / "resize_crop.cu"
 NAMESPACE = "cosmos3_emulated"
-OPS = ("prepare_latents", "prepare_latents.mask", "prepare_latents_")
+OPS = ("prepare_latents", "prepare_latents.mask", "prepare_latents_", "resize_crop")
 TORCH = Path(torch.__file__).parent
 FLAGS = {
     "plain": ["-O1"],
@@ -92,7 +94,7 @@ def build(library: Path, kind: str, source: Path = SOURCE) -> None:
     """
     chosen = compiler(kind)
     assert chosen is not None
-    includes = (SOURCE.parent, ROOT / "csrc", ROOT / "tests" / "ops", TORCH / "include")
+    includes = (FOLDER, ROOT / "csrc", ROOT / "tests" / "ops", TORCH / "include")
     command = [
         chosen, "-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden",
         "-ffp-contract=off", "-DTORCH_TARGET_VERSION=0x020A000000000000", "-DTORCH_STABLE_ONLY",
@@ -106,7 +108,7 @@ def build(library: Path, kind: str, source: Path = SOURCE) -> None:
 
 
 class Emulation:
-    """A build, loaded: `prepare_latents`, `prepare_latents_mask`, `prepare_latents_`."""
+    """A build, loaded: the ops of the source that it was built of."""
 
     def __init__(self, library: Path) -> None:
         self._schemas = torch.library.Library(NAMESPACE, "DEF")
@@ -119,6 +121,7 @@ class Emulation:
         self.prepare_latents = ops.prepare_latents.default
         self.prepare_latents_mask = ops.prepare_latents.mask
         self.prepare_latents_ = ops.prepare_latents_.default
+        self.resize_crop = ops.resize_crop.default
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_accesses.restype = ctypes.c_size_t
 

@@ -46,6 +46,11 @@ def cases(device: str) -> Iterator[Case]:
         patch = 1 if pixels.shape[-1] == 5 or pixels.shape[2] == 7 else 2
         for dtype in (torch.float32, torch.bfloat16):
             yield "pack_pixels", (pixels, patch, dtype)
+    for each in (image, image[0], image[:, 1:9, ::2], image[0, :, :, [2, 1, 0]]):
+        for vertical_first in (False, True):
+            crop = [1, 2, 9, 11]
+            yield "resize_crop", (each, [12, 17], crop, "lanczos", vertical_first)
+            yield "resize_crop", (each, [11, 13], crop, "bicubic", vertical_first)
     for patch, dtype in ((1, torch.float32), (2, torch.bfloat16)):
         x = latent((2, 5, 7, 3 * patch**2, 1), dtype, device=device).permute(0, 3, 1, 2, 4)[..., 0]
         for each in (x.contiguous(), x, x[:, :, 1:, ::2]):

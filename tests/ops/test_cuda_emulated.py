@@ -15,11 +15,11 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-def build_or_skip(kind: str, folder: Path) -> Path:
+def build_or_skip(kind: str, folder: Path, source: Path = cuda_emulation.SOURCE) -> Path:
     if reason := cuda_emulation.why_not(kind):
         pytest.skip(reason)
     library = folder / f"{kind}.so"
-    cuda_emulation.build(library, kind)
+    cuda_emulation.build(library, kind, source)
     return library
 
 
@@ -50,7 +50,8 @@ def calls_made(library: Path, *options: str, preload: str = "") -> int:
 
 
 def test_every_cuda_source_is_emulated():
-    assert [*cuda_emulation.SOURCE.parent.glob("*.cu")] == [cuda_emulation.SOURCE]
+    emulated = {cuda_emulation.SOURCE, cuda_emulation.RESIZE_SOURCE}
+    assert {*cuda_emulation.FOLDER.glob("*.cu")} == emulated
 
 
 def test_random_calls_equal_the_reference_to_the_bit(tmp_path):
@@ -78,3 +79,19 @@ def test_planted_faults_are_caught():
     if cuda_emulation.why_not("traced") is None:
         names += list(cuda_mutations.SILENT_MUTATIONS)[::3]
     assert f"{len(names)} of {len(names)} caught" in run_script("cuda_mutations.py", *names)
+
+
+@pytest.mark.parametrize(("kind", "count"), [("plain", 200), ("sanitized", 30)])
+def test_resizes_equal_pillow_to_the_bit(kind, count, tmp_path):
+    library = build_or_skip(kind, tmp_path, cuda_emulation.RESIZE_SOURCE)
+    preload = cuda_emulation.sanitizer_runtime() if kind == "sanitized" else ""
+    text = run_script("cuda_resize_cases.py", str(library), "--count", str(count), preload=preload)
+    assert re.search(r"^\d{3,} calls equal Pillow", text)
+
+
+def test_planted_faults_of_a_resize_are_caught(tmp_path):
+    """A third of them; without --step all, in half a minute."""
+    if reason := cuda_emulation.why_not("plain"):
+        pytest.skip(reason)
+    text = run_script("cuda_resize_cases.py", "--mutations", str(tmp_path), "--step", "3")
+    assert len(text.splitlines()) == 3

@@ -33,6 +33,12 @@ CALLS = {
     "pack_pixels": lambda backend: ops.pack_pixels(
         huge(1 << 20, 3, 1 << 12, 1 << 10), 2, torch.float32, backend=backend
     ),
+    "resize_crop": lambda backend: ops.resize_crop(
+        torch.zeros(2, 2, 3, dtype=torch.uint8),
+        (1 << 30, 1 << 30),
+        (0, 0, 1 << 30, 1 << 30),
+        backend=backend,
+    ),
     "winograd_pack": lambda backend: ops.winograd_pack(
         huge(1 << 20, 1 << 20, 3, 3), backend=backend
     ),

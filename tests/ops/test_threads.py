@@ -48,6 +48,9 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     ),
     "pack_pixels": lambda: OPS.pack_pixels(image(2, 3, 142, 66), 2, torch.bfloat16),
     "unpack_pixels": lambda: OPS.unpack_pixels(image(2, 12, 71, 33), 2, True),
+    "resize_crop": lambda: OPS.resize_crop(
+        (image(2, 171, 133, 3) * 100).byte(), [153, 240], [5, 3, 143, 229], "lanczos"
+    ),
     "winograd_pack": lambda: OPS.winograd_pack(image(96, 32, 3, 3)),
     "winograd_conv3x3": winograd,
 }
