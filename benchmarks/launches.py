@@ -69,6 +69,8 @@ KINDS = {
     "cosmos3::pack_pixels": OTHERS,
     "cosmos3::unpack_pixels": OTHERS,
     "cosmos3::rms_norm_silu": NORMS,
+    "cosmos3::add_rms_norm_silu": NORMS,
+    "cosmos3::add_pad": SUMS,
 }
 
 

@@ -39,6 +39,9 @@ def cases(device: str) -> Iterator[Case]:
         for each in (x.contiguous(), x, x[:, :, 1:, ::2]):
             yield "rms_norm_silu", (each, gamma, True)
             yield "rms_norm_silu", (each, None, False)
+            yield "rms_norm_silu", (each, gamma, True, gamma, each)
+            yield "add_rms_norm_silu", (each, gamma, True, None, each.repeat(1, 1, 2, 2))
+            yield "add_pad", (each, gamma, each)
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (2, 10, 14, 3), generator=generator, dtype=torch.uint8).to(device)
     floats = (torch.rand((2, 3, 10, 14), generator=generator) * 2 - 1).to(device)
