@@ -73,7 +73,7 @@ def test_norm_equals_the_vae_s(
 AVERAGES = ((3, 1, 1), (16, 1, 2), (34, 2, 1), (160, 1, 1), (640, 2, 2), (6, 3, 3))
 
 
-@pytest.mark.parametrize(("layout", "dtype"), zip(IMAGE_LAYOUTS, DTYPES, strict=True))
+@pytest.mark.parametrize(("layout", "dtype"), [*zip(IMAGE_LAYOUTS, DTYPES, strict=True)])
 def test_sums_are_the_vae_s(
     layout: str, dtype: torch.dtype, backend: str, device: str, poison: None
 ):
