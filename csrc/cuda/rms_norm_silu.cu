@@ -229,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) vectors_kernel(const Job<T, P> job) 
 // Anything, one channel at a time. For the second result it is added up again, of what the first
 // reading left in the caches.
 template <typename T, typename P>
-__global__ void __launch_bounds__(kThreads) elements_kernel(const Job<T, P> job) {
+__global__ void elements_kernel(const Job<T, P> job) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t pixel = blockIdx.x * kPixels + threadIdx.x / kWarp; pixel < job.pixels;
        pixel += gridDim.x * kPixels) {
