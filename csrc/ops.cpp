@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY(cosmos3, m) {
       "add_rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
       "Tensor? residual=None) -> (Tensor sum, Tensor activated)");
   m.def("add_pad(Tensor x, Tensor? bias=None, Tensor? residual=None, bool pad=True) -> Tensor");
-  m.def("pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor");
+  m.def("pack_pixels(Tensor pixels, int patch_size, ScalarType dtype, int channels=0) -> Tensor");
   m.def("unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor");
   m.def("winograd_pack(Tensor weight) -> Tensor");
   m.def(

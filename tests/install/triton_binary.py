@@ -87,7 +87,7 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
                 "columns": "i32", "stride_b": "i32", "stride_c": "i32", "stride_h": "i32",
                 "stride_w": "i32",
             },
-            {"BYTES": True, "PATCH": 2, "BLOCK": pack_pixels.BLOCK},
+            {"BYTES": True, "PATCH": 2, "CHANNELS": 16, "BLOCK": pack_pixels.BLOCK},
         ),
         **{
             name: (

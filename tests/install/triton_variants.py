@@ -115,10 +115,12 @@ def pack_variants(kernel: Any) -> Iterator[Variant]:
     names = ("elements", "rows", "columns", "stride_b", "stride_c", "stride_h", "stride_w")
     sizes = dict.fromkeys(names, "i32")
     for source, out in itertools.product(("u8", *SIZES), SIZES):
-        constants = {"BYTES": source == "u8", "PATCH": 2, "BLOCK": pack_pixels.BLOCK}
+        constants = {
+            "BYTES": source == "u8", "PATCH": 2, "CHANNELS": 16, "BLOCK": pack_pixels.BLOCK,
+        }  # fmt: skip
         types = {"out": f"*{out}", "pixels": f"*{source}", **sizes}
         yield f"{source} {out}", kernel, types, constants
-    constants = {"BYTES": True, "PATCH": 1, "BLOCK": pack_pixels.BLOCK}
+    constants = {"BYTES": True, "PATCH": 1, "CHANNELS": 3, "BLOCK": pack_pixels.BLOCK}
     for text, kinds, ones in integers({"out": "*bf16", "pixels": "*u8", **sizes}):
         yield text, kernel, kinds, {**constants, **ones}
 

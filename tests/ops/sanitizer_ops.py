@@ -49,6 +49,7 @@ def cases(device: str) -> Iterator[Case]:
         patch = 1 if pixels.shape[-1] == 5 or pixels.shape[2] == 7 else 2
         for dtype in (torch.float32, torch.bfloat16):
             yield "pack_pixels", (pixels, patch, dtype)
+            yield "pack_pixels", (pixels, patch, dtype, 16)
     for patch, dtype in ((1, torch.float32), (2, torch.bfloat16)):
         x = latent((2, 5, 7, 3 * patch**2, 1), dtype, device=device).permute(0, 3, 1, 2, 4)[..., 0]
         for each in (x.contiguous(), x, x[:, :, 1:, ::2]):

@@ -264,6 +264,10 @@ ENCODER_FAULTS = {
             pixels_call((1, 3, 5, 4)),
             "pixels must have height and width divisible by patch_size = 2, got [1, 3, 5, 4]",
         ),
+        "channels too few": (
+            lambda: (torch.zeros(1, 3, 4, 4), 2, torch.float32, 11),
+            "channels must be 0 or at least 3·patch_size² = 12, got 11",
+        ),
         "width of bytes": (
             pixels_call((1, 4, 5, 3), torch.uint8),
             "pixels must have height and width divisible by patch_size = 2, got [1, 4, 5, 3]",
