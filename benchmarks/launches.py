@@ -1,10 +1,10 @@
 """Kernels that one encode and one decode launch on a GPU, and the bytes they move, by counting.
 
-    python -m benchmarks.launches [--as NAME]
+    python -m benchmarks.launches
 
 No GPU is needed: the networks run on tensors without values, on "cuda", and every operation that
-torch dispatches is counted. The counts are kept under NAME in `benchmarks/results/launches.json`;
-`launches.md` beside it shows them all.
+torch dispatches is counted. Before: with the norm's kernel alone, and torch's own biases, sums,
+pads and pools. After: as the networks are. Writes `benchmarks/results/launches.md`.
 
 What counts as a launch:
 
@@ -23,12 +23,10 @@ expanded is read once.
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,12 +38,14 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.formatting import table
 from benchmarks.harness import ROOT
+from benchmarks.paths import unfused
+from cosmos3_fast.ops import rms_norm_silu
 from cosmos3_fast.vae import FrameDecoder, FrameEncoder
 from cosmos3_fast.vae.decoder_topology import DecoderTopology
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config
 from cosmos3_fast.vae.topology import EncoderTopology
 
-RESULTS = ROOT / "benchmarks" / "results" / "launches.json"
+RESULTS = ROOT / "benchmarks" / "results" / "launches.md"
 HEIGHT, WIDTH = 480, 832
 
 CONVOLUTIONS, BIASES, NORMS, SUMS = "convolutions", "biases", "norms", "sums"
@@ -61,6 +61,7 @@ KINDS = {
     "aten::avg_pool2d": POOLS,
     "aten::addmm": ATTENTION,
     "aten::bmm": ATTENTION,
+    "aten::bmm.dtype": ATTENTION,
     "aten::_softmax": ATTENTION,
     "aten::clone": OTHERS,
     "aten::copy_": OTHERS,
@@ -228,7 +229,54 @@ def count(network_type: type, dtype: torch.dtype = torch.bfloat16) -> LaunchCoun
     return counter
 
 
-def report(results: Mapping[str, Any]) -> str:
+def count_all() -> dict[str, dict[str, LaunchCounter]]:
+    """By network, before and after."""
+    states: dict[str, Callable[[], Any]] = {
+        "before": lambda: unfused(rms_norm_silu),
+        "after": nullcontext,
+    }
+    counted: dict[str, dict[str, LaunchCounter]] = {"encode": {}, "decode": {}}
+    for state, switch in states.items():
+        with switch():
+            counted["encode"][state] = count(FrameEncoder)
+            counted["decode"][state] = count(FrameDecoder)
+    return counted
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
+def products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same with the scores in memory, in float32; their scale can be a part of q's weights."""
+    scores = torch.bmm(q[:, 0], k[:, 0].transpose(1, 2), out_dtype=torch.float32)
+    weights = torch.softmax(scores, -1).to(q.dtype)
+    return torch.bmm(weights, v[:, 0]).unsqueeze(1)
+
+
+# Of one frame: Cosmos3, and Wan 2.1 and Qwen-Image, whose latents have a quarter of the pixels.
+ATTENTIONS = {"Cosmos3": (1560, 640), "Wan 2.1": (6240, 384)}
+
+
+def count_attention() -> list[list[str]]:
+    """Rows: the attention, launches and MB of `sdpa`, and of `products`."""
+    rows = []
+    for name, (tokens, width) in ATTENTIONS.items():
+        row = [f"{name}, {tokens} tokens of {width}"]
+        for attend in (sdpa, products):
+            with FakeTensorMode():
+                q, k, v = (
+                    torch.empty(1, 1, tokens, width, dtype=torch.bfloat16, device="cuda")
+                    for _ in range(3)
+                )
+                with counting() as counter:
+                    attend(q, k, v)
+            row += [f"{counter.launches.total()}", f"{counter.bytes.total() / 1e6:.0f}"]
+        rows.append(row)
+    return rows
+
+
+def report(counted: Mapping[str, Mapping[str, LaunchCounter]]) -> str:
     """The Markdown of `launches.md`."""
     lines = [
         "# Launches and bytes of one frame",
@@ -236,39 +284,34 @@ def report(results: Mapping[str, Any]) -> str:
         f"One frame of {HEIGHT}×{WIDTH}, Cosmos3's VAE, bfloat16, as dispatched for CUDA. Counted, "
         "not measured, by `python -m benchmarks.launches`, whose docstring says what counts.",
     ]
-    for network in next(iter(results.values())):
-        header = [network]
-        for name in results:
-            header += [f"launches, {name}", "MB"]
-        kinds = dict.fromkeys(k for each in results.values() for k in each[network]["launches"])
+    for network, states in counted.items():
+        header = [network, *(f"{what}, {state}" for state in states for what in ("launches", "MB"))]
         rows = []
-        for kind in (*kinds, "in all"):
+        for kind in dict.fromkeys(k for each in states.values() for k in each.launches):
             row = [kind]
-            for each in results.values():
-                launches, moved = each[network]["launches"], each[network]["bytes"]
-                whole = kind == "in all"
-                row.append(str(sum(launches.values()) if whole else launches.get(kind, 0)))
-                size = sum(moved.values()) if whole else moved.get(kind, 0)
-                row.append(f"{size / 1e6:.0f}")
+            for each in states.values():
+                row += [f"{each.launches[kind]}", f"{each.bytes[kind] / 1e6:.0f}"]
             rows.append(row)
-        lines += ["", *table(header, rows)]
+        total = ["in all"]
+        for each in states.values():
+            total += [f"{each.launches.total()}", f"{each.bytes.total() / 1e6:.0f}"]
+        lines += ["", *table(header, [*rows, total])]
+    header = ["attention, one head", "launches, SDPA", "MB, SDPA", "launches, bmm", "MB, bmm"]
+    lines += [
+        "",
+        *table(header, count_attention()),
+        "",
+        "No flash kernel takes heads of more than 256, so `scaled_dot_product_attention` runs its "
+        "memory-efficient one. Against it, two products with the scores in float32 between them. "
+        "By this count it stays; no GPU has measured either.",
+    ]
     return "\n".join(lines) + "\n"
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--as", dest="name", default="now", help="what to call these counts")
-    given = parser.parse_args(arguments)
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    results[given.name] = {
-        name: {"launches": counter.launches, "bytes": counter.bytes}
-        for name, counter in (("encode", count(FrameEncoder)), ("decode", count(FrameDecoder)))
-    }
-    RESULTS.write_text(json.dumps(results, indent=2) + "\n")
-    RESULTS.with_suffix(".md").write_text(report(results))
-    print(report({given.name: results[given.name]}))
+def main() -> int:
+    text = report(count_all())
+    RESULTS.write_text(text)
+    print(text)
     return 0
 
 

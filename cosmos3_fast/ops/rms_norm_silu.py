@@ -7,7 +7,6 @@ up, `x + bias + residual`, so that a convolution needs no bias and its result is
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -96,7 +95,12 @@ def factors(x: Tensor, residual: Tensor) -> tuple[int, int]:
 
 
 def add_up(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`x + bias + residual` (see `rms_norm_silu`) in float32, or float64 for float64."""
+    """`x + bias + residual` (see `rms_norm_silu`) in float32, or float64 for float64.
+
+    `x` itself where there is nothing to add.
+    """
+    if bias is None and residual is None:
+        return x
     statistics = torch.promote_types(x.dtype, torch.float32)
     total = x.to(statistics)
     if bias is not None:
@@ -104,9 +108,10 @@ def add_up(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     if residual is not None:
         t, s = factors(x, residual)
         value = residual.to(statistics)
-        if s > 1:
-            cells = [value[:, :, row::s, column::s] for row in range(s) for column in range(s)]
-            value = functools.reduce(torch.add, cells) / s**2
+        if s > 1 and value.numel():
+            value = F.avg_pool2d(value, s)
+        elif s > 1:
+            value = value.new_empty(value.shape[0], value.shape[1], *x.shape[2:])
         if t > 1:
             value = F.pad(value.unsqueeze(2), (0, 0, 0, 0, t - 1, 0)).flatten(1, 2)
         total = total + value
@@ -114,16 +119,18 @@ def add_up(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
 
 
 def _normalized(y: Tensor, weight: Tensor | None, silu: bool) -> Tensor:
-    norm = torch.linalg.vector_norm(y, dim=1, keepdim=True)
+    statistics = torch.promote_types(y.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=statistics)
     y = y / norm.clamp_min(NORM_EPS)
     if weight is not None:
         y = y * (weight.to(y.dtype) * y.shape[1] ** 0.5).view(-1, 1, 1)
     return F.silu(y) if silu else y
 
 
-def _rounded(y: Tensor, dtype: torch.dtype) -> Tensor:
+def _rounded(y: Tensor, x: Tensor) -> Tensor:
     # A copy where there was nothing to do: an op's result is no view of its argument.
-    return y.to(dtype, copy=True, memory_format=torch.channels_last)
+    y = y.clone() if y is x else y.to(x.dtype)
+    return y.contiguous(memory_format=torch.channels_last)
 
 
 def rms_norm_silu_reference(
@@ -139,7 +146,7 @@ def rms_norm_silu_reference(
     float64) and rounded once; √C stays out of the stored weight because rounding their product to
     bfloat16 would cost as much accuracy as rounding the result. Without `weight`, no √C either.
     """
-    return _rounded(_normalized(add_up(x, bias, residual), weight, silu), x.dtype)
+    return _rounded(_normalized(add_up(x, bias, residual), weight, silu), x)
 
 
 def add_rms_norm_silu_reference(
@@ -151,7 +158,7 @@ def add_rms_norm_silu_reference(
 ) -> tuple[Tensor, Tensor]:
     """The sum, rounded once, and `rms_norm_silu_reference`."""
     total = add_up(x, bias, residual)
-    return _rounded(total, x.dtype), _rounded(_normalized(total, weight, silu), x.dtype)
+    return _rounded(total, x), _rounded(_normalized(total, weight, silu), x)
 
 
 def add_pad_reference(
@@ -159,7 +166,7 @@ def add_pad_reference(
 ) -> Tensor:
     """The sum, rounded once, with zeros below and to the right."""
     total = add_up(x, bias, residual)
-    return _rounded(F.pad(total, (0, 1, 0, 1)) if pad else total, x.dtype)
+    return _rounded(F.pad(total, (0, 1, 0, 1)) if pad else total, x)
 
 
 def _check_channels(op: str, argument: str, parameter: Tensor | None, x: Tensor) -> None:
@@ -308,10 +315,12 @@ def _(
 def _norm_gradients(
     gradient: Tensor, total: Tensor, weight: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the normalised value with respect to the sum and to the weight, in the sum's dtype."""
+    """Of the normalised value with respect to the sum and to the weight; the first in float32, or
+    float64 for float64."""
     # With n = y/‖y‖, z = s n, out = z sigmoid(z): dout/dz = sigmoid(z) (1 + z (1 - sigmoid(z)))
     # and, for g = s dout/dz dout, dy = (g - n Σ g n) / ‖y‖ (no second term where the norm is
     # clamped).
+    total = total.to(torch.promote_types(total.dtype, torch.float32))
     slope = gradient.to(total.dtype)
     norm = torch.linalg.vector_norm(total, dim=1, keepdim=True)
     divisor = norm.clamp_min(NORM_EPS)
@@ -365,7 +374,7 @@ def _add_norm_backward(
     x, weight, bias, residual = ctx.saved_tensors
     total = add_up(x, bias, residual)
     grad_total, grad_weight = _norm_gradients(grad_activated, total, weight, ctx.silu)
-    grad_total = grad_total + grad_sum.to(total.dtype)
+    grad_total = grad_total + grad_sum.to(grad_total.dtype)
     grad_x, grad_bias, grad_residual = _sum_gradients(grad_total, x, bias, residual)
     return grad_x, grad_weight, None, grad_bias, grad_residual
 

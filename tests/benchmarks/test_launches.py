@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import launches
-from cosmos3_fast.vae import FrameDecoder, FrameEncoder
 
 
 @pytest.fixture
@@ -86,12 +83,19 @@ def test_what_is_not_listed_is_refused(x: torch.Tensor):
 
 def test_launches_of_one_frame(capsys: pytest.CaptureFixture[str]):
     """And that the committed table says what is counted now."""
-    committed = json.loads(launches.RESULTS.read_text())
-    latest = committed[[*committed][-1]]
-    for name, network in (("encode", FrameEncoder), ("decode", FrameDecoder)):
-        counter = launches.count(network)
-        with capsys.disabled():
-            moved = sum(counter.bytes.values()) / 1e6
-            print(f"\n{name}: {counter.launches.total()} launches, {moved:.0f} MB")
-        assert latest[name] == {"launches": counter.launches, "bytes": counter.bytes}
-    assert launches.RESULTS.with_suffix(".md").read_text() == launches.report(committed)
+    counted = launches.count_all()
+    with capsys.disabled():
+        print(f"\n{launches.report(counted)}")
+    encode, decode = counted["encode"], counted["decode"]
+    assert encode["after"].launches.total() <= 60
+    # Each bias read and wrote a result, but for that of the last convolution.
+    assert encode["after"].launches[launches.BIASES] == 1
+    assert encode["after"].bytes.total() < 0.7 * encode["before"].bytes.total()
+    assert decode["after"].launches.total() < decode["before"].launches.total()
+    assert launches.RESULTS.read_text() == launches.report(counted)
+
+
+def test_attention_with_its_scores_in_memory_is_counted():
+    for _, launched, moved, other_launched, other_moved in launches.count_attention():
+        assert int(launched) == 1 < int(other_launched)
+        assert int(moved) < int(other_moved)
