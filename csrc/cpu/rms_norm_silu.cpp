@@ -34,19 +34,27 @@ struct Job {
   bool silu;
 };
 
-// Adds the averages of the residual's cells, each to the last of `t` channels.
+// Adds the averages of the residual's cells, each to the last of `t` channels. They are taken
+// behind the channels.
 template <typename T>
 COSMOS3_INLINE void add_averages(Compute<T>* to, const Job<T>& job, int64_t b, int64_t row,
                                  int64_t column) {
   const int64_t t = job.factors.t, s = job.factors.s, channels = job.channels / t;
   const int64_t pitch = job.width * s * channels;
   const T* cell = job.residual + (b * job.height + row) * s * pitch + column * s * channels;
+  Compute<T>* total = to + job.channels;
   for (int64_t c = 0; c < channels; ++c) {
-    Compute<T> total = convert<Compute<T>>(cell[c]);
-    for (int64_t i = 1; i < s * s; ++i) {
-      total += convert<Compute<T>>(cell[i / s * pitch + i % s * channels + c]);
+    total[c] = convert<Compute<T>>(cell[c]);
+  }
+  for (int64_t i = 1; i < s * s; ++i) {
+    const T* pixel = cell + i / s * pitch + i % s * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      total[c] += convert<Compute<T>>(pixel[c]);
     }
-    to[c * t + t - 1] += total / static_cast<Compute<T>>(s * s);
+  }
+  const Compute<T> area = static_cast<Compute<T>>(s * s);
+  for (int64_t c = 0; c < channels; ++c) {
+    to[c * t + t - 1] += total[c] / area;
   }
 }
 
@@ -220,7 +228,7 @@ void add_and_normalize(const Tensor& x, const std::optional<Tensor>& weight, boo
     const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width * channels));
     torch::stable::parallel_for(0, x.size(0) * (height + pad), grain,
                                 [&](int64_t begin, int64_t end) {
-                                  std::vector<Value> held(channels);
+                                  std::vector<Value> held(2 * channels);
                                   run(job, held.data(), begin, end);
                                 });
   });
