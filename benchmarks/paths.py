@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import ROOT, gate_equal, gate_error
 from cosmos3_fast.frames import latent_frames
-from cosmos3_fast.ops import winograd
 from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
-from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu_reference
+from cosmos3_fast.ops.rms_norm_silu import factors, rms_norm_silu_reference
 from cosmos3_fast.pixels import ImageLike, load_pixels
 from cosmos3_fast.vae import FrameEncoder, layers
 from cosmos3_fast.vae.exact import encode_exact
@@ -50,15 +51,56 @@ def vae_and_encoder(dtype: str, base_dim: int | None = None) -> tuple[Any, Frame
     return vae, FrameEncoder.from_vae(vae)
 
 
+def _plain_sum(x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+    """`x + bias + residual` as torch adds; may write into `x`, which is a convolution's result."""
+    if bias is not None:
+        x = x + bias.view(-1, 1, 1)
+    if residual is None:
+        return x
+    t, s = factors(x, residual)
+    pooled = F.avg_pool2d(residual, s) if s > 1 else residual
+    if t == 1:
+        return x + pooled
+    x[:, t - 1 :: t] += pooled
+    return x
+
+
+@functools.cache
+def _plain_functions(norm: Callable[..., Tensor]) -> dict[str, Callable[..., Any]]:
+    """In place of those of `layers`; always the same, for which torch.compile looks."""
+
+    def plain_norm(
+        x: Tensor, weight: Tensor | None, silu: bool = True, *terms: Tensor | None
+    ) -> Tensor:
+        return norm(_plain_sum(x, *terms), weight, silu)
+
+    def plain_sum_and_norm(
+        x: Tensor, weight: Tensor | None, silu: bool = True, *terms: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        total = _plain_sum(x, *terms)
+        return total, norm(total, weight, silu)
+
+    def plain_pad(
+        x: Tensor, bias: Tensor | None, residual: Tensor | None, pad: bool = True
+    ) -> Tensor:
+        total = _plain_sum(x, bias, residual)
+        return F.pad(total, (0, 1, 0, 1)) if pad else total
+
+    return {
+        "rms_norm_silu": plain_norm,
+        "add_rms_norm_silu": plain_sum_and_norm,
+        "add_pad": plain_pad,
+        "defers_bias": lambda x: False,
+        "takes_winograd": lambda *_: False,
+    }
+
+
 @contextmanager
-def unfused() -> Iterator[None]:
-    """The folded encoder without this package's kernels: eager norms, torch's convolutions."""
-    tiles, norm = winograd.MIN_TILES, layers.rms_norm_silu
-    winograd.MIN_TILES, layers.rms_norm_silu = sys.maxsize, rms_norm_silu_reference
-    try:
+def unfused(norm: Callable[..., Tensor] = rms_norm_silu_reference) -> Iterator[None]:
+    """Inside, the folded networks run without this package's kernels: torch's convolutions with
+    their biases, sums, pads and pooling, and `norm(x, weight, silu)`."""
+    with mock.patch.multiple(layers, **_plain_functions(norm)):
         yield
-    finally:
-        winograd.MIN_TILES, layers.rms_norm_silu = tiles, norm
 
 
 def encode_unfused(encoder: FrameEncoder, pixels: Tensor) -> Tensor:

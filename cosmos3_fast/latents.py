@@ -201,21 +201,21 @@ class LatentPreparation:
 
         spatial = (height // self.spatial_factor, width // self.spatial_factor)
         # Noise before encoding, as SGLang orders it.
-        noise = torch.cat(
-            [
-                torch.randn(
-                    (size // len(generators), self.z_dim, total, *spatial),
-                    generator=each,
-                    device=drawn_on,
-                    dtype=dtype,
-                )
-                for each in generators
-            ]
-        ).to(device)
+        drawn = [
+            torch.randn(
+                (size // len(generators), self.z_dim, total, *spatial),
+                generator=each,
+                device=drawn_on,
+                dtype=dtype,
+            )
+            for each in generators
+        ]
+        latents = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).to(device)
         condition = torch.cat([self._encode(sample, needed, mode, total) for sample in samples]).to(
             dtype
         )
-        latents, velocity_mask = ops.prepare_latents(condition, noise, frames)
+        # Only the conditioned frames of the noise are written.
+        velocity_mask = ops.prepare_latents_(condition, latents, frames)
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
 
     def _choose_mode(self, mode: Mode | None, frames: tuple[int, ...]) -> Mode:

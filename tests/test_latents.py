@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from cosmos3_fast import latents as latents_module
 from cosmos3_fast.frames import latent_frames, pixel_frames
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents
 from cosmos3_fast.pixels import load_pixels
@@ -403,3 +404,22 @@ def test_neither_encoder_nor_vae():
 def test_encoder_and_vae_that_disagree():
     with pytest.raises(ValueError, match=r"must agree .*\(48, 16\) and \(4, 16\)"):
         LatentPreparation(UntouchedEncoder(), vae=FakeVae())
+
+
+def test_the_noise_itself_becomes_the_latents(encoder, photograph, monkeypatch):
+    """Only its conditioned frames are written: no second tensor of that size."""
+    written = []
+    in_place = latents_module.ops.prepare_latents_
+
+    def record(condition, noise, frames):
+        written.append(noise)
+        return in_place(condition, noise, frames)
+
+    monkeypatch.setattr(latents_module.ops, "prepare_latents_", record)
+    prepared = LatentPreparation(encoder)(photograph, FRAMES, H, W, seed=1)
+    assert prepared.latents is written[0]
+    noise = torch.randn(
+        prepared.latents.shape, generator=torch.Generator().manual_seed(1), dtype=torch.bfloat16
+    )
+    assert torch.equal(prepared.latents[:, :, 1:], noise[:, :, 1:])
+    assert torch.equal(prepared.latents[:, :, :1], prepared.condition_latents)

@@ -1,14 +1,19 @@
-"""Everything that is claimed about a GPU, checked and measured in one run into one JSON file.
+"""Everything that is claimed about a GPU, in three commands of under nine minutes each.
 
-    python -m benchmarks.gpu.campaign --out benchmarks/results/<device>.json
+    python -m benchmarks.gpu.campaign checks       the build, the tests, graphs, streams
+    python -m benchmarks.gpu.campaign figures      ceilings, op, encoder, numerics, stage
+    python -m benchmarks.gpu.campaign sanitizers   compute-sanitizer's three tools
+
+Each writes a JSON file of its own, `--out`, rewritten after each step and each part of one, so that
+nothing is lost where time ends. A command builds the library first, where it is not up to date.
 
 On a bare machine: torch with CUDA, nvcc, ninja and pybind11; Triton, pytest, hypothesis,
 compute-sanitizer and Pillow for the steps that name them; no network. The 3-D VAE that the encoder
 is compared with comes from diffusers: installed, or as a folder of wheels with --wheels. What
 cannot run is named in the file, with the reason.
 
-Each step is a process of its own with a time limit; the file is rewritten after each. With
---dry-run, everything that a CPU can run is run there at tiny sizes, and nothing is measured.
+Each step is a process of its own with a time limit. With --dry-run, everything that a CPU can run
+is run there at tiny sizes, and nothing is measured.
 """
 
 from __future__ import annotations
@@ -51,11 +56,12 @@ def without_numbers(value: Any) -> Any:
     return value
 
 
-def all_steps() -> dict[str, Any]:
+def commands() -> dict[str, dict[str, Any]]:
+    """The steps of each command, in their order."""
     from benchmarks.gpu import checks, figures
 
-    # The ceilings come first of what is measured: shares of them follow.
-    return {**checks.STEPS, **figures.STEPS}
+    kinds = {"checks": checks.STEPS, "figures": figures.STEPS, "sanitizers": checks.SANITIZERS}
+    return {command: {**checks.FIRST, **steps} for command, steps in kinds.items()}
 
 
 def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
@@ -66,14 +72,16 @@ def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
             into[key] = value
 
 
-def run_step(name: str, result_file: Path, dry_run: bool, earlier: dict[str, Any]) -> int:
+def run_step(
+    step: Any, result_file: Path, dry_run: bool, cache: Path, earlier: dict[str, Any]
+) -> int:
     """Run one step in this process, writing its result so far after each part."""
     import torch
 
     from benchmarks.gpu.timing import Context, Skipped
 
     outcome: dict[str, Any] = {"status": "running", "result": {}}
-    context = Context(dry_run, result_file.parent, earlier)
+    context = Context(dry_run, result_file.parent, cache, earlier)
 
     def write() -> None:
         kept = without_numbers(outcome["result"]) if dry_run else outcome["result"]
@@ -81,7 +89,7 @@ def run_step(name: str, result_file: Path, dry_run: bool, earlier: dict[str, Any
 
     try:
         with torch.no_grad():
-            for part in all_steps()[name].run(context):
+            for part in step.run(context):
                 merge(outcome["result"], part)
                 write()
         outcome["status"] = "done"
@@ -99,8 +107,9 @@ def run_step_in_child(
     """One step under its time limit. Its whole process group ends with it."""
     result_file, earlier_file = scratch / f"{name}.json", scratch / "earlier.json"
     write_json(earlier_file, earlier)
-    command = [sys.executable, "-m", "benchmarks.gpu.campaign", "--step", name]
+    command = [sys.executable, "-m", "benchmarks.gpu.campaign", options.command, "--step", name]
     command += ["--out", str(result_file), "--earlier", str(earlier_file)]
+    command += ["--cache", str(options.cache)]
     command += ["--dry-run"] if options.dry_run else []
     search = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(scratch / "wheels")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
@@ -152,12 +161,14 @@ def campaign(options: argparse.Namespace) -> int:
     if not options.dry_run and not torch.cuda.is_available():
         print("error: torch sees no CUDA device; --dry-run needs none", file=sys.stderr)
         return 2
-    steps = all_steps()
+    steps = commands()[options.command]
+    out = options.out or ROOT / "out" / f"gpu_{options.command}.json"
     wanted = options.steps.split(",") if options.steps else list(steps)
     if unknown := sorted(set(wanted) - set(steps)):
         print(f"error: no such step: {', '.join(unknown)}", file=sys.stderr)
         return 2
     report: dict[str, Any] = {
+        "command": options.command,
         "dry_run": options.dry_run,
         "note": DRY_RUN_NOTE if options.dry_run else None,
         "commit": options.commit or commit(),
@@ -178,7 +189,7 @@ def campaign(options: argparse.Namespace) -> int:
             elif left < min(step.limit_s, 10):
                 outcome = {
                     "status": "skipped",
-                    "reason": f"the campaign's {options.budget:.0f} s were over",
+                    "reason": f"the command's {options.budget:.0f} s were over",
                 }
             else:
                 earlier = {each: done.get("result", {}) for each, done in report["steps"].items()}
@@ -186,11 +197,11 @@ def campaign(options: argparse.Namespace) -> int:
                 limit = left if options.dry_run else min(step.limit_s, left)
                 outcome = run_step_in_child(name, limit, scratch, options, earlier)
             report["steps"][name] = outcome
-            write_json(options.out, report)
+            write_json(out, report)
             reason = f": {outcome['reason']}" if outcome.get("reason") else ""
             print(f"{name:<22} {outcome['status']}{reason}"[:300], file=sys.stderr)
     failed = [name for name, done in report["steps"].items() if done["status"] == "failed"]
-    print(f"wrote {options.out}; {len(failed)} steps failed", file=sys.stderr)
+    print(f"wrote {out}; {len(failed)} steps failed", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -198,8 +209,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("out/gpu_campaign.json"), help="the file")
-    parser.add_argument("--budget", type=float, default=570, help="seconds for all (default 570)")
+    parser.add_argument("command", choices=("checks", "figures", "sanitizers"), nargs="?")
+    parser.add_argument("--out", type=Path, help="the file (default out/gpu_<command>.json)")
+    parser.add_argument("--budget", type=float, default=520, help="seconds for all (default 520)")
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=ROOT / "out" / "gpu_cache",
+        help="folder of the random VAE's weights, which are made once",
+    )
     parser.add_argument("--steps", help="run only these, separated by commas")
     parser.add_argument("--wheels", type=Path, help="folder of wheels: diffusers and what it needs")
     parser.add_argument("--commit", help="what to call the sources where there is no repository")
@@ -210,7 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.step is not None:
         earlier = json.loads(options.earlier.read_text())
-        return run_step(options.step, options.out, options.dry_run, earlier)
+        step = commands()[options.command][options.step]
+        return run_step(step, options.out, options.dry_run, options.cache, earlier)
     if options.cold is not None:
         import torch
 
@@ -218,8 +237,11 @@ def main(arguments: list[str] | None = None) -> int:
         from benchmarks.gpu.timing import Context
 
         with torch.no_grad():
-            print(json.dumps(cold(Context(options.dry_run, Path(), {}), options.cold)))
+            context = Context(options.dry_run, Path(), options.cache, {})
+            print(json.dumps(cold(context, options.cold)))
         return 0
+    if options.command is None:
+        parser.error("command must be one of checks, figures, sanitizers")
     return campaign(options)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
     synthetic_config,
+    synthetic_decoder_state_dict,
     synthetic_state_dict,
-    synthetic_vae,
 )
 from cosmos3_fast.vae.verify import rms
 
@@ -76,18 +77,27 @@ def config(context: Context) -> dict[str, Any]:
     return synthetic_config({**COSMOS3_VAE_CONFIG, **({"base_dim": 16} if context.dry_run else {})})
 
 
-def encoder_pair(context: Context, device: str | None = None) -> tuple[FrameEncoder, FrameEncoder]:
-    """The folded encoder in bf16, and in float64 from the same weights.
+def weights(context: Context, cfg: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """The VAE's encoder or decoder in bfloat16, as a checkpoint has it: made once, then read."""
+    width = cfg["base_dim" if part == "encoder" else "decoder_base_dim"]
+    path = context.cache / f"{part}_{width}.pt"
+    if not path.exists():
+        make = synthetic_state_dict if part == "encoder" else synthetic_decoder_state_dict
+        state = {name: tensor.bfloat16() for name, tensor in make(cfg).items()}
+        context.cache.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+    return torch.load(path, weights_only=True)
 
-    Those weights are bfloat16 values, as a checkpoint's are, and so are those of `reference_vae`.
-    """
+
+def make_encoder(
+    context: Context, device: str | None = None, dtype: torch.dtype = torch.bfloat16
+) -> FrameEncoder:
+    """The folded encoder; float64 is of the same bfloat16 weights, as is `reference_vae`."""
     cfg = config(context)
-    state = {name: w.bfloat16() for name, w in synthetic_state_dict(cfg).items()}
-    encoder, exact = (
-        FrameEncoder.from_state_dict(state, cfg, dtype, device or context.device)
-        for dtype in (torch.bfloat16, torch.float64)
-    )
-    return encoder, exact
+    state = weights(context, cfg, "encoder")
+    return FrameEncoder.from_state_dict(state, cfg, dtype, device or context.device)
 
 
 class GraphedEncoder:
@@ -129,20 +139,24 @@ class GraphedEncoder:
 def reference_vae(
     context: Context, device: str | None = None, *, full_decoder: bool = False
 ) -> Any:
-    """diffusers' VAE in bf16 with the weights of `encoder_pair`.
+    """diffusers' VAE in bf16 with the weights of `make_encoder`.
 
     Raises:
         Skipped: diffusers cannot be imported.
     """
     try:
-        import diffusers  # noqa: F401
+        import diffusers
     except ImportError as error:
         raise Skipped(
             f"the reference VAE needs diffusers ({error}): give its wheels with --wheels"
         ) from error
     full = full_decoder and not context.dry_run
-    vae = synthetic_vae(config(context), decoder_base_dim=DECODER_BASE_DIM if full else 16)
-    return vae.to(device or context.device, torch.bfloat16)
+    cfg = {**config(context), "decoder_base_dim": DECODER_BASE_DIM if full else 16}
+    with torch.device("meta"):
+        vae = diffusers.AutoencoderKLWan.from_config(cfg)
+    state = weights(context, cfg, "encoder") | weights(context, cfg, "decoder")
+    vae.load_state_dict(state, assign=True)
+    return vae.eval().requires_grad_(False).to(device or context.device)
 
 
 def tolerance(dtype: torch.dtype) -> float:

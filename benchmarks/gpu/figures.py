@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import json
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.gpu.cases import (
     SIZES,
     GraphedEncoder,
     Size,
-    encoder_pair,
     frame,
+    make_encoder,
     reference_vae,
     rms_error,
     tolerance,
@@ -43,14 +45,14 @@ from benchmarks.gpu.timing import (
     tuned,
 )
 from benchmarks.harness import ROOT, GateError, gate_equal, measure
-from benchmarks.paths import SEED, engine_stage
+from benchmarks.paths import SEED, engine_stage, unfused
 from benchmarks.suites.op import clone_and_copy
 from cosmos3_fast import ops
 from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.ops import registry
 from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
 from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.vae import layers
+from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.exact import encode_exact
 
 BF16 = torch.bfloat16
@@ -157,20 +159,7 @@ def op_step(size: Size) -> Step:
                 }
             }
 
-    return Step(run, limit_s=60)
-
-
-def with_eager_norms(encoder: nn.Module) -> nn.Module:
-    """A copy whose norms are eager formulas instead of the fused kernel."""
-    encoder = copy.deepcopy(encoder)
-    norms = [module for module in encoder.modules() if isinstance(module, layers.NormSiLU)]
-    if not norms:
-        raise GateError("the encoder has no layers.NormSiLU: nothing was unfused")
-    for norm in norms:
-        norm.forward = functools.partial(  # type: ignore[method-assign]
-            ops.rms_norm_silu, weight=norm.weight, silu=True, backend="eager"
-        )
-    return encoder
+    return Step(run, limit_s=40)
 
 
 def _with_rates(
@@ -191,35 +180,39 @@ def _with_rates(
     }
 
 
+class _Convolutions(TorchDispatchMode):
+    """The distinct convolutions that run inside, without their biases, and how often each does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, Call] = {}
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.convolution.default:
+            x, weight, _, stride, *rest = args
+            out_channels, in_channels, height, width = weight.shape
+            name = (
+                f"{height}x{width} stride {stride[0]}, {in_channels} to {out_channels}, "
+                f"{x.shape[2]} x {x.shape[3]}"
+            )
+            self.counts[name] += 1
+            if name not in self.calls:
+                noise = torch.randn_like(x)
+                self.calls[name] = functools.partial(func, noise, weight, None, stride, *rest)
+        return func(*args, **(kwargs or {}))
+
+
 def convolutions_alone(context: Context, encoder: nn.Module, pixels: Tensor) -> Result:
-    """Each distinct convolution of the encoder, tuned, and their sum: what fusion cannot beat."""
-    shapes: dict[str, tuple[nn.Conv2d, Tensor, int]] = {}
-
-    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0]
-        assert isinstance(module, nn.Conv2d)
-        kernel = "x".join(str(k) for k in module.kernel_size)
-        name = (
-            f"{kernel} stride {module.stride[0]}, {module.in_channels} to {module.out_channels}, "
-            f"{x.shape[2]} x {x.shape[3]}"
-        )
-        count = shapes[name][2] if name in shapes else 0
-        shapes[name] = module, torch.randn_like(x), count + 1
-
-    handles = [
-        module.register_forward_pre_hook(record)
-        for module in encoder.modules()
-        if isinstance(module, nn.Conv2d)
-    ]
-    try:
+    """Each distinct convolution of the encoder without its bias, tuned, and their sum: what fusion
+    cannot beat."""
+    with _Convolutions() as convolutions:
         encoder(pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    paths = {name: functools.partial(conv, x) for name, (conv, x, _) in shapes.items()}
     with tuned():
-        timed = time_calls(context, paths, seconds=2)
-    counts = {name: count for name, (_, _, count) in shapes.items()}
+        timed = time_calls(context, convolutions.calls, seconds=2)
+    counts = dict(convolutions.counts)
     if context.dry_run:
         return {"each": timed}
     total = sum(timed[name]["median_us"] * counts[name] for name in timed)
@@ -231,55 +224,99 @@ def _gate(name: str, ours: Tensor, exact: Tensor) -> None:
         raise GateError(f"{name}: rms error {error:.2e}, wanted at most {tolerance(BF16):.2e}")
 
 
-def encoder_step(size: Size) -> Step:
-    """One frame folded, fused and in a graph, against the VAE's own encode of 1, 17, 81 frames.
+def unfused_call(encoder: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The folded encoder, or what torch.compile made of it, with torch's own operations."""
 
-    The convolutions of every path are tuned by cuDNN, the VAE's too, except where it says so.
+    def call(pixels: Tensor) -> Tensor:
+        with unfused():
+            return encoder(pixels)
+
+    return call
+
+
+@dataclass
+class _Paths:
+    """What encodes `pixels`, and the operations of each."""
+
+    encoder: FrameEncoder
+    vae: Any
+    pixels: Tensor
+    wanted: Tensor
+    calls: dict[str, Callable[[], Tensor]]
+    operations: dict[str, int]
+
+    def add(self, name: str, call: Callable[[], Tensor], operations: int) -> None:
+        """Compared with the result in float64 before anything is timed."""
+        _gate(name, call(), self.wanted)
+        self.calls[name], self.operations[name] = call, operations
+
+
+def _encoder_paths(context: Context, size: Size) -> _Paths:
+    """The folded encoder, unfused and fused, and the VAE where there is one."""
+    pixels = frame(context, size, SEED)
+    wanted = make_encoder(context, dtype=torch.float64)(pixels.double())
+    encoder = make_encoder(context)
+    try:
+        vae = reference_vae(context)
+    except Skipped:
+        vae = None
+    paths = _Paths(encoder, vae, pixels, wanted, {}, {})
+    _, operations = count_flops(lambda: encoder(pixels))
+    plain = unfused_call(encoder)
+    paths.add("folded, unfused", lambda: plain(pixels), operations)
+    paths.add("folded, fused kernels", lambda: encoder(pixels), operations)
+    if vae is not None:
+        own: Callable[[], Tensor] = lambda: encode_exact(vae, pixels.unsqueeze(2))  # noqa: E731
+        paths.add("vae.encode, 1 frame", own, count_flops(own)[1])
+    return paths
+
+
+def untuned_encoder_step(size: Size) -> Step:
+    """One frame with the algorithms that cuDNN's heuristics choose: as an engine runs, untuned.
+
+    In a process of its own, because what cuDNN has chosen for a shape stays with it.
     """
 
     def run(context: Context) -> Iterator[Result]:
-        encoder, exact = encoder_pair(context)
-        pixels = frame(context, size, SEED)
-        wanted = exact(pixels.double())
-        del exact
-        unfused = with_eager_norms(encoder)
-        paths: dict[str, Callable[[], Tensor]] = {
-            "folded, eager norms": lambda: unfused(pixels),
-            "folded, fused kernels": lambda: encoder(pixels),
-        }
-        _, folded = count_flops(paths["folded, fused kernels"])
-        operations = dict.fromkeys(paths, folded)
-        vae = None
-        try:
-            vae = reference_vae(context)
-        except Skipped as skipped:
-            yield {"vae.encode": {"skipped": str(skipped)}}
-        if vae is not None:
-            paths["vae.encode, 1 frame"] = lambda: encode_exact(vae, pixels.unsqueeze(2))
-            _, operations["vae.encode, 1 frame"] = count_flops(paths["vae.encode, 1 frame"])
-        for name, path in paths.items():
-            _gate(name, path(), wanted)
-        # First, because what cuDNN has tuned stays with the process.
-        untuned = time_calls(context, paths)
-        yield {"with cuDNN untuned": _with_rates(context, untuned, operations)}
+        paths = _encoder_paths(context, size)
+        yield _with_rates(context, time_calls(context, paths.calls), paths.operations)
 
-        on_cuda = {
+    return Step(run, limit_s=30)
+
+
+def encoder_step(size: Size) -> Step:
+    """One frame folded, fused and in a graph, against the VAE's own encode of 1, 17, 81 frames.
+
+    The convolutions of every path are tuned by cuDNN, the VAE's too.
+    """
+
+    def run(context: Context) -> Iterator[Result]:
+        with tuned():
+            made = _encoder_paths(context, size)
+        encoder, vae, pixels, wanted = made.encoder, made.vae, made.pixels, made.wanted
+        paths, operations = made.calls, made.operations
+        if vae is None:
+            yield {"vae.encode": {"skipped": "diffusers cannot be imported: see --wheels"}}
+        on_cuda: dict[str, Callable[[], Callable[[Tensor], Tensor]]] = {
             "folded, fused kernels, CUDA graph": lambda: GraphedEncoder(encoder),
             "folded, fused kernels, reduce-overhead": lambda: torch.compile(
                 encoder, mode="reduce-overhead"
             ),
-            "folded, eager norms, reduce-overhead": lambda: torch.compile(
-                unfused, mode="reduce-overhead"
+            "folded, unfused, torch.compile": lambda: unfused_call(torch.compile(encoder)),
+            "folded, unfused, reduce-overhead": lambda: unfused_call(
+                torch.compile(encoder, mode="reduce-overhead")
             ),
         }
         for name, make in on_cuda.items():
             if context.dry_run:
                 yield {name: {"skipped": "dry run: CUDA only"}}
                 continue
-            run = make()
-            paths[name], operations[name] = functools.partial(run, pixels), folded
             with tuned():
-                _gate(name, run(pixels), wanted)
+                made.add(
+                    name,
+                    functools.partial(make(), pixels),
+                    operations["folded, fused kernels"],
+                )
         with tuned():
             timed = time_calls(context, paths, seconds=4)
         yield _with_rates(context, timed, operations)
@@ -314,7 +351,7 @@ def encoder_step(size: Size) -> Step:
             yield _with_rates(context, longer, {name: counted})
             yield {f"{name}, peak bytes": peak_bytes(context, path)}
 
-    return Step(run, limit_s=100)
+    return Step(run, limit_s=90)
 
 
 def _photograph() -> Tensor:
@@ -357,7 +394,7 @@ def stage(context: Context) -> Iterator[Result]:
     except ImportError as error:
         raise Skipped(f"the stage resizes its image with Pillow ({error})") from error
     size, device = SIZES[0].on(context), context.device
-    encoder, _ = encoder_pair(context)
+    encoder = make_encoder(context)
     # Graphs are CUDA's: a dry run tries the rest with the encoder itself.
     graphed = encoder if context.dry_run else GraphedEncoder(encoder)
     photograph = _photograph()
@@ -420,6 +457,7 @@ def stage(context: Context) -> Iterator[Result]:
 
 def _cold_in_new_process(context: Context, path: str) -> Any:
     command = [sys.executable, "-m", "benchmarks.gpu.campaign", "--cold", path]
+    command += ["--cache", str(context.cache)]
     runs = []
     for _ in range(1 if context.dry_run else 2):
         done = subprocess.run(
@@ -448,7 +486,7 @@ def cold(context: Context, path: str) -> Result:
         return result
 
     size, image = SIZES[0].on(context), _photograph()
-    model = reference_vae(context, "cpu") if path == "engine" else encoder_pair(context, "cpu")[0]
+    model = reference_vae(context, "cpu") if path == "engine" else make_encoder(context, "cpu")
     if not context.dry_run:
         timed("CUDA context", lambda: torch.zeros(1, device="cuda"))
     timed("weights to the device", lambda: model.to(context.device))
@@ -465,9 +503,9 @@ def cold(context: Context, path: str) -> Result:
 
 def numerics(context: Context) -> Iterator[Result]:
     """bf16 against float64 of the same weights and pixels: the folded encoder and the VAE."""
-    encoder, exact = encoder_pair(context)
+    encoder, exact = make_encoder(context), make_encoder(context, dtype=torch.float64)
     paths: dict[str, Callable[[Tensor], Tensor]] = {
-        "folded, eager norms": with_eager_norms(encoder),
+        "folded, unfused": unfused_call(encoder),
         "folded, fused kernels": encoder,
     }
     if context.dry_run:
@@ -500,10 +538,12 @@ def numerics(context: Context) -> Iterator[Result]:
         raise GateError(f"rms error {worst:.2e} against float64")
 
 
+# The ceilings come first: shares of them follow.
 STEPS = {
-    "ceilings": Step(ceilings, 60),
+    "ceilings": Step(ceilings, 30),
     **{f"op_{size.name}x{size.num_frames}": op_step(size) for size in SIZES},
+    **{f"encoder_{size.name}_untuned": untuned_encoder_step(size) for size in SIZES},
     **{f"encoder_{size.name}": encoder_step(size) for size in SIZES},
-    "stage": Step(stage, 150),
-    "numerics": Step(numerics, 60),
+    "numerics": Step(numerics, 40),
+    "stage": Step(stage, 100),
 }

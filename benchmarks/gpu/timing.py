@@ -29,12 +29,14 @@ class Context:
 
     Attributes:
         dry_run: run on the CPU at tiny sizes and measure nothing.
-        scratch: a folder for files, gone when the campaign ends.
+        scratch: a folder for files, gone when the command ends.
+        cache: a folder for files that the next command takes too.
         earlier: results of the steps before, by name.
     """
 
     dry_run: bool
     scratch: Path
+    cache: Path
     earlier: Mapping[str, Result]
 
     @property

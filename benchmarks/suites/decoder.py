@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness import gate_error, gate_rounding, say
-from benchmarks.paths import DTYPES, OURS, SEED, TINY_DIM, sides, vae_config
+from benchmarks.paths import DTYPES, OURS, SEED, TINY_DIM, sides, unfused, vae_config
 from benchmarks.suites import Row, Suite, timed_rows
 from cosmos3_fast import FrameDecoder
 from cosmos3_fast.vae import layers, synthetic
@@ -47,15 +48,8 @@ def plain() -> Iterator[None]:
 
     The 3x3 convolutions follow the up-sampling, and norms and convolutions are torch's.
     """
-    before = layers.rms_norm_silu, layers.takes_winograd, layers.Upsample.forward
-    layers.rms_norm_silu = _plain_norm
-    layers.takes_winograd = lambda *_: False
-    layers.Upsample.forward = _plain_upsample  # type: ignore[method-assign]
-    try:
+    with unfused(_plain_norm), mock.patch.object(layers.Upsample, "forward", _plain_upsample):
         yield
-    finally:
-        layers.rms_norm_silu, layers.takes_winograd = before[:2]
-        layers.Upsample.forward = before[2]  # type: ignore[method-assign]
 
 
 def decoder_config(base_dim: int | None) -> dict[str, Any]:

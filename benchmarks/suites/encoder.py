@@ -65,7 +65,8 @@ def _gate(
 SUITE = Suite(
     encoder,
     {
-        "tiny": {"sizes": {"32x48": 2}, "base_dim": TINY_DIM},
+        # Of fewer latents than these 24, chance decides which of two roundings errs more.
+        "tiny": {"sizes": {"64x96": 2}, "base_dim": TINY_DIM},
         "short": {"sizes": {"256x448": 3, "480x832": 2}},
         "full": {"sizes": {"256x448": 7, "480x832": 5, "720x1280": 3}},
     },

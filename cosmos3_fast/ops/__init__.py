@@ -8,12 +8,14 @@ from cosmos3_fast.ops.pack_pixels import pack_pixels
 from cosmos3_fast.ops.prepare_latents import prepare_latents, prepare_latents_
 from cosmos3_fast.ops.registry import BackendUnavailableError, default_backend
 from cosmos3_fast.ops.resize_crop import resize_crop
-from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu
+from cosmos3_fast.ops.rms_norm_silu import add_pad, add_rms_norm_silu, rms_norm_silu
 from cosmos3_fast.ops.unpack_pixels import unpack_pixels
 from cosmos3_fast.ops.winograd import takes_winograd, winograd_conv3x3, winograd_pack
 
 __all__ = [
     "BackendUnavailableError",
+    "add_pad",
+    "add_rms_norm_silu",
     "default_backend",
     "pack_pixels",
     "prepare_latents",

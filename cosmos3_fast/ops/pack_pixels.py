@@ -15,7 +15,12 @@ from cosmos3_fast.ops.registry import register, register_autograd, select
 
 
 def pack_pixels(
-    pixels: Tensor, patch_size: int, dtype: torch.dtype, *, backend: str | None = None
+    pixels: Tensor,
+    patch_size: int,
+    dtype: torch.dtype,
+    channels: int = 0,
+    *,
+    backend: str | None = None,
 ) -> Tensor:
     """What the first convolution reads, from pixels, in one pass.
 
@@ -25,19 +30,23 @@ def pack_pixels(
             strides.
         patch_size: divides H and W.
         dtype: of the result.
+        channels: of the result, where more than 3·p²: the others are zeros, which make whole
+            16-byte vectors of a pixel.
         backend: as in `prepare_latents`.
 
     Returns:
-        [B, 3·p², H/p, W/p] channels-last, channels ordered as `pixel_unshuffle` orders them.
+        [B, 3·p² or `channels`, H/p, W/p] channels-last, ordered as `pixel_unshuffle` orders them.
 
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
-    return select("pack_pixels", backend, pixels.device)(pixels, patch_size, dtype)
+    return select("pack_pixels", backend, pixels.device)(pixels, patch_size, dtype, channels)
 
 
-def pack_pixels_reference(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    """Normalised pixels in the patch order of `pixel_unshuffle`: [B, 3·p², H/p, W/p].
+def pack_pixels_reference(
+    pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: int = 0
+) -> Tensor:
+    """Normalised pixels in the patch order of `pixel_unshuffle`, [B, 3·p², H/p, W/p], and zeros.
 
     Bytes [B, H, W, 3] are normalised as SGLang's `preprocess_image` does: `2 (x / 255) - 1` in
     float32. Floats [B, 3, H, W] are taken to be normalised already.
@@ -49,10 +58,12 @@ def pack_pixels_reference(pixels: Tensor, patch_size: int, dtype: torch.dtype) -
     p, rows, columns = patch_size, height // patch_size, width // patch_size
     cells = pixels.to(dtype).reshape(batch, 3, rows, p, columns, p).permute(0, 1, 3, 5, 2, 4)
     packed = cells.reshape(batch, 3 * p * p, rows, columns)
+    if channels:
+        packed = torch.nn.functional.pad(packed, (0, 0, 0, 0, 0, channels - 3 * p * p))
     return packed.contiguous(memory_format=torch.channels_last)
 
 
-def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> None:
+def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: int = 0) -> None:
     """Raises RuntimeError unless the arguments of `pack_pixels` fit each other."""
     op = "pack_pixels"
     is_bytes = pixels.dtype == torch.uint8
@@ -80,10 +91,17 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> None:
                 f"got {list(pixels.shape)}"
             ),
         )
+    torch._check(
+        channels == 0 or channels >= 3 * patch_size**2,
+        lambda: (
+            f"{op}: channels must be 0 or at least 3·patch_size² = {3 * patch_size**2}, "
+            f"got {channels}"
+        ),
+    )
 
 
 register(
-    "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype) -> Tensor",
+    "pack_pixels(Tensor pixels, int patch_size, ScalarType dtype, int channels=0) -> Tensor",
     check_pixels,
     eager=pack_pixels_reference,
     triton="pack_pixels:pack_pixels",
@@ -91,22 +109,25 @@ register(
 
 
 @torch.library.register_fake("cosmos3::pack_pixels")
-def _(pixels: Tensor, patch_size: int, dtype: torch.dtype) -> Tensor:
-    check_pixels(pixels, patch_size, dtype)
+def _(pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: int = 0) -> Tensor:
+    check_pixels(pixels, patch_size, dtype, channels)
     batch, *sizes = pixels.shape
     height, width = sizes[:2] if pixels.dtype == torch.uint8 else sizes[1:]
-    shape = (batch, 3 * patch_size**2, height // patch_size, width // patch_size)
+    channels = channels or 3 * patch_size**2
+    shape = (batch, channels, height // patch_size, width // patch_size)
     return torch.empty(shape, dtype=dtype, device=pixels.device, memory_format=torch.channels_last)
 
 
 def _pack_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    pixels, ctx.patch_size, _ = inputs
+    pixels, ctx.patch_size, _, _ = inputs
     ctx.dtype = pixels.dtype
 
 
-def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+def _pack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
     # Bytes have no gradient, so the pixels were floating.
-    return torch.nn.functional.pixel_shuffle(gradient, ctx.patch_size).to(ctx.dtype), None, None
+    p = ctx.patch_size
+    pixels = torch.nn.functional.pixel_shuffle(gradient[:, : 3 * p * p], p)
+    return pixels.to(ctx.dtype), None, None, None
 
 
 register_autograd("pack_pixels", _pack_backward, _pack_setup, pack_pixels_reference)

@@ -22,7 +22,14 @@ from cosmos3_fast.vae.compatibility import probe_encoder
 from cosmos3_fast.vae.encoder import FrameEncoder, check_values
 from cosmos3_fast.vae.fold import Read, fold_clip
 from cosmos3_fast.vae.folded import FoldedNetwork
-from cosmos3_fast.vae.layers import Conv3x3, EncoderStage, ResidualBlock, add_average_shortcut
+from cosmos3_fast.vae.layers import (
+    NO_TILES,
+    Conv3x3,
+    EncoderStage,
+    ResidualBlock,
+    Sum,
+    add_average_shortcut,
+)
 from cosmos3_fast.vae.topology import EncoderTopology, Stage, UnsupportedVAEError
 
 Memory = dict[nn.Module, list[Tensor]]
@@ -40,27 +47,31 @@ class CausalConv(nn.Module):
     one before, without a copy of frames or weights.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__()
-        self.earlier = nn.ModuleList(Conv3x3(in_channels, out_channels) for _ in range(2))
+        self.earlier = nn.ModuleList(
+            Conv3x3(in_channels, out_channels, min_tiles) for _ in range(2)
+        )
         for tap in self.earlier:
             tap.register_parameter("bias", None)
 
     def forward(
         self, x: Tensor, last: Conv3x3, memory: Memory, residual: Tensor | None = None
-    ) -> Tensor:
+    ) -> Sum:
         past = memory.setdefault(self, [])
         window = [*past, x]
         memory[self] = window[-2:]
+        if len(window) == 1:
+            return last.deferred(x, residual)
         taps = [*self.earlier, last][-len(window) :]
-        if len(window) > 1 and x.dtype in (torch.bfloat16, torch.float16):
+        if x.dtype in (torch.bfloat16, torch.float16):
             weight = torch.cat([tap.weight for tap in taps], 1)
-            y = F.conv2d(torch.cat(window, 1), weight, last.bias, padding=1)
-            return y if residual is None else y.add_(residual)
+            y = F.conv2d(torch.cat(window, 1), weight, padding=1)
+            return Sum(y, last.bias, residual)
         y = taps[0](window[0], residual)
         for tap, frame in zip(taps[1:], window[1:], strict=True):
             y = tap(frame, y)
-        return y
+        return Sum(y)
 
 
 class ClipBlock(nn.Module):
@@ -71,10 +82,14 @@ class ClipBlock(nn.Module):
         self.conv1 = CausalConv(in_channels, out_channels)
         self.conv2 = CausalConv(out_channels, out_channels)
 
-    def forward(self, x: Tensor, block: ResidualBlock, memory: Memory) -> Tensor:
-        y = self.conv1(block.norm1(x), block.conv1, memory)
+    def forward(self, terms: Sum, block: ResidualBlock, memory: Memory) -> Sum:
+        return self.after_norm(*block.norm1.with_sum(terms), block, memory)
+
+    def after_norm(self, x: Tensor, activated: Tensor, block: ResidualBlock, memory: Memory) -> Sum:
+        """The rest, given the block's input and its first norm."""
+        y = block.norm2(*self.conv1(activated, block.conv1, memory))
         shortcut = x if block.shortcut is None else block.shortcut(x)
-        return self.conv2(block.norm2(y), block.conv2, memory, shortcut)
+        return self.conv2(y, block.conv2, memory, shortcut)
 
 
 class ClipStage(nn.Module):
@@ -93,30 +108,32 @@ class ClipStage(nn.Module):
         # On the window of three frames, concatenated by channel.
         self.time_conv = nn.Conv2d(3 * width, width, 1) if stage.factor_t == 2 else None
 
-    def forward(self, x: Tensor, stage: EncoderStage, memory: Memory) -> Tensor | None:
+    def forward(self, terms: Sum, stage: EncoderStage, memory: Memory) -> Sum | None:
         """[B, C, H, W] of one frame → [B, C', H', W'], or None where it waits for the next one."""
-        y = x
-        blocks = iter(self.blocks)
-        for block in stage.blocks:
-            y = next(blocks)(y, block, memory) if isinstance(block, ResidualBlock) else block(y)
+        first, *rest = stage.blocks
+        own_first, *own_rest = self.blocks
+        assert isinstance(first, ResidualBlock)
+        assert isinstance(own_first, ClipBlock)
+        x, activated = first.norm1.with_sum(terms)
+        y = own_first.after_norm(x, activated, first, memory)
+        own = iter(own_rest)
+        for block in rest:
+            y = next(own)(y, block, memory) if isinstance(block, ResidualBlock) else block(y)
         if stage.downsample is not None:
             y = stage.downsample(y)
         if self.time_conv is None:
-            if stage.residual:
-                y = add_average_shortcut(y, x, 1, stage.factor_s)
-            return y
-        window = [*memory.get(self.time_conv, []), y]
+            return add_average_shortcut(y, x, 1, stage.factor_s) if stage.residual else y
+        frame = y.total()
+        window = [*memory.get(self.time_conv, []), frame]
         inputs = [*memory.get(self, []), x] if stage.residual else []
         if len(window) == 2:
             memory[self.time_conv], memory[self] = window, inputs
             return None
-        memory[self.time_conv], memory[self] = [y], []
+        memory[self.time_conv], memory[self] = [frame], []
         if len(window) == 1:
-            if stage.residual:  # y itself is remembered, and the addition may be in place
-                y = add_average_shortcut(y.clone(), x, 2, stage.factor_s)
-            return y
-        y = self.time_conv(torch.cat(window, 1))
-        return add_pair_average(y, inputs, stage.factor_s) if stage.residual else y
+            return add_average_shortcut(y, x, 2, stage.factor_s) if stage.residual else y
+        z = self.time_conv(torch.cat(window, 1))
+        return Sum(add_pair_average(z, inputs, stage.factor_s) if stage.residual else z)
 
 
 def add_pair_average(y: Tensor, pair: list[Tensor], factor_s: int) -> Tensor:
@@ -191,7 +208,8 @@ class ClipEncoder(FoldedNetwork):
             )
         self.first = FrameEncoder(topology, dtype, device)
         with torch.device(torch.get_default_device() if device is None else device):
-            self.conv_in = CausalConv(topology.in_channels, topology.stages[0].in_channels)
+            width = topology.stages[0].in_channels
+            self.conv_in = CausalConv(topology.packed_channels, width, NO_TILES)
             self.stages = nn.ModuleList(ClipStage(stage) for stage in topology.stages)
             width = topology.stages[-1].out_channels
             self.middle = nn.ModuleList(ClipBlock(width, width) for _ in range(2))
@@ -247,16 +265,17 @@ class ClipEncoder(FoldedNetwork):
     def _push(self, frame: Tensor, memory: Memory) -> Tensor | None:
         """The latent frame [B, z_dim, h, w] that this pixel frame completes, if it does."""
         first = self.first
-        packed = pack_pixels(frame, self.topology.patch_size, self.dtype)
-        x: Tensor | None = self.conv_in(packed, first.conv_in, memory)
+        topology = self.topology
+        packed = pack_pixels(frame, topology.patch_size, self.dtype, topology.packed_channels)
+        terms: Sum | None = self.conv_in(packed, first.conv_in, memory)
         for clip_stage, stage in zip(self.stages, first.stages, strict=True):
-            x = clip_stage(x, stage, memory)
-            if x is None:
+            terms = clip_stage(terms, stage, memory)
+            if terms is None:
                 return None
         before, attention, after = first.middle
-        x = self.middle[0](x, before, memory)
-        x = self.middle[1](attention(x), after, memory)
-        return self.conv_out(first.norm_out(x), first.conv_out, memory)
+        terms = self.middle[0](terms, before, memory)
+        terms = self.middle[1](attention(terms), after, memory)
+        return self.conv_out(first.norm_out(*terms), first.conv_out, memory).total()
 
     def _checked_frames(
         self, pixels: Tensor, num_latent_frames: int | None

@@ -120,10 +120,10 @@ class FrameDecoder(FoldedNetwork):
             dtype = torch.uint8 if as_bytes else self.dtype
             return torch.empty(shape, dtype=dtype, device=frame.device)
         x = frame.to(self.dtype, memory_format=torch.channels_last)
-        x = self.middle(self.conv_in(entry(x)))
+        terms = self.middle(self.conv_in.deferred(entry(x)))
         for stage in self.stages:
-            x = stage(x)
-        x = self.conv_out(self.norm_out(x))
+            terms = stage(terms)
+        x = self.conv_out(self.norm_out(*terms))
         pixels = unpack_pixels(x, self.topology.patch_size, as_bytes)
         return pixels if as_bytes else pixels.unsqueeze(2)
 

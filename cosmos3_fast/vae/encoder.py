@@ -11,7 +11,14 @@ from cosmos3_fast.ops import pack_pixels
 from cosmos3_fast.vae.compatibility import probe_encoder, probe_posterior
 from cosmos3_fast.vae.fold import Read, fold_encoder
 from cosmos3_fast.vae.folded import FoldedNetwork
-from cosmos3_fast.vae.layers import Attention, Conv3x3, EncoderStage, NormSiLU, ResidualBlock
+from cosmos3_fast.vae.layers import (
+    NO_TILES,
+    Attention,
+    Conv3x3,
+    EncoderStage,
+    NormSiLU,
+    ResidualBlock,
+)
 from cosmos3_fast.vae.topology import EncoderTopology, PosteriorTopology
 
 
@@ -54,7 +61,7 @@ class FrameEncoder(FoldedNetwork):
         super().__init__(topology, dtype)
         with torch.device(torch.get_default_device() if device is None else device):
             width = topology.stages[0].in_channels
-            self.conv_in = Conv3x3(topology.in_channels, width)
+            self.conv_in = Conv3x3(topology.packed_channels, width, NO_TILES)
             self.stages = nn.ModuleList(
                 EncoderStage(stage, topology.residual) for stage in topology.stages
             )
@@ -108,10 +115,12 @@ class FrameEncoder(FoldedNetwork):
             height, width = (size // self.spatial_factor for size in sizes)
             shape = (0, self.conv_out.weight.shape[0], 1, height, width)
             return torch.empty(shape, dtype=self.dtype, device=frame.device)
-        x = self.conv_in(pack_pixels(frame, self.topology.patch_size, self.dtype))
+        topology = self.topology
+        packed = pack_pixels(frame, topology.patch_size, self.dtype, topology.packed_channels)
+        terms = self.conv_in.deferred(packed)
         for stage in self.stages:
-            x = stage(x)
-        x = self.conv_out(self.norm_out(self.middle(x)))
+            terms = stage(terms)
+        x = self.conv_out(self.norm_out(*self.middle(terms)))
         return x.contiguous(memory_format=torch.contiguous_format).unsqueeze(2)
 
     def _checked_frame(self, pixels: Tensor) -> Tensor:

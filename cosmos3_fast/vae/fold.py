@@ -80,8 +80,7 @@ class Fold:
 def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
     """The state dict of `FrameEncoder(topology)`, on the CPU, in `dtype`."""
     fold = Fold(read, dtype)
-    weight = spatial_taps(read("encoder.conv_in.weight"))
-    fold.put("conv_in.weight", unshuffle_order(weight, topology.patch_size))
+    fold.put("conv_in.weight", packed_order(spatial_taps(read("encoder.conv_in.weight")), topology))
     fold.put("conv_in.bias", read("encoder.conv_in.bias"))
     for i, (stage, (blocks, downsampler)) in enumerate(
         zip(topology.stages, topology.block_names(), strict=True)
@@ -131,8 +130,7 @@ def fold_clip(
         for conv in ("conv1", "conv2"):
             earlier(f"{target}.{conv}", read_earlier(f"{source}.{conv}.weight"))
 
-    weight = read_earlier("encoder.conv_in.weight")
-    earlier("conv_in", unshuffle_order(weight, topology.patch_size))
+    earlier("conv_in", packed_order(read_earlier("encoder.conv_in.weight"), topology))
     for i, (stage, (blocks, downsampler)) in enumerate(
         zip(topology.stages, topology.block_names(), strict=True)
     ):
@@ -182,6 +180,13 @@ def unshuffle_order(weight: Tensor, patch_size: int) -> Tensor:
     """
     cells = weight.unflatten(1, (-1, patch_size, patch_size))
     return cells.transpose(2, 3).flatten(1, 3)
+
+
+def packed_order(weight: Tensor, topology: EncoderTopology) -> Tensor:
+    """`unshuffle_order`, and zeros for the channels that packing adds."""
+    ordered = unshuffle_order(weight, topology.patch_size)
+    missing = topology.packed_channels - ordered.shape[1]
+    return torch.cat([ordered, torch.zeros_like(ordered[:, :1]).repeat_interleave(missing, 1)], 1)
 
 
 def attention(

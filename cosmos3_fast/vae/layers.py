@@ -1,18 +1,60 @@
-"""The layers of the 2-D networks. Activations are [B, C, H, W] in channels_last memory."""
+"""The layers of the 2-D networks. Activations are [B, C, H, W] in channels_last memory.
+
+On a GPU, torch adds a convolution's bias in a launch of its own, which reads and writes the whole
+result. So between layers an activation is a `Sum`, whose terms the kernel adds up that reads it.
+"""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.ops import rms_norm_silu, takes_winograd, winograd_conv3x3, winograd_pack
+from cosmos3_fast.ops import (
+    add_pad,
+    add_rms_norm_silu,
+    rms_norm_silu,
+    takes_winograd,
+    winograd_conv3x3,
+    winograd_pack,
+)
 from cosmos3_fast.ops.winograd import same_bits
 from cosmos3_fast.vae.decoder_topology import UpStage
 from cosmos3_fast.vae.topology import Stage
+
+# A `min_tiles` that no image has.
+NO_TILES = sys.maxsize
+
+
+class Sum(NamedTuple):
+    """`x + bias + residual`, in the order of the ops' arguments (see `ops.rms_norm_silu`)."""
+
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    def total(self, pad: bool = False) -> Tensor:
+        """The sum; with `pad`, a row of zeros below and a column of them to the right."""
+        if not pad and self.bias is None and self.residual is None:
+            return self.x
+        return add_pad(self.x, self.bias, self.residual, pad)
+
+
+def defers_bias(x: Tensor) -> bool:
+    """Whether convolving `x` leaves the bias to the next kernel: a CPU adds it for nothing."""
+    return x.device.type == "cuda"
+
+
+def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
+    """`conv(x) + residual`."""
+    if defers_bias(x):
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        return Sum(y, conv.bias, residual)
+    return Sum(conv(x), None, residual)
 
 
 class Conv3x3(nn.Conv2d):
@@ -40,12 +82,21 @@ class Conv3x3(nn.Conv2d):
         self._packed: tuple[Tensor, Tensor] | None = None
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.winograd and takes_winograd(x, self.weight, self._min_tiles):
+        if self._takes_winograd(x):
             # `.to()` in another thread changes what the parameter holds, not this.
             weight = self.weight.detach()
             return winograd_conv3x3(x, self._packed_weight(weight), self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
+
+    def deferred(self, x: Tensor, residual: Tensor | None = None) -> Sum:
+        """`forward`, of which the next kernel adds up what this one does not add for nothing."""
+        if self._takes_winograd(x):
+            return Sum(self(x, residual))
+        return deferred(self, x, residual)
+
+    def _takes_winograd(self, x: Tensor) -> bool:
+        return self.winograd and takes_winograd(x, self.weight, self._min_tiles)
 
     def _packed_weight(self, weight: Tensor) -> Tensor:
         packed = self._packed
@@ -63,14 +114,28 @@ class Conv3x3(nn.Conv2d):
 
 
 class NormSiLU(nn.Module):
-    """RMS norm over channels, then SiLU: [B, C, H, W] → the same."""
+    """RMS norm over channels, then SiLU, of a `Sum`: [B, C, H, W] → the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm_silu(x, self.weight, silu=True)
+    def forward(
+        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        return rms_norm_silu(x, self.weight, True, bias, residual)
+
+    def with_sum(self, terms: Sum) -> tuple[Tensor, Tensor]:
+        """The sum too, first."""
+        return sum_and_norm(terms, self.weight, silu=True)
+
+
+def sum_and_norm(terms: Sum, weight: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm_silu`, where there is something to add."""
+    x, bias, residual = terms
+    if bias is None and residual is None:
+        return x, rms_norm_silu(x, weight, silu)
+    return add_rms_norm_silu(x, weight, silu, bias, residual)
 
 
 class ResidualBlock(nn.Module):
@@ -95,9 +160,13 @@ class ResidualBlock(nn.Module):
             else None
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.conv1(self.norm1(x))
-        return self.conv2(self.norm2(y), x if self.shortcut is None else self.shortcut(x))
+    def forward(self, terms: Sum) -> Sum:
+        return self.after_norm(*self.norm1.with_sum(terms))
+
+    def after_norm(self, x: Tensor, activated: Tensor) -> Sum:
+        """The rest, given the block's input and its first norm."""
+        y = self.norm2(*self.conv1.deferred(activated))
+        return self.conv2.deferred(y, x if self.shortcut is None else self.shortcut(x))
 
 
 class Attention(nn.Module):
@@ -111,12 +180,13 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(channels, 3 * channels)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, terms: Sum) -> Sum:
+        x, normalized = sum_and_norm(terms, None, silu=False)
         height, width = x.shape[2:]
-        tokens = rms_norm_silu(x, None, silu=False).flatten(2).transpose(1, 2)
+        tokens = normalized.flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
         y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
-        return x + y.transpose(1, 2).unflatten(2, (height, width))
+        return Sum(y.transpose(1, 2).unflatten(2, (height, width)), None, x)
 
 
 class Downsample(nn.Module):
@@ -126,8 +196,8 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+    def forward(self, terms: Sum) -> Sum:
+        return deferred(self.conv, terms.total(pad=True))
 
 
 def average_shortcut(x: Tensor, out_channels: int, factor_t: int, factor_s: int) -> Tensor:
@@ -150,20 +220,20 @@ def average_shortcut(x: Tensor, out_channels: int, factor_t: int, factor_s: int)
     return cells.flatten(1, 2).unflatten(1, (out_channels, -1)).mean(2)
 
 
-def add_average_shortcut(y: Tensor, x: Tensor, factor_t: int, factor_s: int) -> Tensor:
-    """`y + average_shortcut(x)`; may write into `y`.
+def add_average_shortcut(terms: Sum, x: Tensor, factor_t: int, factor_s: int) -> Sum:
+    """`terms` and `average_shortcut(x)`.
 
     Where a group is exactly one cell (every stage of Cosmos3), the average is a pooling, and the
     zero frames fill whole output channels: pooled channel c belongs to output channel
-    `c·factor_t + factor_t - 1` and nothing is added to the others.
+    `c·factor_t + factor_t - 1`, and nothing is added to the others. That is what the ops make of
+    a residual of this shape.
     """
-    if y.shape[1] == x.shape[1] * factor_t:
-        pooled = F.avg_pool2d(x, factor_s) if factor_s > 1 else x
-        if factor_t == 1:
-            return y + pooled
-        y[:, factor_t - 1 :: factor_t] += pooled
-        return y
-    return y + average_shortcut(x, y.shape[1], factor_t, factor_s)
+    if terms.residual is not None:
+        terms = Sum(terms.total())
+    y, bias, _ = terms
+    if y.shape[1] != x.shape[1] * factor_t:
+        x = average_shortcut(x, y.shape[1], factor_t, factor_s)
+    return Sum(y, bias, x)
 
 
 class EncoderStage(nn.Module):
@@ -183,15 +253,24 @@ class EncoderStage(nn.Module):
         self.factor_t = stage.factor_t
         self.factor_s = 2 if stage.downsample else 1
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for block in self.blocks:
-            y = block(y)
+    def forward(self, terms: Sum) -> Sum:
+        x, y = run_blocks(self.blocks, terms)
         if self.downsample is not None:
             y = self.downsample(y)
         if self.residual:
             y = add_average_shortcut(y, x, self.factor_t, self.factor_s)
         return y
+
+
+def run_blocks(blocks: nn.ModuleList, terms: Sum) -> tuple[Tensor, Sum]:
+    """The sum, which the first block needs, and what the blocks make of it."""
+    first, *rest = blocks
+    assert isinstance(first, ResidualBlock)
+    x, activated = first.norm1.with_sum(terms)
+    y = first.after_norm(x, activated)
+    for block in rest:
+        y = block(y)
+    return x, y
 
 
 class Upsample(nn.Conv2d):
@@ -301,10 +380,8 @@ class DecoderStage(nn.Module):
         self.residual = residual
         self.factor_t = stage.factor_t
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = x
-        for block in self.blocks:
-            y = block(y)
+    def forward(self, terms: Sum) -> Sum:
+        x, y = run_blocks(self.blocks, terms)
         if self.upsample is None:
             return y
-        return self.upsample(y, x if self.residual else None, self.factor_t)
+        return Sum(self.upsample(y.total(), x if self.residual else None, self.factor_t))

@@ -10,7 +10,7 @@
 namespace cosmos3 {
 namespace {
 
-void check_pixels(const Tensor& pixels, int64_t patch_size, ScalarType dtype) {
+void check_pixels(const Tensor& pixels, int64_t patch_size, ScalarType dtype, int64_t channels) {
   const char* op = "pack_pixels";
   const bool bytes = pixels.scalar_type() == ScalarType::Byte;
   check_rank(op, "pixels", pixels, 4, "[B, 3, H, W], or [B, H, W, 3] in uint8");
@@ -29,6 +29,10 @@ void check_pixels(const Tensor& pixels, int64_t patch_size, ScalarType dtype) {
   if (pixels.size(bytes ? 1 : 2) % patch_size || pixels.size(bytes ? 2 : 3) % patch_size) {
     fail(op, ": pixels must have height and width divisible by patch_size = ", patch_size, ", got ",
          list(pixels.sizes()));
+  }
+  if (channels != 0 && channels < 3 * patch_size * patch_size) {
+    fail(op, ": channels must be 0 or at least 3·patch_size² = ", 3 * patch_size * patch_size,
+         ", got ", channels);
   }
 }
 
@@ -53,6 +57,10 @@ void pack(Tensor& out, int64_t patch, const Read& read) {
               *at++ = read(line / rows, color, line % rows * patch + dy, x * patch + dx);
             }
           }
+        }
+        // The zeros after them.
+        for (; at < to + (line * columns + x + 1) * channels; ++at) {
+          *at = convert<Out>(0.0f);
         }
       }
     }
@@ -83,12 +91,13 @@ void pack_floats(Tensor& out, const Tensor& pixels, int64_t patch) {
   });
 }
 
-Tensor pack_pixels(Tensor pixels, int64_t patch_size, ScalarType dtype) {
-  check_pixels(pixels, patch_size, dtype);
+Tensor pack_pixels(Tensor pixels, int64_t patch_size, ScalarType dtype, int64_t channels) {
+  check_pixels(pixels, patch_size, dtype, channels);
   const bool bytes = pixels.scalar_type() == ScalarType::Byte;
   const int64_t height = pixels.size(bytes ? 1 : 2), width = pixels.size(bytes ? 2 : 3);
   Tensor out = allocating("pack_pixels", [&] {
-    return empty_channels_last(pixels, pixels.size(0), 3 * patch_size * patch_size,
+    return empty_channels_last(pixels, pixels.size(0),
+                               channels ? channels : 3 * patch_size * patch_size,
                                height / patch_size, width / patch_size, dtype);
   });
   dispatch(dtype, [&](auto out_tag) {

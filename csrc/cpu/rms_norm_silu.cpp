@@ -1,12 +1,15 @@
-// CPU kernel of cosmos3::rms_norm_silu: one pass over channels-last pixels. A pixel's channels fit
-// in the first-level cache, so the second reading (to scale) costs no memory traffic.
+// CPU kernels of cosmos3::rms_norm_silu, add_rms_norm_silu and add_pad: one pass over channels-last
+// pixels. A pixel's channels fit in the first-level cache, so that they are summed, measured and
+// scaled without further memory traffic.
+#include "../rms_norm_silu.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
-#include <optional>
+#include <tuple>
+#include <vector>
 
-#include "../checks.h"
 #include "../dtypes.h"
 #include "channels_last.h"
 #include "simd.h"
@@ -14,128 +17,259 @@
 namespace cosmos3 {
 namespace {
 
-void check_norm(const Tensor& x, const std::optional<Tensor>& weight) {
-  const char* op = "rms_norm_silu";
-  check_rank(op, "x", x, 4, "[B, C, H, W]");
-  check_dtype(op, "x", x.scalar_type());
-  if (weight.has_value()) {
-    check_rank(op, "weight", *weight, 1, "[C]");
-    check_dtype(op, "weight", weight->scalar_type());
-    check_device(op, "weight", *weight, "x", x);
-    if (weight->size(0) != x.size(1)) {
-      fail(op, ": weight must have the C = ", x.size(1), " elements of x, got ", weight->size(0));
-    }
-  }
-}
-
-constexpr float kNormEps = 1e-12f;  // that of torch.nn.functional.normalize
 constexpr int kLanes = 16;
 
+// Images are [B, H, W, C] in memory. `bias`, `residual`, `sum` and `activated` may be null.
 template <typename T>
-COSMOS3_INLINE void norm_pixels(T* out, const T* in, const float* scale, int64_t pixels,
-                                int64_t channels, bool silu) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, in += channels, out += channels) {
-    float partial[kLanes] = {};
-    int64_t i = 0;
-    for (; i + kLanes <= channels; i += kLanes) {
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const float value = convert<float>(in[i + lane]);
-        partial[lane] += value * value;
-      }
+struct Job {
+  const T* x;
+  const Compute<T>* bias;
+  const T* residual;
+  Factors factors;
+  const Compute<T>* scale;  // sqrt(C) * weight, or ones
+  T* sum;
+  T* activated;
+  int64_t channels, height, width;
+  int64_t pad;  // rows and columns of zeros after those of `sum`
+  bool silu;
+};
+
+// Adds the averages of the residual's cells, each to the last of `t` channels. They are taken
+// behind the channels.
+template <typename T>
+COSMOS3_INLINE void add_averages(Compute<T>* to, const Job<T>& job, int64_t b, int64_t row,
+                                 int64_t column) {
+  const int64_t t = job.factors.t, s = job.factors.s, channels = job.channels / t;
+  const int64_t pitch = job.width * s * channels;
+  const T* cell = job.residual + (b * job.height + row) * s * pitch + column * s * channels;
+  Compute<T>* total = to + job.channels;
+  for (int64_t c = 0; c < channels; ++c) {
+    total[c] = convert<Compute<T>>(cell[c]);
+  }
+  for (int64_t i = 1; i < s * s; ++i) {
+    const T* pixel = cell + i / s * pitch + i % s * channels;
+    for (int64_t c = 0; c < channels; ++c) {
+      total[c] += convert<Compute<T>>(pixel[c]);
     }
-    float squares = 0.0f;
-    for (; i < channels; ++i) {
-      squares += convert<float>(in[i]) * convert<float>(in[i]);
+  }
+  const Compute<T> area = static_cast<Compute<T>>(s * s);
+  for (int64_t c = 0; c < channels; ++c) {
+    to[c * t + t - 1] += total[c] / area;
+  }
+}
+
+// One pixel's x + bias + residual: written to `held`, or where it already lies.
+template <typename T>
+COSMOS3_INLINE const Compute<T>* add_up(Compute<T>* held, const Job<T>& job, int64_t b, int64_t row,
+                                        int64_t column) {
+  const int64_t channels = job.channels;
+  const int64_t pixel = (b * job.height + row) * job.width + column;
+  const T* x = job.x + pixel * channels;
+  if constexpr (std::is_same_v<T, Compute<T>>) {
+    if (job.bias == nullptr && job.residual == nullptr) {
+      return x;
     }
-    for (float value : partial) {
-      squares += value;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    held[c] = convert<Compute<T>>(x[c]);
+  }
+  if (job.bias != nullptr) {
+    for (int64_t c = 0; c < channels; ++c) {
+      held[c] += job.bias[c];
     }
-    const float norm = std::sqrt(squares);
-    const float inverse = 1.0f / (norm < kNormEps ? kNormEps : norm);
-    if (silu) {
+  }
+  if (job.residual != nullptr) {
+    if (job.factors.t == 1 && job.factors.s == 1) {
+      const T* residual = job.residual + pixel * channels;
       for (int64_t c = 0; c < channels; ++c) {
-        const float value = convert<float>(in[c]) * inverse * scale[c];
-        out[c] = convert<T>(value / (1.0f + exp_approx(-value)));
+        held[c] += convert<Compute<T>>(residual[c]);
       }
     } else {
-      for (int64_t c = 0; c < channels; ++c) {
-        out[c] = convert<T>(convert<float>(in[c]) * inverse * scale[c]);
+      add_averages(held, job, b, row, column);
+    }
+  }
+  return held;
+}
+
+template <typename Value>
+COSMOS3_INLINE Value inverse_norm(const Value* value, int64_t channels) {
+  Value partial[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= channels; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      partial[lane] += value[i + lane] * value[i + lane];
+    }
+  }
+  Value squares = 0;
+  for (; i < channels; ++i) {
+    squares += value[i] * value[i];
+  }
+  for (Value each : partial) {
+    squares += each;
+  }
+  const Value norm = std::sqrt(squares), least = static_cast<Value>(kNormEps);
+  return Value{1} / (norm < least ? least : norm);
+}
+
+COSMOS3_INLINE float exponential(float x) {
+  return exp_approx(x);
+}
+COSMOS3_INLINE double exponential(double x) {
+  return std::exp(x);
+}
+
+template <typename T>
+COSMOS3_INLINE void run_lines(const Job<T>& job, Compute<T>* held, int64_t begin, int64_t end) {
+  const int64_t channels = job.channels, lines = job.height + job.pad;
+  const int64_t pitch = (job.width + job.pad) * channels;
+  for (int64_t line = begin; line < end; ++line) {
+    const int64_t b = line / lines, row = line % lines;
+    if (row == job.height) {
+      std::fill(job.sum + line * pitch, job.sum + (line + 1) * pitch, convert<T>(0.0f));
+      continue;
+    }
+    for (int64_t column = 0; column < job.width; ++column) {
+      const Compute<T>* value = add_up(held, job, b, row, column);
+      if (job.sum != nullptr) {
+        T* sum = job.sum + line * pitch + column * channels;
+        for (int64_t c = 0; c < channels; ++c) {
+          sum[c] = convert<T>(value[c]);
+        }
+      }
+      if (job.activated == nullptr) {
+        continue;
+      }
+      const Compute<T> inverse = inverse_norm(value, channels);
+      T* out = job.activated + line * pitch + column * channels;
+      if (job.silu) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const Compute<T> scaled = value[c] * inverse * job.scale[c];
+          out[c] = convert<T>(scaled / (Compute<T>{1} + exponential(-scaled)));
+        }
+      } else {
+        for (int64_t c = 0; c < channels; ++c) {
+          out[c] = convert<T>(value[c] * inverse * job.scale[c]);
+        }
       }
     }
-  }
-}
-
-COSMOS3_CLONES void run(float* out, const float* in, const float* scale, int64_t pixels,
-                        int64_t channels, bool silu) {
-  norm_pixels(out, in, scale, pixels, channels, silu);
-}
-COSMOS3_CLONES void run(BFloat16* out, const BFloat16* in, const float* scale, int64_t pixels,
-                        int64_t channels, bool silu) {
-  norm_pixels(out, in, scale, pixels, channels, silu);
-}
-COSMOS3_CLONES void run(Half* out, const Half* in, const float* scale, int64_t pixels,
-                        int64_t channels, bool silu) {
-  norm_pixels(out, in, scale, pixels, channels, silu);
-}
-
-void run(double* out, const double* in, const double* scale, int64_t pixels, int64_t channels,
-         bool silu) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, in += channels, out += channels) {
-    double squares = 0.0;
-    for (int64_t c = 0; c < channels; ++c) {
-      squares += in[c] * in[c];
-    }
-    const double inverse = 1.0 / std::max(std::sqrt(squares), 1e-12);
-    for (int64_t c = 0; c < channels; ++c) {
-      const double value = in[c] * inverse * scale[c];
-      out[c] = silu ? value / (1.0 + std::exp(-value)) : value;
+    if (job.pad) {
+      std::fill(job.sum + (line + 1) * pitch - channels, job.sum + (line + 1) * pitch,
+                convert<T>(0.0f));
     }
   }
 }
 
-// sqrt(C) * weight, or ones.
-template <typename Scale>
-std::vector<Scale> scale_of(const std::optional<Tensor>& weight, int64_t channels) {
-  std::vector<Scale> scale(channels, Scale{1});
-  if (weight.has_value()) {
-    const Scale root = std::sqrt(static_cast<Scale>(channels));
-    const int64_t stride = channels > 1 ? weight->stride(0) : 0;
-    dispatch(weight->scalar_type(), [&](auto tag) {
-      const auto* data = static_cast<const decltype(tag)*>(weight->const_data_ptr());
-      for (int64_t c = 0; c < channels; ++c) {
-        scale[c] = data[c * stride] * root;
-      }
-    });
-  }
-  return scale;
+COSMOS3_CLONES void run(const Job<float>& job, float* held, int64_t begin, int64_t end) {
+  run_lines(job, held, begin, end);
+}
+COSMOS3_CLONES void run(const Job<BFloat16>& job, float* held, int64_t begin, int64_t end) {
+  run_lines(job, held, begin, end);
+}
+COSMOS3_CLONES void run(const Job<Half>& job, float* held, int64_t begin, int64_t end) {
+  run_lines(job, held, begin, end);
+}
+COSMOS3_CLONES void run(const Job<double>& job, double* held, int64_t begin, int64_t end) {
+  run_lines(job, held, begin, end);
 }
 
-template <typename T, typename Scale>
-void run_parallel(Tensor& out, const Tensor& x, const std::vector<Scale>& scale, bool silu) {
-  const int64_t channels = x.size(1);
-  const int64_t pixels = channels == 0 ? 0 : x.numel() / channels;
-  const T* in = static_cast<const T*>(x.const_data_ptr());
-  T* to = static_cast<T*>(out.mutable_data_ptr());
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, channels));
-  torch::stable::parallel_for(0, pixels, grain, [&](int64_t begin, int64_t end) {
-    run(to + begin * channels, in + begin * channels, scale.data(), end - begin, channels, silu);
+// Its elements times `factor`, or `absent`.
+template <typename Value>
+std::vector<Value> values_of(const std::optional<Tensor>& parameter, Value factor,
+                             std::vector<Value> absent) {
+  if (!parameter.has_value()) {
+    return absent;
+  }
+  const int64_t size = parameter->size(0), stride = size > 1 ? parameter->stride(0) : 0;
+  std::vector<Value> values(size);
+  dispatch(parameter->scalar_type(), [&](auto tag) {
+    const auto* data = static_cast<const decltype(tag)*>(parameter->const_data_ptr());
+    for (int64_t c = 0; c < size; ++c) {
+      values[c] = static_cast<Value>(data[c * stride]) * factor;
+    }
   });
+  return values;
 }
 
-Tensor normalize(const Tensor& x, const std::optional<Tensor>& weight, bool silu) {
+template <typename T>
+T* data_of(const std::optional<Tensor>& x) {
+  return x.has_value() ? static_cast<T*>(x->mutable_data_ptr()) : nullptr;
+}
+
+// Writes what of `sum` and `activated` there is.
+void add_and_normalize(const Tensor& x, const std::optional<Tensor>& weight, bool silu,
+                       const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+                       int64_t pad, const std::optional<Tensor>& sum,
+                       const std::optional<Tensor>& activated) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  if ((sum.has_value() ? *sum : *activated).numel() == 0) {
+    return;
+  }
   const Tensor input = channels_last(x);
-  Tensor out = empty_channels_last(x, x.size(0), x.size(1), x.size(2), x.size(3), x.scalar_type());
-  const int64_t channels = x.size(1);
+  const std::optional<Tensor> added =
+      residual.has_value() ? std::make_optional(channels_last(*residual)) : std::nullopt;
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
-    run_parallel<T>(out, input, scale_of<Compute<T>>(weight, channels), silu);
+    using Value = Compute<T>;
+    const auto scale = values_of<Value>(weight, std::sqrt(static_cast<Value>(channels)),
+                                        std::vector<Value>(channels, 1));
+    const auto biases = values_of<Value>(bias, 1, {});
+    const Job<T> job{static_cast<const T*>(input.const_data_ptr()),
+                     biases.empty() ? nullptr : biases.data(),
+                     data_of<T>(added),
+                     factors_of(x, residual),
+                     scale.data(),
+                     data_of<T>(sum),
+                     data_of<T>(activated),
+                     channels,
+                     height,
+                     width,
+                     pad,
+                     silu};
+    const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, width * channels));
+    torch::stable::parallel_for(0, x.size(0) * (height + pad), grain,
+                                [&](int64_t begin, int64_t end) {
+                                  std::vector<Value> held(2 * channels);
+                                  run(job, held.data(), begin, end);
+                                });
   });
-  return out;
 }
 
-Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
-  check_norm(x, weight);
-  return allocating("rms_norm_silu", [&] { return normalize(x, weight, silu); });
+Tensor empty_like_image(const Tensor& x, int64_t pad = 0) {
+  return empty_channels_last(x, x.size(0), x.size(1), x.size(2) + pad, x.size(3) + pad,
+                             x.scalar_type());
+}
+
+Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu, std::optional<Tensor> bias,
+                     std::optional<Tensor> residual) {
+  const char* op = "rms_norm_silu";
+  check_addends(op, x, weight, bias, residual);
+  return allocating(op, [&] {
+    Tensor out = empty_like_image(x);
+    add_and_normalize(x, weight, silu, bias, residual, 0, std::nullopt, out);
+    return out;
+  });
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu,
+                                             std::optional<Tensor> bias,
+                                             std::optional<Tensor> residual) {
+  const char* op = "add_rms_norm_silu";
+  check_addends(op, x, weight, bias, residual);
+  return allocating(op, [&] {
+    Tensor sum = empty_like_image(x), out = empty_like_image(x);
+    add_and_normalize(x, weight, silu, bias, residual, 0, sum, out);
+    return std::make_tuple(sum, out);
+  });
+}
+
+Tensor add_pad(Tensor x, std::optional<Tensor> bias, std::optional<Tensor> residual, bool pad) {
+  const char* op = "add_pad";
+  check_addends(op, x, std::nullopt, bias, residual);
+  return allocating(op, [&] {
+    Tensor sum = empty_like_image(x, pad);
+    add_and_normalize(x, std::nullopt, false, bias, residual, pad, sum, std::nullopt);
+    return sum;
+  });
 }
 
 }  // namespace
@@ -143,4 +277,6 @@ Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu) {
 
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("rms_norm_silu", TORCH_BOX(&cosmos3::rms_norm_silu));
+  m.impl("add_rms_norm_silu", TORCH_BOX(&cosmos3::add_rms_norm_silu));
+  m.impl("add_pad", TORCH_BOX(&cosmos3::add_pad));
 }

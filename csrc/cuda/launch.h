@@ -50,6 +50,13 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned t
   }
 }
 
+// Of a kernel whose threads exchange values within their warp, which an emulation has to know.
+template <typename... Parameters, typename... Arguments>
+void launch_warps(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                  cudaStream_t stream, const Arguments&... arguments) {
+  launch(op, kernel, grid, threads, stream, arguments...);
+}
+
 }  // namespace cosmos3
 
 #endif

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -15,47 +16,54 @@ import pytest
 import sanitizer_ops
 import torch
 
-from benchmarks.gpu import campaign
+from benchmarks.gpu import campaign, cases, checks
 from benchmarks.gpu.timing import NOT_MEASURED, Context, Skipped, Step
 from benchmarks.harness import ROOT, GateError
 from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
 
 GPU_STEPS = {
-    "build",
-    "gpu_tests",
-    "sanitizer_memcheck",
-    "sanitizer_racecheck",
-    "sanitizer_initcheck",
-    "graphs",
-    "streams",
+    "checks": ["build", "gpu_tests", "graphs", "streams"],
+    "figures": ["build"],
+    "sanitizers": ["build", "sanitizer_memcheck", "sanitizer_racecheck", "sanitizer_initcheck"],
 }
-CPU_STEPS = {
-    "environment",
+FIGURES = [
     "ceilings",
     "op_480x832x81",
     "op_720x1280x189",
+    "encoder_480x832_untuned",
+    "encoder_720x1280_untuned",
     "encoder_480x832",
     "encoder_720x1280",
-    "stage",
     "numerics",
+    "stage",
+]
+COMMANDS = {
+    command: ["environment", *gpu_only, *(FIGURES if command == "figures" else [])]
+    for command, gpu_only in GPU_STEPS.items()
 }
 
 
 @pytest.fixture(scope="module")
-def dry_run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    out = tmp_path_factory.mktemp("campaign") / "dry_run.json"
-    command = [sys.executable, "-m", "benchmarks.gpu.campaign", "--dry-run"]
-    done = subprocess.run(
-        [*command, "--budget", "3600", "--out", str(out)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
-    return json.loads(out.read_text())
+def dry_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """What each command wrote."""
+    folder, cache = tmp_path_factory.mktemp("campaign"), tmp_path_factory.mktemp("cache")
+    for command in COMMANDS:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "benchmarks.gpu.campaign", command, "--dry-run"),
+                *("--budget", "3600", "--cache", str(cache)),
+                *("--out", str(folder / f"{command}.json")),
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    assert {path.name for path in folder.iterdir()} == {f"{name}.json" for name in COMMANDS}
+    assert {path.name for path in cache.iterdir()} <= {"encoder_16.pt", "decoder_16.pt"}
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in COMMANDS}
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -69,45 +77,64 @@ def leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def test_the_dry_run_says_what_it_is(dry_run: dict[str, Any]):
-    assert dry_run["dry_run"] is True
-    assert "nothing here is a figure about a GPU" in dry_run["note"]
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_dry_run_says_what_it_is(command: str, dry_runs: dict[str, dict[str, Any]]):
+    assert dry_runs[command]["command"] == command
+    assert dry_runs[command]["dry_run"] is True
+    assert "nothing here is a figure about a GPU" in dry_runs[command]["note"]
 
 
-def test_the_dry_run_runs_or_names_every_step(dry_run: dict[str, Any]):
-    steps = dry_run["steps"]
-    assert set(steps) == GPU_STEPS | CPU_STEPS
-    for name in GPU_STEPS:
-        outcome = {"status": "skipped", "reason": "dry run: needs a CUDA device"}
-        assert steps[name] == outcome
-    for name in CPU_STEPS:
-        assert steps[name]["status"] == "done", steps[name]
-    order = list(steps)
-    assert order.index("ceilings") < min(
-        order.index(name) for name in CPU_STEPS - {"environment", "ceilings"}
-    )
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_dry_run_runs_or_names_every_step(command: str, dry_runs: dict[str, dict[str, Any]]):
+    steps = dry_runs[command]["steps"]
+    assert [*steps] == COMMANDS[command]
+    for name, outcome in steps.items():
+        if name in GPU_STEPS[command]:
+            wanted = {"status": "skipped", "reason": "dry run: needs a CUDA device"}
+            assert outcome == wanted
+        else:
+            assert outcome["status"] == "done", outcome
 
 
-def test_the_dry_run_holds_no_number(dry_run: dict[str, Any]):
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_ends_within_nine_minutes(command: str):
+    steps = campaign.commands()[command]
+    assert [*steps] == COMMANDS[command]
+    # The build is done before the figures and the sanitizers begin: `checks` comes first.
+    built = 0 if command == "checks" else steps["build"].limit_s
+    assert sum(step.limit_s for step in steps.values()) - built <= 540
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_dry_run_holds_no_number(command: str, dry_runs: dict[str, dict[str, Any]]):
+    steps = dry_runs[command]["steps"]
     assert not [
         leaf
-        for leaf in leaves(dry_run["steps"])
+        for leaf in leaves(steps)
         if isinstance(leaf, int | float) and not isinstance(leaf, bool)
     ]
-    assert dry_run["steps"]["environment"]["result"]["device"] is None
-    assert list(leaves(dry_run["steps"]["ceilings"]["result"])) == [NOT_MEASURED] * 3
+    assert steps["environment"]["result"]["device"] is None
+    if command == "figures":
+        assert list(leaves(steps["ceilings"]["result"])) == [NOT_MEASURED] * 3
 
 
-def test_the_dry_run_takes_every_path(dry_run: dict[str, Any]):
+def test_the_dry_run_takes_every_path(dry_runs: dict[str, dict[str, Any]]):
     def result(step: str) -> dict[str, Any]:
-        return dry_run["steps"][step]["result"]
+        return dry_runs["figures"]["steps"][step]["result"]
 
     variants = {"cpp", "triton", "eager formula", "clone and one-frame copy", "Inductor"}
     assert variants <= set(result("op_720x1280x189"))
-    folded = {"folded, eager norms", "folded, fused kernels", "folded, fused kernels, CUDA graph"}
-    for step in ("encoder_480x832", "encoder_720x1280", "numerics"):
+    folded = {"folded, unfused", "folded, fused kernels"}
+    for step in ("encoder_480x832_untuned", "encoder_480x832", "encoder_720x1280", "numerics"):
         assert folded <= set(result(step))
-        assert "dry run" in result(step)["folded, fused kernels, CUDA graph"]["skipped"]
+    compiled = {"folded, unfused, torch.compile", "folded, fused kernels, CUDA graph"}
+    for step in ("encoder_480x832", "encoder_720x1280"):
+        for name in compiled:
+            assert "dry run" in result(step)[name]["skipped"]
+        alone = result(step)["convolutions alone"]["each"]
+        # Each resolution has its own; stride 2 ends three of four, and 1x1 changes the width.
+        assert {name.split()[0] for name in alone} == {"3x3", "1x1"}
+        assert len(alone) > 8
     assert {"warm, resident", "parts", "weights", "warm, offloaded"} <= set(result("stage"))
     assert {"cold, graph", "cold, fast"} <= set(result("stage"))
 
@@ -116,26 +143,26 @@ def test_without_a_device_only_a_dry_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert campaign.main(["--out", str(tmp_path / "out.json")]) == 2
+    assert campaign.main(["checks", "--out", str(tmp_path / "out.json")]) == 2
     assert "--dry-run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 def test_steps_that_time_left_out_are_named(tmp_path: Path):
     out = tmp_path / "out.json"
-    assert campaign.main(["--dry-run", "--budget", "0", "--out", str(out)]) == 0
+    assert campaign.main(["figures", "--dry-run", "--budget", "0", "--out", str(out)]) == 0
     steps = json.loads(out.read_text())["steps"]
-    assert {steps[name]["reason"] for name in CPU_STEPS} == {"the campaign's 0 s were over"}
+    assert {steps[name]["reason"] for name in FIGURES} == {"the command's 0 s were over"}
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--dry-run", "--steps", "stage,no_such", "--out", str(tmp_path / "out.json")]
-    assert campaign.main(options) == 2
+    assert campaign.main(["figures", *options]) == 2
     assert "no such step: no_such" in capsys.readouterr().err
 
 
 def test_a_step_over_its_limit_is_stopped(tmp_path: Path):
-    options = argparse.Namespace(dry_run=True)
+    options = argparse.Namespace(command="checks", dry_run=True, cache=tmp_path)
     outcome = campaign.run_step_in_child("environment", 0.01, tmp_path, options, {})
     assert outcome["status"] == "failed"
     assert "time limit" in outcome["reason"]
@@ -152,11 +179,10 @@ def test_a_failed_step_stops_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
         return {"status": "done", "result": {}}
 
     monkeypatch.setattr(campaign, "run_step_in_child", run)
-    assert campaign.main(["--dry-run", "--out", str(out)]) == 1
+    assert campaign.main(["figures", "--dry-run", "--out", str(out)]) == 1
     steps = json.loads(out.read_text())["steps"]
-    assert {name for name, step in steps.items() if step["status"] == "done"} == (
-        CPU_STEPS - {"ceilings"}
-    )
+    done = [name for name, step in steps.items() if step["status"] == "done"]
+    assert done == ["environment", *FIGURES[1:]]
     assert steps["ceilings"]["result"] == {"copy": "half"}
     assert [len(file) for file in files] == sorted({len(file) for file in files})
 
@@ -171,11 +197,7 @@ def test_a_failed_step_stops_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
     ],
 )
 def test_a_step_keeps_what_it_had(
-    error: BaseException | None,
-    status: str,
-    reason: str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException | None, status: str, reason: str | None, tmp_path: Path
 ):
     def run(context: Context) -> Iterator[dict[str, Any]]:
         yield {"first": {"a": 1.5}}
@@ -183,14 +205,56 @@ def test_a_step_keeps_what_it_had(
         if error is not None:
             raise error
 
-    monkeypatch.setattr(campaign, "all_steps", lambda: {"mine": Step(run, 1)})
     for dry, number in ((False, (1.5, 2)), (True, (NOT_MEASURED, NOT_MEASURED))):
         file = tmp_path / f"{dry}.json"
-        campaign.run_step("mine", file, dry, {})
+        campaign.run_step(Step(run, 1), file, dry, tmp_path, {})
         outcome = json.loads(file.read_text())
         assert outcome["status"] == status
         assert outcome.get("reason") == reason
         assert outcome["result"] == {"first": {"a": number[0], "b": [number[1], True]}}
+
+
+def test_tests_that_ran_are_known_though_the_run_was_ended(tmp_path: Path):
+    """Each outcome is in the file before the next test begins."""
+    lines, test = tmp_path / "lines.jsonl", tmp_path / "test_some.py"
+    test.write_text(
+        "import os, pytest\n"
+        "def test_passes(): pass\n"
+        "@pytest.mark.skip(reason='not here')\n"
+        "def test_skips(): pass\n"
+        "def test_fails(): assert False, 'told so'\n"
+        "def test_ends_the_run(): os._exit(9)\n"
+        "def test_never_runs(): pass\n"
+    )
+    (tmp_path / "test_broken.py").write_text("import no_such_package\n")
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", str(tmp_path), "-p", "no:cacheprovider"),
+            *("--continue-on-collection-errors", "-p", "benchmarks.gpu.pytest_lines"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(ROOT), checks.LINES: str(lines)},
+        cwd=tmp_path,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 9
+    told = checks._outcomes(lines)
+    assert told["passed"] == 1
+    assert [each.split("::")[1].split(":")[0] for each in told["skipped"]] == ["test_skips"]
+    (failed,) = told["failed"]
+    assert "test_fails" in failed
+    assert "told so" in failed
+    (missing,) = told["not_collected_for_want_of_a_package"]
+    assert "test_broken" in missing
+
+
+def test_the_weights_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    context = Context(True, tmp_path, tmp_path / "cache", {})
+    first = cases.make_encoder(context)
+    monkeypatch.setattr(cases, "synthetic_state_dict", lambda *_: pytest.fail("made again"))
+    again = cases.make_encoder(context, dtype=torch.float64)
+    assert torch.equal(first.conv_in.weight.double(), again.conv_in.weight)
+    assert [path.name for path in context.cache.iterdir()] == ["encoder_16.pt"]
 
 
 def test_wheels_serve_what_is_not_installed(tmp_path: Path):

@@ -27,7 +27,7 @@ def kernels() -> list[cuda_binary.Kernel]:
 def test_every_architecture_has_every_kernel(kernels: list[cuda_binary.Kernel]):
     built = registry.build_info()["cuda_architectures"].split(";")
     names = {k.name for k in kernels}
-    assert len(names) >= 12
+    assert len(names) >= 20
     for name in names:
         assert {k.architecture for k in kernels if k.name == name} == {f"sm_{a}" for a in built}
 
@@ -39,7 +39,7 @@ def test_no_kernel_spills(kernels: list[cuda_binary.Kernel]):
 def test_dense_rows_move_16_bytes_at_a_time(kernels: list[cuda_binary.Kernel]):
     for kernel in kernels:
         if kernel.name.startswith(
-            ("prepare_latents_kernel", "blend_kernel", "write_frames_kernel")
+            ("prepare_latents_kernel", "blend_kernel", "write_frames_kernel", "vectors_kernel")
         ):
             where = f"{kernel.name} on {kernel.architecture}"
             assert re.search(r"LDG\.E\.128", kernel.sass), where
@@ -51,6 +51,23 @@ def test_copies_have_several_loads_in_flight(kernels: list[cuda_binary.Kernel]):
         if kernel.name.startswith(("prepare_latents_kernel", "write_frames_kernel")):
             wide = "".join(re.findall(r"(L|S)(?:D|T)G\.E\.128", kernel.sass))
             assert "LLLS" in wide, f"{kernel.name} on {kernel.architecture}"
+
+
+def test_sums_have_all_their_loads_in_flight(kernels: list[cuda_binary.Kernel]):
+    """Those of the four vectors of x and of the residual that a thread holds in 16 bits."""
+    for kernel in kernels:
+        if kernel.name.startswith("vectors_kernel"):
+            wide = "".join(re.findall(r"(L|S)(?:D|T)G\.E\.128", kernel.sass))
+            assert wide.index("S") >= 8, f"{kernel.name} on {kernel.architecture}"
+
+
+def test_pixels_are_reduced_within_their_warp(kernels: list[cuda_binary.Kernel]):
+    for kernel in kernels:
+        if kernel.name.startswith(("vectors_kernel", "elements_kernel")):
+            where = f"{kernel.name} on {kernel.architecture}"
+            assert kernel.shared == 0, where
+            assert "SHFL.BFLY" in kernel.sass, where
+            assert "BAR.SYNC" not in kernel.sass, where
 
 
 def test_float32_blends_without_fused_multiply_add(kernels: list[cuda_binary.Kernel]):

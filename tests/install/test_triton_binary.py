@@ -33,8 +33,8 @@ def compiled() -> list[dict[str, Any]]:
 def test_every_kernel_compiles_for_every_architecture(compiled: list[dict[str, Any]]):
     kernels = {row["kernel"] for row in compiled}
     assert kernels == {
-        "prepare_latents", "write_frames", "blend", "rms_norm_silu", "pack_pixels",
-        "unpack_floats", "unpack_bytes",
+        "prepare_latents", "write_frames", "blend", "rms_norm_silu", "add_rms_norm_silu",
+        "add_pad", "pack_pixels", "unpack_floats", "unpack_bytes",
     }  # fmt: skip
     for kernel in kernels:
         assert [r["architecture"] for r in compiled if r["kernel"] == kernel] == ARCHITECTURES

@@ -25,7 +25,18 @@ ARCHITECTURES = (80, 90, 100, 120)
 LATENT_STRIDES = tuple(f"{x}_{d}" for x in ("cond", "noise") for d in "bcthw")
 INTEGERS = dict.fromkeys(("C", "T", "plane", "W", "tiles", "launch_frames", *LATENT_STRIDES), "i32")
 BLENDED = {k: v for k, v in INTEGERS.items() if k != "launch_frames"}
+# All that the norm's kernel can do but an average and padding.
+NORMALIZED = {
+    "NORM": True, "SUM": True, "HAS_WEIGHT": True, "HAS_BIAS": True, "HAS_RESIDUAL": True,
+    "SILU": True, "PAD": 0, "T": 1, "S": 1,
+}  # fmt: skip
 FRAMES = {"bits_low": "i64", "bits_high": "i64", "first_frame": "i32"}
+
+
+def norm_types(x: str, weight: str, bias: str) -> dict[str, str]:
+    images = dict.fromkeys(("activated", "sum", "x", "residual"), f"*{x}")
+    sizes = dict.fromkeys(("pixels", "C", "H", "W"), "i32")
+    return {**images, "weight": f"*{weight}", "bias": f"*{bias}", **sizes}
 
 
 def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
@@ -53,17 +64,22 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
                 "BLOCK": prepare_latents.BLOCK,
             },
         ),
-        "rms_norm_silu": (
-            rms_norm_silu.rms_norm_silu_kernel,
-            {
-                "out": "*bf16", "x": "*bf16", "weight": "*bf16", "pixels": "i32", "C": "i32",
-            },
-            {
-                "ROOT": 640**0.5, "EPS": 1e-12, "HAS_WEIGHT": True, "SILU": True,
-                "COMPUTE": triton.language.float32,
-                "PIXELS": rms_norm_silu.ELEMENTS // 1024, "CHANNELS": 1024,
-            },
-        ),
+        **{
+            name: (
+                rms_norm_silu.rms_norm_silu_kernel,
+                norm_types("bf16", "bf16", "bf16"),
+                {
+                    **NORMALIZED, "ROOT": 640**0.5, "EPS": 1e-12,
+                    "COMPUTE": triton.language.float32,
+                    "PIXELS": rms_norm_silu.ELEMENTS // 1024, "CHANNELS": 1024, **constants,
+                },
+            )
+            for name, constants in {
+                "rms_norm_silu": {"HAS_BIAS": False, "HAS_RESIDUAL": False, "SUM": False},
+                "add_rms_norm_silu": {},
+                "add_pad": {"NORM": False, "PAD": 1},
+            }.items()
+        },
         "pack_pixels": (
             pack_pixels.pack_pixels_kernel,
             {
@@ -71,7 +87,7 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
                 "columns": "i32", "stride_b": "i32", "stride_c": "i32", "stride_h": "i32",
                 "stride_w": "i32",
             },
-            {"BYTES": True, "PATCH": 2, "BLOCK": pack_pixels.BLOCK},
+            {"BYTES": True, "PATCH": 2, "CHANNELS": 16, "BLOCK": pack_pixels.BLOCK},
         ),
         **{
             name: (
@@ -89,8 +105,8 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
 
 # What Triton sees to be multiples of 16 at 480x832: the pointers, the encoder's channels and sizes;
 # not the latents' planes of 30x52 elements.
-ALIGNED = ("latents", "velocity_mask", "cond", "noise", "out", "x", "weight", "pixels", "C",
-           "elements", "columns")  # fmt: skip
+ALIGNED = ("latents", "velocity_mask", "cond", "noise", "out", "activated", "sum", "x", "weight",
+           "bias", "residual", "pixels", "C", "elements", "columns")  # fmt: skip
 
 
 def compile_case(kernel: Any, types: dict[str, str], constants: dict[str, Any], arch: int) -> Any:

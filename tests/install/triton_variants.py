@@ -15,7 +15,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import triton.language as tl
-from triton_binary import ARCHITECTURES, BLENDED, FRAMES, INTEGERS, compile_case
+from triton_binary import (
+    ARCHITECTURES,
+    BLENDED,
+    FRAMES,
+    INTEGERS,
+    NORMALIZED,
+    compile_case,
+    norm_types,
+)
 
 from cosmos3_fast.ops.triton import pack_pixels, prepare_latents, rms_norm_silu, unpack_pixels
 
@@ -78,27 +86,41 @@ def blend_variants(kernel: Any) -> Iterator[Variant]:
 
 
 def norm_variants(kernel: Any) -> Iterator[Variant]:
-    constants = {"EPS": 1e-12, "ROOT": 48**0.5, "SILU": True, "CHANNELS": 64, "PIXELS": 64}
+    all_of_it = {
+        **NORMALIZED, "EPS": 1e-12, "ROOT": 48**0.5, "CHANNELS": 64, "PIXELS": 64,
+    }  # fmt: skip
+    biases = itertools.cycle(SIZES)
     for x, weight in itertools.product(SIZES, SIZES):
-        types = {"out": f"*{x}", "x": f"*{x}", "weight": f"*{weight}", "pixels": "i32", "C": "i32"}
+        bias = next(biases)
+        types = norm_types(x, weight, bias)
         compute = {"COMPUTE": tl.float64 if x == "fp64" else tl.float32}
-        yield f"{x} {weight}", kernel, types, {**constants, **compute, "HAS_WEIGHT": True}
+        yield f"{x} {weight} {bias}", kernel, types, {**all_of_it, **compute}
         if x == weight:
-            without = {**constants, **compute, "HAS_WEIGHT": False, "SILU": False}
-            yield f"{x} alone", kernel, types, without
-    types = {"out": "*bf16", "x": "*bf16", "weight": "*bf16", "pixels": "i32", "C": "i32"}
-    for text, kinds, ones in integers(types):
-        yield text, kernel, kinds, {**constants, "COMPUTE": tl.float32, "HAS_WEIGHT": True, **ones}
+            for text, constants in {
+                "alone": {"HAS_WEIGHT": False, "HAS_BIAS": False, "HAS_RESIDUAL": False,
+                          "SILU": False, "SUM": False},
+                "average": {"T": 2, "S": 2},
+                "average of frames": {"T": 2},
+                "padded": {"NORM": False, "PAD": 1},
+                "padded average": {"NORM": False, "PAD": 1, "S": 2},
+            }.items():  # fmt: skip
+                yield f"{x} {text}", kernel, types, {**all_of_it, **compute, **constants}
+        next(biases)  # so that each pair sees other biases
+    for index, (text, kinds, ones) in enumerate(integers(norm_types("bf16", "bf16", "bf16"))):
+        constants = {**all_of_it, "COMPUTE": tl.float32, "T": 1 + index % 2}
+        yield text, kernel, kinds, {**constants, **ones}
 
 
 def pack_variants(kernel: Any) -> Iterator[Variant]:
     names = ("elements", "rows", "columns", "stride_b", "stride_c", "stride_h", "stride_w")
     sizes = dict.fromkeys(names, "i32")
     for source, out in itertools.product(("u8", *SIZES), SIZES):
-        constants = {"BYTES": source == "u8", "PATCH": 2, "BLOCK": pack_pixels.BLOCK}
+        constants = {
+            "BYTES": source == "u8", "PATCH": 2, "CHANNELS": 16, "BLOCK": pack_pixels.BLOCK,
+        }  # fmt: skip
         types = {"out": f"*{out}", "pixels": f"*{source}", **sizes}
         yield f"{source} {out}", kernel, types, constants
-    constants = {"BYTES": True, "PATCH": 1, "BLOCK": pack_pixels.BLOCK}
+    constants = {"BYTES": True, "PATCH": 1, "CHANNELS": 3, "BLOCK": pack_pixels.BLOCK}
     for text, kinds, ones in integers({"out": "*bf16", "pixels": "*u8", **sizes}):
         yield text, kernel, kinds, {**constants, **ones}
 

@@ -1,6 +1,8 @@
 // csrc/cuda/launch.h for a C++ compiler: a launch calls the kernel once per thread, and the threads
-// of all blocks come in one shuffled order. No kernel waits for another thread, so none needs a
-// stack of its own; one that does (__syncthreads, a shuffle, shared memory) does not compile here.
+// of all blocks come in one shuffled order. Where threads exchange values within their warp
+// (launch_warps), the warps come in a shuffled order, and the threads of one are fibers that take
+// turns in one: each runs until it waits for the others. __syncthreads and shared memory, which no
+// kernel uses, do not compile here.
 //
 // The ops are registered under a namespace of their own, for CPU tensors. With COSMOS3_TRACED,
 // compiled by clang with -fsanitize-coverage=trace-loads,trace-stores, every access
@@ -9,8 +11,12 @@
 
 #include <cuda_runtime.h>
 #include <pthread.h>
+#include <ucontext.h>
 
 #include <algorithm>
+#include <array>
+#include <cstring>
+#include <functional>
 #include <iterator>
 #include <numeric>
 #include <random>
@@ -25,6 +31,9 @@
 #else
 #define EMULATION_UNTRACED
 #endif
+
+#undef __launch_bounds__
+#define __launch_bounds__(threads)
 
 static dim3 gridDim, blockDim;
 static uint3 blockIdx, threadIdx;
@@ -53,23 +62,114 @@ EMULATION_UNTRACED inline void find_stack() {
   stack_end = stack_begin + size;
 }
 
+// The 32 threads of a warp, each with a stack of its own.
+struct Warp {
+  static constexpr uint32_t kSize = 32;
+  static constexpr size_t kStack = 128 * 1024;
+
+  std::vector<char> stacks = std::vector<char>(kSize * kStack);
+  std::array<ucontext_t, kSize> fibers;
+  std::array<bool, kSize> is_done;
+  std::array<uint32_t, kSize> exchanges;  // that each thread has entered
+  // What each thread offers to the others, for this exchange and the next one.
+  std::array<std::array<uint64_t, kSize>, 2> offered;
+  ucontext_t scheduler;
+  uint32_t current = 0;
+  std::function<void()> body;
+
+  EMULATION_UNTRACED static void run_current();
+
+  // Whether an address is of this object or on one of the stacks.
+  EMULATION_UNTRACED bool holds(uintptr_t address) const {
+    return address - reinterpret_cast<uintptr_t>(this) < sizeof(Warp) ||
+           address - reinterpret_cast<uintptr_t>(stacks.data()) < stacks.size();
+  }
+
+  // Runs `body` as each of its threads, having called `enter` whenever one goes on. Returns
+  // whether all of them met in the same exchanges.
+  template <typename Enter>
+  EMULATION_UNTRACED bool run(const Enter& enter) {
+    for (uint32_t lane = 0; lane < kSize; ++lane) {
+      getcontext(&fibers[lane]);
+      fibers[lane].uc_stack.ss_sp = stacks.data() + lane * kStack;
+      fibers[lane].uc_stack.ss_size = kStack;
+      fibers[lane].uc_link = &scheduler;
+      makecontext(&fibers[lane], &Warp::run_current, 0);
+    }
+    is_done.fill(false);
+    exchanges.fill(0);
+    std::array<uint32_t, kSize> turns;
+    std::iota(turns.begin(), turns.end(), 0);
+    while (!is_done[0]) {
+      std::shuffle(turns.begin(), turns.end(), order);
+      for (const uint32_t lane : turns) {
+        current = lane;
+        enter(lane);
+        recording = true;
+        swapcontext(&scheduler, &fibers[lane]);
+        recording = false;
+      }
+      for (uint32_t lane = 1; lane < kSize; ++lane) {
+        if (is_done[lane] != is_done[0] || exchanges[lane] != exchanges[0]) {
+          return false;
+        }
+      }
+    }
+    return true;
+  }
+
+  // What the thread `partner` offers in the same exchange.
+  template <typename T>
+  EMULATION_UNTRACED T exchange(T value, uint32_t partner) {
+    static_assert(sizeof(T) <= sizeof(uint64_t));
+    recording = false;
+    auto& board = offered[exchanges[current]++ % 2];
+    std::memcpy(&board[current], &value, sizeof(T));
+    swapcontext(&fibers[current], &scheduler);
+    recording = false;
+    std::memcpy(&value, &board[partner], sizeof(T));
+    recording = true;
+    return value;
+  }
+};
+
+inline Warp* warp = nullptr;  // the one that runs
+
 EMULATION_UNTRACED inline void record(void* pointer, uint32_t size, bool is_store) {
   if (!recording) {
     return;
   }
   recording = false;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  const void* ours[] = {&gridDim, &blockDim, &blockIdx, &threadIdx, &recording};
+  const void* ours[] = {&gridDim, &blockDim, &blockIdx, &threadIdx, &recording, &warp};
   const bool is_ours = std::any_of(std::begin(ours), std::end(ours), [&](const void* variable) {
     return address - reinterpret_cast<uintptr_t>(variable) < sizeof(dim3);
   });
-  if (!is_ours && !(stack_begin <= address && address < stack_end)) {
+  if (!is_ours && !(stack_begin <= address && address < stack_end) &&
+      !(warp != nullptr && warp->holds(address))) {
     accesses.push_back({address, size, is_store, thread, launches});
   }
   recording = true;
 }
 
+EMULATION_UNTRACED inline void Warp::run_current() {
+  // Callbacks are inserted last: the optimizer must not know that nobody reads these in between.
+  asm volatile("" ::: "memory");
+  warp->body();
+  asm volatile("" ::: "memory");
+  recording = false;
+  warp->is_done[warp->current] = true;
+}
+
 }  // namespace emulation
+
+template <typename T>
+EMULATION_UNTRACED T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
+  if (emulation::warp == nullptr || mask != 0xffffffffu) {
+    cosmos3::fail("a warp's threads exchange values only together, and below launch_warps");
+  }
+  return emulation::warp->exchange(value, emulation::warp->current ^ lane_mask);
+}
 
 EMULATION_API void emulation_seed(uint32_t seed) {
   emulation::order.seed(seed);
@@ -118,9 +218,8 @@ inline cudaStream_t current_stream(int32_t) {
   return nullptr;
 }
 
-template <typename... Parameters, typename... Arguments>
-void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
-            cudaStream_t, const Arguments&... arguments) {
+template <typename... Parameters>
+void begin_launch(const char* op, dim3 grid, unsigned threads) {
   static_assert((0 + ... + sizeof(Parameters)) <= 4096, "kernel parameters end at 4 KiB");
   // What a device refuses.
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || threads == 0 || grid.x > 0x7fffffff ||
@@ -131,20 +230,52 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned t
   blockDim = dim3(threads);
   ++emulation::launches;
   emulation::find_stack();
+}
+
+// The thread `index` of all of a launch is the one that runs from here on.
+inline void enter_thread(uint32_t index) {
+  const uint32_t block = index / blockDim.x;
+  threadIdx = {index % blockDim.x, 0, 0};
+  blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
+  emulation::thread = index;
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+            cudaStream_t, const Arguments&... arguments) {
+  begin_launch<Parameters...>(op, grid, threads);
   std::vector<uint32_t> order(uint64_t{grid.x} * grid.y * grid.z * threads);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), emulation::order);
   for (const uint32_t index : order) {
-    const uint32_t block = index / threads;
-    threadIdx = {index % threads, 0, 0};
-    blockIdx = {block % grid.x, block / grid.x % grid.y, block / grid.x / grid.y};
-    emulation::thread = index;
+    enter_thread(index);
     emulation::recording = true;
     // Callbacks are inserted last: the optimizer must not know that nobody reads these in between.
     asm volatile("" ::: "memory");
     kernel(arguments...);
     asm volatile("" ::: "memory");
     emulation::recording = false;
+  }
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_warps(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                  cudaStream_t, const Arguments&... arguments) {
+  begin_launch<Parameters...>(op, grid, threads);
+  static emulation::Warp warp;
+  emulation::warp = &warp;
+  warp.body = [&] { kernel(arguments...); };
+  constexpr uint32_t kSize = emulation::Warp::kSize;
+  std::vector<uint32_t> order(uint64_t{grid.x} * grid.y * grid.z * threads / kSize);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), emulation::order);
+  bool met = threads % kSize == 0;
+  for (const uint32_t each : order) {
+    met = met && warp.run([&](uint32_t lane) { enter_thread(each * kSize + lane); });
+  }
+  emulation::warp = nullptr;
+  if (!met) {
+    fail(op, ": the threads of a warp do not meet in the same exchanges");
   }
 }
 

@@ -16,15 +16,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 import cosmos3_fast  # noqa: F401  (defines the schemas)
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "csrc" / "cuda"
-SOURCE = FOLDER / "prepare_latents.cu"
-RESIZE_SOURCE = FOLDER / "resize_crop.cu"
 NAMESPACE = "cosmos3_emulated"
-OPS = ("prepare_latents", "prepare_latents.mask", "prepare_latents_", "resize_crop")
+# Below csrc/cuda; a process loads the emulation of one.
+OPS = {
+    "prepare_latents": ("prepare_latents", "prepare_latents.mask", "prepare_latents_"),
+    "rms_norm_silu": ("rms_norm_silu", "add_rms_norm_silu", "add_pad"),
+    "resize_crop": ("resize_crop",),
+}
 TORCH = Path(torch.__file__).parent
 FLAGS = {
     "plain": ["-O1"],
@@ -86,7 +90,11 @@ def why_not(kind: str) -> str | None:
     return None
 
 
-def build(library: Path, kind: str, source: Path = SOURCE) -> None:
+def source_of(name: str) -> Path:
+    return FOLDER / f"{name}.cu"
+
+
+def build(library: Path, kind: str, source: Path) -> None:
     """Compiles `source` to `library`; its headers are those of csrc/cuda.
 
     Raises:
@@ -107,21 +115,21 @@ def build(library: Path, kind: str, source: Path = SOURCE) -> None:
         raise RuntimeError(f"{source} does not compile for the CPU:\n{done.stderr}")
 
 
-class Emulation:
-    """A build, loaded: the ops of the source that it was built of."""
+def _overload(namespace: str, op: str) -> Any:
+    name, _, overload = op.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload or "default")
 
-    def __init__(self, library: Path) -> None:
+
+class Emulation:
+    """A build of the source `name`, loaded; its ops by name, as `ops["prepare_latents.mask"]`."""
+
+    def __init__(self, library: Path, name: str) -> None:
         self._schemas = torch.library.Library(NAMESPACE, "DEF")
-        for op in OPS:
-            name, _, overload = op.partition(".")
-            schema = getattr(getattr(torch.ops.cosmos3, name), overload or "default")._schema
+        for op in OPS[name]:
+            schema = _overload("cosmos3", op)._schema
             self._schemas.define(str(schema).removeprefix("cosmos3::"))
         torch.ops.load_library(str(library))
-        ops = getattr(torch.ops, NAMESPACE)
-        self.prepare_latents = ops.prepare_latents.default
-        self.prepare_latents_mask = ops.prepare_latents.mask
-        self.prepare_latents_ = ops.prepare_latents_.default
-        self.resize_crop = ops.resize_crop.default
+        self.ops = {op: _overload(NAMESPACE, op) for op in OPS[name]}
         self._library = ctypes.CDLL(str(library))
         self._library.emulation_accesses.restype = ctypes.c_size_t
 
@@ -139,3 +147,48 @@ class Emulation:
         if count == 0:
             return np.empty(0, ACCESS)
         return np.frombuffer(ctypes.string_at(begin.value, count * ACCESS.itemsize), ACCESS)
+
+
+def bytes_of(x: Tensor) -> np.ndarray:
+    """The addresses of every byte that `x` has."""
+    addresses = np.full((1,), x.data_ptr(), np.int64)
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        step = stride if size > 1 else 0
+        addresses = (addresses[:, None] + np.arange(size) * step * x.element_size()).reshape(-1)
+    addresses = np.unique(addresses)
+    return (addresses[:, None] + np.arange(x.element_size())).reshape(-1)
+
+
+def trace_fault(
+    accesses: np.ndarray[Any, np.dtype[np.void]], read: list[Tensor], written: list[Tensor]
+) -> str | None:
+    """What is wrong with the loads and stores of a call: that they are of exactly the elements of
+    `read` and `written`, on their boundaries, that each byte is written once, and that no thread
+    reads what another one writes."""
+    sizes = accesses["size"].astype(np.int64)
+    if np.any(accesses["address"].astype(np.int64) % np.maximum(sizes, 1)):
+        return "an access is not aligned to its size"
+    index = np.repeat(np.arange(len(accesses)), sizes)
+    within = np.arange(len(index)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    where = accesses["address"].astype(np.int64)[index] + within
+    store = accesses["store"][index] != 0
+
+    def union(tensors: list[Tensor]) -> np.ndarray:
+        return np.unique(np.concatenate([np.empty(0, np.int64), *map(bytes_of, tensors)]))
+
+    if not np.array_equal(np.unique(where[~store]), union(read)):
+        return "it does not read exactly the elements that the result takes"
+    stored = np.sort(where[store])
+    if np.any(stored[1:] == stored[:-1]):
+        return "a byte is written twice"
+    if not np.array_equal(stored, union(written)):
+        return "it does not write exactly the elements of the outputs"
+    # Each byte has one store, so that a load by another thread is the only race left.
+    thread = accesses["thread"][index].astype(np.int64) << 32 | accesses["launch"][index]
+    order = np.argsort(where[store])
+    owner = thread[store][order]
+    shared = np.isin(where[~store], stored)
+    position = np.searchsorted(stored, where[~store][shared])
+    if np.any(owner[position] != thread[~store][shared]):
+        return "a thread reads a byte that another one writes"
+    return None

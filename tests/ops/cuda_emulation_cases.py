@@ -1,23 +1,19 @@
-"""Random calls of the emulated CUDA ops, each compared with the reference to the bit.
+"""Random calls of the emulated `prepare_latents`, each compared with the reference to the bit.
 
-A process of its own runs it, since a fault may end the process: sanitizers abort, and a wild write
-of a planted fault can do anything. Prints how many calls it made, or the first that is wrong.
+`cuda_emulation_run.py` runs them.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from cuda_emulation import Emulation
+from cuda_emulation import Emulation, trace_fault
 from op_inputs import DTYPES
 from torch import Tensor
 
@@ -202,10 +198,10 @@ def clone_memory(case: Case) -> tuple[Tensor, Tensor]:
 def call(emulation: Emulation, case: Case, noise: Tensor, cond: Tensor) -> tuple[Tensor, ...]:
     emulation.seed(case.seed)
     if case.form == "frames":
-        return emulation.prepare_latents(cond, noise, case.frames)
+        return emulation.ops["prepare_latents"](cond, noise, case.frames)
     if case.form == "mask":
-        return emulation.prepare_latents_mask(cond, noise, case.mask)
-    return (emulation.prepare_latents_(cond, noise, case.frames),)
+        return emulation.ops["prepare_latents.mask"](cond, noise, case.mask)
+    return (emulation.ops["prepare_latents_"](cond, noise, case.frames),)
 
 
 def fault_in_values(emulation: Emulation, case: Case) -> str | None:
@@ -236,19 +232,8 @@ def fault_in_values(emulation: Emulation, case: Case) -> str | None:
     return None
 
 
-def bytes_of(x: Tensor) -> np.ndarray:
-    """The addresses of every byte that `x` has."""
-    addresses = np.full((1,), x.data_ptr(), np.int64)
-    for size, stride in zip(x.shape, x.stride(), strict=True):
-        step = stride if size > 1 else 0
-        addresses = (addresses[:, None] + np.arange(size) * step * x.element_size()).reshape(-1)
-    addresses = np.unique(addresses)
-    return (addresses[:, None] + np.arange(x.element_size())).reshape(-1)
-
-
 def fault_in_accesses(emulation: Emulation, case: Case) -> str | None:
-    """What is wrong with the loads and stores: each reads what the contract needs and all of it,
-    each output byte is written once, on its boundary, and by no thread beside another."""
+    """What is wrong with the loads and stores."""
     cond, noise = clone_memory(case)
     emulation.accesses()
     got = call(emulation, case, noise, cond)
@@ -266,44 +251,18 @@ def fault_in_accesses(emulation: Emulation, case: Case) -> str | None:
         written = [*(noise.select(2, t) for t in case.frames), *got]
     if noise.numel() == 0:
         read = [case.mask] if case.form == "mask" else []
-    sizes_ = accesses["size"].astype(np.int64)
-    if np.any(accesses["address"].astype(np.int64) % np.maximum(sizes_, 1)):
-        return "an access is not aligned to its size"
-    index = np.repeat(np.arange(len(accesses)), sizes_)
-    within = np.arange(len(index)) - np.repeat(np.cumsum(sizes_) - sizes_, sizes_)
-    where = accesses["address"].astype(np.int64)[index] + within
-    store = accesses["store"][index] != 0
-
-    def union(tensors: list[Tensor]) -> np.ndarray:
-        return np.unique(np.concatenate([np.empty(0, np.int64), *map(bytes_of, tensors)]))
-
-    if not np.array_equal(np.unique(where[~store]), union(read)):
-        return "it does not read exactly the elements that the result takes"
-    stored = np.sort(where[store])
-    if np.any(stored[1:] == stored[:-1]):
-        return "a byte is written twice"
-    if not np.array_equal(stored, union(written)):
-        return "it does not write exactly the elements of the outputs"
-    # Each byte has one store, so that a load by another thread is the only race left.
-    thread = accesses["thread"][index].astype(np.int64) << 32 | accesses["launch"][index]
-    order = np.argsort(where[store])
-    owner = thread[store][order]
-    shared = np.isin(where[~store], stored)
-    position = np.searchsorted(stored, where[~store][shared])
-    if np.any(owner[position] != thread[~store][shared]):
-        return "a thread reads a byte that another one writes"
-    return None
+    return trace_fault(accesses, read, written)
 
 
 def fault_in_refusals(emulation: Emulation) -> str | None:
     """Whether the host functions refuse what the reference's checks refuse, in their words."""
     cond, noise = torch.zeros(1, 2, 1, 4, 4), torch.zeros(1, 2, 3, 4, 4)
-    frames, in_place = emulation.prepare_latents, emulation.prepare_latents_
+    frames, in_place = emulation.ops["prepare_latents"], emulation.ops["prepare_latents_"]
     faulty: list[tuple[Callable[..., object], Callable[..., None], tuple[object, ...]]] = [
         (frames, check_frames, (cond, noise, [3])),
         (frames, check_frames, (cond, noise, [1, 1])),
         (frames, check_frames, (cond.int(), noise, [0])),
-        (emulation.prepare_latents_mask, check_mask, (cond, noise, noise)),
+        (emulation.ops["prepare_latents.mask"], check_mask, (cond, noise, noise)),
         (in_place, check_frames_in_place, (cond, noise[:, :, :1].expand(1, 2, 3, 4, 4), [0])),
         (in_place, check_frames_in_place, (noise[:, :, :1, :2], noise[:, :, 1:, 1:3], [0])),
         (in_place, check_frames_in_place, (noise[:1, :, 1:2], noise, [0])),
@@ -341,26 +300,3 @@ def run(emulation: Emulation, first: int, count: int, traced: bool) -> Counter[s
         assert fault is None, f"{fault} in {case}"
         made[case.form] += 1
     return made
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("library", type=Path)
-    parser.add_argument("--first", type=int, default=0, help="seed of the first case")
-    parser.add_argument("--count", type=int, default=3000)
-    parser.add_argument("--traced", action="store_true", help="check every load and store instead")
-    given = parser.parse_args()
-    emulation = Emulation(given.library)
-    try:
-        made = run(emulation, given.first, given.count, given.traced)
-    except AssertionError as error:
-        print(error)
-        return 1
-    for form, count in made.items():
-        print(f"{form}: {count} calls")
-    print(f"{emulation.launches()} launches")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from cuda_emulation import RESIZE_SOURCE, Emulation, build
+from cuda_emulation import Emulation, build, source_of
 from resize_crop_cases import Case, limit_cases, random_case
 
 from cosmos3_fast.ops.resize_crop import resize_crop_reference, vertical_first_in_pillow
 
 COUNT = 200
+NAME = "resize_crop"
 
 MUTATIONS = {
     "row stride for column stride": ("y * images.sh, images.sw,", "y * images.sh, images.sh,"),
@@ -49,11 +50,12 @@ def run(emulation: Emulation, count: int = COUNT) -> int:
         AssertionError: the first call that is wrong.
     """
     torch.set_num_threads(1)
+    resize_crop = emulation.ops[NAME]
     made = 0
     for case in cases(count):
         emulation.seed(made)
         order = vertical_first_in_pillow(case.image.shape[:2], case.size)
-        got = emulation.resize_crop(case.image, case.size, case.crop, case.filter, order)
+        got = resize_crop(case.image, case.size, case.crop, case.filter, order)
         assert got.is_contiguous()
         assert torch.equal(got, case.pillow()), str(case)
         # Batches, and the order that Pillow does not take.
@@ -61,9 +63,9 @@ def run(emulation: Emulation, count: int = COUNT) -> int:
         if batch.numel() < 30_000:
             arguments = (batch, case.size, case.crop, case.filter, not order)
             wanted = resize_crop_reference(*arguments)
-            assert torch.equal(emulation.resize_crop(*arguments), wanted), f"batch: {case}"
+            assert torch.equal(resize_crop(*arguments), wanted), f"batch: {case}"
         made += 1
-    empty = emulation.resize_crop(batch[:0], case.size, case.crop, case.filter)
+    empty = resize_crop(batch[:0], case.size, case.crop, case.filter)
     assert empty.shape == (0, *case.crop[2:], 3)
     return made
 
@@ -75,7 +77,7 @@ def outcome(library: Path) -> str:
     if child == 0:
         text = "nothing"
         try:
-            run(Emulation(library))
+            run(Emulation(library, NAME))
         except BaseException as error:
             text = f"{type(error).__name__}: {error}"
         os.write(write, text.encode()[:4000])
@@ -88,11 +90,11 @@ def outcome(library: Path) -> str:
 
 
 def check_mutations(folder: Path, step: int) -> int:
-    source = RESIZE_SOURCE.read_text()
+    source = source_of(NAME).read_text()
     missed = 0
     for name in list(MUTATIONS)[::step]:
         before, after = MUTATIONS[name]
-        assert before in source, f"{name}: {before!r} is not in {RESIZE_SOURCE}"
+        assert before in source, f"{name}: {before!r} is not in {source_of(NAME)}"
         mutant, library = folder / "mutant.cu", folder / "mutant.so"
         mutant.write_text(source.replace(before, after, 1))
         build(library, "quick", mutant)
@@ -114,7 +116,7 @@ def main() -> int:
     torch.set_num_threads(1)  # before the forks, which threads would not survive
     if given.mutations is not None:
         return check_mutations(given.mutations, given.step)
-    print(f"{run(Emulation(given.library), given.count)} calls equal Pillow")
+    print(f"{run(Emulation(given.library, NAME), given.count)} calls equal Pillow")
     return 0
 
 

@@ -39,6 +39,9 @@ def cases(device: str) -> Iterator[Case]:
         for each in (x.contiguous(), x, x[:, :, 1:, ::2]):
             yield "rms_norm_silu", (each, gamma, True)
             yield "rms_norm_silu", (each, None, False)
+            yield "rms_norm_silu", (each, gamma, True, gamma, each)
+            yield "add_rms_norm_silu", (each, gamma, True, None, each.repeat(1, 1, 2, 2))
+            yield "add_pad", (each, gamma, each)
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (2, 10, 14, 3), generator=generator, dtype=torch.uint8).to(device)
     floats = (torch.rand((2, 3, 10, 14), generator=generator) * 2 - 1).to(device)
@@ -46,6 +49,7 @@ def cases(device: str) -> Iterator[Case]:
         patch = 1 if pixels.shape[-1] == 5 or pixels.shape[2] == 7 else 2
         for dtype in (torch.float32, torch.bfloat16):
             yield "pack_pixels", (pixels, patch, dtype)
+            yield "pack_pixels", (pixels, patch, dtype, 16)
     for each in (image, image[0], image[:, 1:9, ::2], image[0, :, :, [2, 1, 0]]):
         for vertical_first in (False, True):
             crop = [1, 2, 9, 11]

@@ -9,17 +9,21 @@ import sys
 from pathlib import Path
 
 import cuda_emulation
-import cuda_mutations
 import pytest
 
 FOLDER = Path(__file__).parent
 
 
-def build_or_skip(kind: str, folder: Path, source: Path = cuda_emulation.SOURCE) -> Path:
+@pytest.fixture(params=["prepare_latents", "rms_norm_silu"])
+def source(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def build_or_skip(source: str, kind: str, folder: Path) -> Path:
     if reason := cuda_emulation.why_not(kind):
         pytest.skip(reason)
     library = folder / f"{kind}.so"
-    cuda_emulation.build(library, kind, source)
+    cuda_emulation.build(library, kind, cuda_emulation.source_of(source))
     return library
 
 
@@ -41,49 +45,51 @@ def run_script(name: str, *arguments: str, preload: str = "") -> str:
     return done.stdout
 
 
-def calls_made(library: Path, *options: str, preload: str = "") -> int:
-    """Calls of the three forms; each was right."""
-    text = run_script("cuda_emulation_cases.py", str(library), *options, preload=preload)
-    calls = dict(re.findall(r"^(.+): (\d+) calls$", text, re.MULTILINE))
-    assert calls.keys() == {"frames", "mask", "in place"}
-    return sum(map(int, calls.values()))
+def calls_made(source: str, library: Path, *options: str, preload: str = "") -> int:
+    """Calls of the source's three ops or forms; each was right."""
+    text = run_script("cuda_emulation_run.py", source, str(library), *options, preload=preload)
+    calls = re.findall(r"^.+: (\d+) calls$", text, re.MULTILINE)
+    assert len(calls) == len(cuda_emulation.OPS[source])
+    return sum(map(int, calls))
 
 
 def test_every_cuda_source_is_emulated():
-    emulated = {cuda_emulation.SOURCE, cuda_emulation.RESIZE_SOURCE}
-    assert {*cuda_emulation.FOLDER.glob("*.cu")} == emulated
+    assert {path.stem for path in cuda_emulation.FOLDER.glob("*.cu")} == {*cuda_emulation.OPS}
 
 
-def test_random_calls_equal_the_reference_to_the_bit(tmp_path):
-    library = build_or_skip("plain", tmp_path)
-    assert calls_made(library, "--count", "3000") > 3000
+def test_random_calls_equal_the_reference(source: str, tmp_path: Path):
+    library = build_or_skip(source, "plain", tmp_path)
+    count = {"prepare_latents": 3000, "rms_norm_silu": 1500}[source]
+    assert calls_made(source, library, "--count", str(count)) > count
 
 
-def test_sanitizers_find_nothing(tmp_path):
-    library = build_or_skip("sanitized", tmp_path)
+def test_sanitizers_find_nothing(source: str, tmp_path: Path):
+    library = build_or_skip(source, "sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
     options = ("--first", "10000", "--count", "500")
-    assert calls_made(library, *options, preload=preload) > 500
+    assert calls_made(source, library, *options, preload=preload) > 500
 
 
-def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(tmp_path):
-    library = build_or_skip("traced", tmp_path)
-    assert calls_made(library, "--first", "20000", "--count", "250", "--traced") == 250
+def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(
+    source: str, tmp_path: Path
+):
+    library = build_or_skip(source, "traced", tmp_path)
+    assert calls_made(source, library, "--first", "20000", "--count", "250", "--traced") == 250
 
 
 def test_planted_faults_are_caught():
-    """A third of them; `python tests/ops/cuda_mutations.py` builds and runs all, in a minute."""
-    if reason := cuda_emulation.why_not("quick"):
+    """A third of them; `python tests/ops/cuda_mutations.py` builds and runs all, in minutes."""
+    if reason := cuda_emulation.why_not("quick") or cuda_emulation.why_not("traced"):
         pytest.skip(reason)
-    names = list(cuda_mutations.MUTATIONS)[::3]
-    if cuda_emulation.why_not("traced") is None:
-        names += list(cuda_mutations.SILENT_MUTATIONS)[::3]
-    assert f"{len(names)} of {len(names)} caught" in run_script("cuda_mutations.py", *names)
+    text = run_script("cuda_mutations.py", "--every", "3")
+    caught, planted = re.findall(r"^(\d+) of (\d+) caught$", text, re.MULTILINE)[0]
+    assert caught == planted
+    assert int(planted) >= 12
 
 
 @pytest.mark.parametrize(("kind", "count"), [("plain", 200), ("sanitized", 30)])
 def test_resizes_equal_pillow_to_the_bit(kind, count, tmp_path):
-    library = build_or_skip(kind, tmp_path, cuda_emulation.RESIZE_SOURCE)
+    library = build_or_skip("resize_crop", kind, tmp_path)
     preload = cuda_emulation.sanitizer_runtime() if kind == "sanitized" else ""
     text = run_script("cuda_resize_cases.py", str(library), "--count", str(count), preload=preload)
     assert re.search(r"^\d{3,} calls equal Pillow", text)

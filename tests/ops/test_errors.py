@@ -149,9 +149,58 @@ MASK_FAULTS = {
 def norm_call(
     x: tuple[int, ...] = (2, 3, 4, 5),
     weight: tuple[int, ...] = (3,),
+    bias: tuple[int, ...] = (3,),
+    residual: tuple[int, ...] = (2, 3, 4, 5),
     dtype: torch.dtype = torch.float32,
+    residual_dtype: torch.dtype = torch.float32,
 ) -> Callable[[], tuple[Any, ...]]:
-    return lambda: (torch.zeros(x, dtype=dtype), torch.zeros(weight), True)
+    return lambda: (
+        torch.zeros(x, dtype=dtype),
+        torch.zeros(weight),
+        True,
+        torch.zeros(bias),
+        torch.zeros(residual, dtype=residual_dtype),
+    )
+
+
+NORM_FAULTS = {
+    "x rank": (norm_call((3, 4)), "x must have shape [B, C, H, W], got [3, 4]"),
+    "x dtype": (
+        norm_call(dtype=torch.int64),
+        "x must be float32, bfloat16, float16 or float64, got torch.int64",
+    ),
+    "weight rank": (norm_call(weight=(3, 1)), "weight must have shape [C], got [3, 1]"),
+    "weight length": (
+        norm_call(weight=(4,)),
+        "weight must have the C = 3 elements of x, got 4",
+    ),
+    "bias rank": (norm_call(bias=(1, 3)), "bias must have shape [C], got [1, 3]"),
+    "bias length": (norm_call(bias=(2,)), "bias must have the C = 3 elements of x, got 2"),
+    "residual rank": (
+        norm_call(residual=(3, 4, 5)),
+        "residual must have shape [B, C/t, s·H, s·W], got [3, 4, 5]",
+    ),
+    "residual dtype": (
+        norm_call(residual_dtype=torch.bfloat16),
+        "residual must have the dtype of x, torch.float32, got torch.bfloat16",
+    ),
+    **{
+        f"residual {shape}": (
+            norm_call(residual=shape),
+            f"residual must have shape [B, C/t, s·H, s·W] for x [2, 3, 4, 5], got {list(shape)}",
+        )
+        for shape in [
+            (1, 3, 4, 5),
+            (2, 2, 4, 5),
+            (2, 6, 4, 5),
+            (2, 0, 4, 5),
+            (2, 3, 8, 5),
+            (2, 3, 4, 10),
+            (2, 3, 2, 2),
+            (2, 3, 0, 0),
+        ]
+    },
+}
 
 
 def pixels_call(
@@ -177,17 +226,12 @@ def winograd_call(
 
 
 ENCODER_FAULTS = {
-    "rms_norm_silu": {
-        "x rank": (norm_call((3, 4)), "x must have shape [B, C, H, W], got [3, 4]"),
-        "x dtype": (
-            norm_call(dtype=torch.int64),
-            "x must be float32, bfloat16, float16 or float64, got torch.int64",
-        ),
-        "weight rank": (norm_call(weight=(3, 1)), "weight must have shape [C], got [3, 1]"),
-        "weight length": (
-            norm_call(weight=(4,)),
-            "weight must have the C = 3 elements of x, got 4",
-        ),
+    "rms_norm_silu": NORM_FAULTS,
+    "add_rms_norm_silu": NORM_FAULTS,
+    "add_pad": {
+        fault: (lambda make=make: (make()[0], *make()[3:]), message)
+        for fault, (make, message) in NORM_FAULTS.items()
+        if "weight" not in fault
     },
     "pack_pixels": {
         "rank": (
@@ -219,6 +263,10 @@ ENCODER_FAULTS = {
         "height": (
             pixels_call((1, 3, 5, 4)),
             "pixels must have height and width divisible by patch_size = 2, got [1, 3, 5, 4]",
+        ),
+        "channels too few": (
+            lambda: (torch.zeros(1, 3, 4, 4), 2, torch.float32, 11),
+            "channels must be 0 or at least 3·patch_size² = 12, got 11",
         ),
         "width of bytes": (
             pixels_call((1, 4, 5, 3), torch.uint8),
@@ -348,6 +396,8 @@ def test_devices_of_the_encoder_ops_must_agree():
         on_cpu = torch.empty(32)
         for call, message in [
             (lambda: ops.rms_norm_silu(x, on_cpu[:16]), "rms_norm_silu: weight must be on the dev"),
+            (lambda: ops.add_pad(x, on_cpu[:16]), "add_pad: bias must be on the dev"),
+            (lambda: ops.add_pad(x, None, x.cpu()), "add_pad: residual must be on the dev"),
             (lambda: ops.winograd_conv3x3(x, packed.cpu()), "conv3x3: packed_weight must be on"),
             (lambda: ops.winograd_conv3x3(x, packed, on_cpu), "conv3x3: bias must be on the dev"),
         ]:

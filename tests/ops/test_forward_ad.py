@@ -16,7 +16,11 @@ from cosmos3_fast.ops.prepare_latents import (
     prepare_latents_mask_reference,
     prepare_latents_reference,
 )
-from cosmos3_fast.ops.rms_norm_silu import rms_norm_silu_reference
+from cosmos3_fast.ops.rms_norm_silu import (
+    add_pad_reference,
+    add_rms_norm_silu_reference,
+    rms_norm_silu_reference,
+)
 
 OPS = torch.ops.cosmos3
 
@@ -29,6 +33,8 @@ def inputs(device: str) -> dict[str, Tensor]:
         "mask": latent((2, 1, 4, 1, 1), float64, device=device, seed=2).sigmoid(),
         "x": latent((2, 3, 4, 2, 1), float64, device=device, seed=3)[..., 0],
         "weight": latent((3, 1, 1, 1, 1), float64, device=device, seed=4).flatten(),
+        "bias": latent((3, 1, 1, 1, 1), float64, device=device, seed=6).flatten(),
+        "residual": latent((2, 3, 4, 2, 1), float64, device=device, seed=7)[..., 0],
         "pixels": latent((1, 3, 4, 6, 1), float64, device=device, seed=5)[..., 0],
     }
 
@@ -49,6 +55,13 @@ CASES: dict[str, tuple[tuple[str, ...], Function, Function, Function]] = {
         lambda c, n, m: prepare_latents_mask_reference(c, n, m)[0],
     ),
     "norm": (("x", "weight"), OPS.rms_norm_silu, ops.rms_norm_silu, rms_norm_silu_reference),
+    "add and norm": (
+        ("x", "weight", "bias", "residual"),
+        lambda x, w, b, r: OPS.add_rms_norm_silu(x, w, True, b, r)[0],
+        lambda x, w, b, r: ops.add_rms_norm_silu(x, w, True, b, r)[0],
+        lambda x, w, b, r: add_rms_norm_silu_reference(x, w, True, b, r)[0],
+    ),
+    "add and pad": (("x", "bias", "residual"), OPS.add_pad, ops.add_pad, add_pad_reference),
     "pack": (
         ("pixels",),
         lambda p: OPS.pack_pixels(p, 2, torch.float64),

@@ -30,6 +30,10 @@ CALLS = {
     "rms_norm_silu": lambda backend: ops.rms_norm_silu(
         huge(1 << 20, 16, 1 << 12, 1 << 10), None, backend=backend
     ),
+    "add_rms_norm_silu": lambda backend: ops.add_rms_norm_silu(
+        huge(1 << 20, 16, 1 << 12, 1 << 10), None, backend=backend
+    ),
+    "add_pad": lambda backend: ops.add_pad(huge(1 << 20, 16, 1 << 12, 1 << 10), backend=backend),
     "pack_pixels": lambda backend: ops.pack_pixels(
         huge(1 << 20, 3, 1 << 12, 1 << 10), 2, torch.float32, backend=backend
     ),

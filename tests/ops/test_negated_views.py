@@ -28,6 +28,7 @@ CALLS = {
         lambda c, n, m: (c, n, m),
     ),
     "rms_norm_silu": (((2, 3, 4, 5), (3,)), lambda x, w: (x, w, True)),
+    "add_pad": (((2, 3, 4, 5), (3,), (2, 3, 4, 5)), lambda *arguments: arguments),
     "pack_pixels": (((1, 3, 4, 6),), lambda p: (p, 2, torch.float32)),
     "winograd_pack": (((32, 16, 3, 3),), lambda w: (w,)),
     "winograd_conv3x3": (

@@ -51,6 +51,20 @@ def test_floats_are_packed(
         assert torch.equal(ops.pack_pixels(pixels, 2, dtype, backend=backend), wanted)
 
 
+@pytest.mark.parametrize(("patch_size", "channels"), [(1, 3), (1, 8), (2, 16), (2, 13)])
+def test_further_channels_are_zeros(
+    patch_size: int, channels: int, backend: str, device: str, poison: None
+):
+    bytes_ = torch.full((2, 6, 12, 3), 255, dtype=torch.uint8, device=device)
+    for pixels in (bytes_, image(2, 3, 6, 12, device=device)):
+        alone = ops.pack_pixels(pixels, patch_size, torch.float32, backend=backend)
+        got = ops.pack_pixels(pixels, patch_size, torch.float32, channels, backend=backend)
+        assert got.shape[1] == channels
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(got[:, : alone.shape[1]], alone)
+        assert not got[:, alone.shape[1] :].any()
+
+
 def test_pack_without_elements(backend: str, device: str):
     pixels = torch.empty(0, 3, 4, 4, device=device)
     packed = ops.pack_pixels(pixels, 2, torch.float32, backend=backend)
@@ -60,7 +74,9 @@ def test_pack_without_elements(backend: str, device: str):
 def test_pack_gradients_and_opcheck(device: str):
     pixels = image(1, 3, 4, 6, dtype=torch.float64, device=device).requires_grad_()
     assert torch.autograd.gradcheck(lambda p: OPS.pack_pixels(p, 2, torch.float64), (pixels,))
+    assert torch.autograd.gradcheck(lambda p: OPS.pack_pixels(p, 2, torch.float64, 16), (pixels,))
     torch.library.opcheck(OPS.pack_pixels.default, (pixels, 2, torch.float64))
+    torch.library.opcheck(OPS.pack_pixels.default, (pixels, 2, torch.float64, 16))
     bytes_ = torch.zeros(1, 4, 6, 3, dtype=torch.uint8, device=device)
     for dtype in DTYPES:
         floats = image(1, 3, 4, 6, dtype=dtype, device=device)

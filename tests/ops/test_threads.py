@@ -46,6 +46,12 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "rms_norm_silu": lambda: OPS.rms_norm_silu(
         image(2, 160, 31, 33, layout="channels_last"), torch.ones(160)
     ),
+    "add_rms_norm_silu": lambda: torch.cat(
+        OPS.add_rms_norm_silu(
+            image(2, 160, 31, 33), None, True, torch.ones(160), image(2, 80, 62, 66)
+        )
+    ),
+    "add_pad": lambda: OPS.add_pad(image(2, 160, 31, 33), None, image(2, 160, 31, 33)),
     "pack_pixels": lambda: OPS.pack_pixels(image(2, 3, 142, 66), 2, torch.bfloat16),
     "unpack_pixels": lambda: OPS.unpack_pixels(image(2, 12, 71, 33), 2, True),
     "resize_crop": lambda: OPS.resize_crop(

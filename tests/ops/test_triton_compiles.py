@@ -130,6 +130,8 @@ CALLS = {
     "prepare_latents_": lambda e: (e(1, 2, 1, 4, 4), e(1, 2, 3, 4, 4), [0]),
     "prepare_latents.mask": lambda e: (e(1, 2, 1, 4, 4), e(1, 2, 3, 4, 4), e(1, 1, 3, 1, 1)),
     "rms_norm_silu": lambda e: (e(1, 4, 4, 8).permute(0, 3, 1, 2), e(8), True),
+    "add_rms_norm_silu": lambda e: (e(1, 4, 4, 8).permute(0, 3, 1, 2), e(8), True, e(8)),
+    "add_pad": lambda e: (e(1, 4, 4, 8).permute(0, 3, 1, 2), e(8)),
     "pack_pixels": lambda e: (e(1, 3, 4, 4), 2, torch.float32),
 }
 

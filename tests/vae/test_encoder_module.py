@@ -14,7 +14,7 @@ from encoder_cases import RESIDUAL, TINY, WAN21, WAN21_ATTENTION, image
 
 from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.fold import fold_encoder
-from cosmos3_fast.vae.layers import add_average_shortcut, average_shortcut, rms_norm_silu
+from cosmos3_fast.vae.layers import Sum, add_average_shortcut, average_shortcut, rms_norm_silu
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 from cosmos3_fast.vae.topology import EncoderTopology
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error
@@ -36,7 +36,8 @@ def test_attributes_at_cosmos3_topology() -> None:
     assert (encoder.dtype, encoder.device.type) == (torch.bfloat16, "meta")
     shapes = topology.tensor_shapes().values()
     assert sum(torch.Size(shape).numel() for shape in shapes) == 149_637_088
-    assert sum(p.numel() for p in encoder.parameters()) == 53_180_368
+    # And zeros for the four channels that packing adds.
+    assert sum(p.numel() for p in encoder.parameters()) == 53_180_368 + 160 * 4 * 9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -283,7 +284,9 @@ def test_average_shortcut_matches_the_3d_layer(
                 wanted[:, position // group] += x[:, i, row::factor_s, column::factor_s] / group
     assert largest(average_shortcut(x, out, factor_t, factor_s) - wanted) <= 1e-14
     y = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(1)).double()
-    assert largest(add_average_shortcut(y.clone(), x, factor_t, factor_s) - (y + wanted)) <= 1e-14
+    for residual in (None, torch.full_like(y, 0.5)):
+        got = add_average_shortcut(Sum(y, None, residual), x, factor_t, factor_s).total()
+        assert largest(got - (y + wanted + (0 if residual is None else 0.5))) <= 1e-14
 
 
 def test_bytes_equal_their_normalised_floats() -> None:
