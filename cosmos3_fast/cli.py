@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
+from cosmos3_fast.bulk.command import add_encode
 from cosmos3_fast.files import check_target, replacing
 from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
 from cosmos3_fast.options import (
@@ -176,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
     decode.add_argument("--frame", type=int, default=0, help="latent frame (default 0)")
     decode.set_defaults(run=_decode)
+
+    add_encode(commands)
 
     verify = commands.add_parser(
         "verify",
