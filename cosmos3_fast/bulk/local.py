@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -17,6 +21,7 @@ from cosmos3_fast.bulk.summary import Summary, known_total, progress_bar
 from cosmos3_fast.bulk.weights import Encoder
 
 _PREFETCHED = 2
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -89,6 +94,8 @@ def run_local(
         num_workers=workers,
         prefetch_factor=_PREFETCHED if workers else None,
         pin_memory=encoder.device.type == "cuda",
+        multiprocessing_context="fork" if workers else None,
+        worker_init_fn=functools.partial(_end_with, os.getpid()),
     )
     waiting = Batcher(batch_size)
     seen: set[str] = set()
@@ -132,6 +139,16 @@ def run_local(
         for rest in waiting.rest():
             encode(rest)
         encode(None)
+
+
+def _end_with(driver: int, worker: int) -> None:
+    """Have the kernel end this worker with the process that started it.
+
+    torch's own watch misses a driver that is killed while the worker starts.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != driver:
+        os._exit(1)
 
 
 def _name(known: Known, names: set[str], writer: ShardWriter) -> None:

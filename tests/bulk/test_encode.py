@@ -291,3 +291,28 @@ def test_what_was_encoded_before_a_fault_is_kept(tmp_path: Path, monkeypatch: py
 
 def test_shards_are_named_by_their_keys():
     assert shards.part_name(["a", "b"]) == shards.part_name(["a", "b"]) != shards.part_name(["b"])
+
+
+def test_a_video_and_its_first_frame(tmp_path: Path):
+    av = pytest.importorskip("av", reason="the video extra is not installed")
+    import numpy as np
+
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for i in range(12):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 48, 3), 20 * i, np.uint8))
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    for name, clips, frames, encoder in (
+        ("frame", 1, 1, tiny_encoder()),
+        ("clip", 9, 3, tiny_clip_encoder()),
+    ):
+        encode_tiny(tmp_path / "*.mp4", tmp_path / name, vae=encoder, clips=clips)
+        sample = LatentDataset(tmp_path / name)[0]
+        assert sample["size"] == (32, 48)
+        pixels = load_frames(path, *SIZE, max_frames=clips)
+        wanted = encoder(pixels[:, 0] if clips == 1 else pixels)[0].bfloat16()
+        assert sample["latents"].shape[1] == frames
+        assert close(sample["latents"], wanted)
