@@ -83,6 +83,16 @@ def add_encode(commands: Any) -> None:
         help="paint it behind transparent pixels (default: alpha is dropped, as in the engines)",
     )
     parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="encode on a Ray cluster, at ADDRESS or started here",
+    )
+    parser.add_argument(
+        "--cores", type=int, help="with --ray on CPUs, of each encoder (default: a whole node)"
+    )
+    parser.add_argument(
         "--preview", type=int, metavar="N", help="also draw N samples, decoded, to preview.png"
     )
     parser.add_argument(
@@ -111,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
             shard_size=args.shard_size,
             column=args.column,
             background=args.background,
+            ray=args.ray,
+            cores=args.cores,
             progress=sys.stderr.isatty(),
         )
         if args.preview is not None:

@@ -13,6 +13,7 @@ import torch
 from cosmos3_fast.arguments import positive_int, quoted
 from cosmos3_fast.bulk.buckets import Sizes
 from cosmos3_fast.bulk.folder import Folder, Settings
+from cosmos3_fast.bulk.keys import KeySet
 from cosmos3_fast.bulk.local import run_local
 from cosmos3_fast.bulk.manifest import read_manifest, read_names, write_errors
 from cosmos3_fast.bulk.reading import Reader
@@ -43,6 +44,8 @@ def encode(
     shard_size: int = SHARD_SIZE,
     column: str | None = None,
     background: Color | None = None,
+    ray: str | None = None,
+    cores: int | None = None,
     progress: bool = False,
 ) -> Summary:
     """Encode every picture or clip of a source once, into a folder that `LatentDataset` reads.
@@ -71,7 +74,13 @@ def encode(
         shard_size: samples per shard; also what a killed run may have to encode again.
         column: of Parquet files, the one with the bytes.
         background: painted behind transparent pixels (see `pixels.load_pixels`).
-        progress: show a bar on stderr.
+        ray: None: encode in this process. Otherwise on a Ray cluster, one that this process is
+            connected to, or at this address, as `ray.init` takes it; "local" starts Ray here.
+            `out` must then be at the same path on every node, and so must a local `source` and a
+            `vae` that is a path. A picture that stands twice in the source is encoded twice where
+            two nodes meet it at once, and still is one sample.
+        cores: with Ray on CPUs, of each encoder; None: those of the smallest node.
+        progress: show a bar on stderr; with Ray its own.
 
     Returns:
         What was done. The folder's files are described in `cosmos3_fast.bulk.folder`.
@@ -82,7 +91,7 @@ def encode(
         OSError: a file cannot be written (a full disk): what was written before stays good.
         ValueError, TypeError: an argument out of range.
     """
-    _check_packages()
+    _check_packages(ray is not None)
     batch_size = positive_int("batch_size", batch_size)
     shard_size = positive_int("shard_size", shard_size)
     clips = positive_int("clips", clips)
@@ -93,7 +102,9 @@ def encode(
     weights, device = Weights(vae), torch.device(device)
     if vae_dtype is None:
         vae_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    encoder = weights.encoder(vae_dtype, device, clips > 1)
+    cores = None if cores is None else positive_int("cores", cores)
+    # The nodes of a cluster have encoders of their own; this one only tells what it is.
+    encoder = weights.encoder(vae_dtype, device if ray is None else torch.device("cpu"), clips > 1)
     workers = _workers(workers, encoder.device)
     size = (480, 832) if size is None and not buckets else size
     sizes = Sizes(size and (int(size[0]), int(size[1])), tuple(buckets), encoder.spatial_factor)
@@ -113,12 +124,12 @@ def encode(
     with folder.lock():
         folder.settle(settings)
         folder.clean()
-        known = frozenset(read_manifest(folder)["key"].to_pylist())
+        known = KeySet(read_manifest(folder)["key"].to_pylist())
         names = {name for each in read_names(folder).values() for name in each}
         reader = Reader(sizes, clips, known, background)
         summary = Summary(Path(out))
         start = time.perf_counter()
-        try:
+        if ray is None:
             with ShardWriter(folder, settings, shard_size) as writer:
                 run_local(
                     pieces,
@@ -132,19 +143,48 @@ def encode(
                     dtype=dtype,
                     progress=progress,
                 )
-        finally:
-            summary.seconds = time.perf_counter() - start
+        else:
+            from cosmos3_fast.bulk.ray_engine import run_ray
+
+            run_ray(
+                pieces,
+                reader,
+                weights,
+                folder,
+                settings,
+                summary,
+                address=ray,
+                names=names,
+                batch_size=batch_size,
+                shard_size=shard_size,
+                vae_dtype=vae_dtype,
+                device=device,
+                cores=cores,
+                progress=progress,
+            )
+        summary.seconds = time.perf_counter() - start
         write_errors(folder, summary.failures)
         summary.total = read_manifest(folder).num_rows
+        # What Ray encoded twice counts once.
+        summary.repeated += summary.samples - (summary.total - len(known))
+        summary.samples = summary.total - len(known)
     return summary
 
 
-def _check_packages() -> None:
-    missing = [name for name in ("pyarrow", "tqdm", "fsspec") if find_spec(name) is None]
-    if missing:
-        raise ImportError(
-            f"cosmos3_fast.bulk needs {', '.join(missing)}: pip install 'cosmos3-fast[bulk]'"
-        )
+def _check_packages(with_ray: bool) -> None:
+    extras = {"bulk": ("pyarrow", "tqdm", "fsspec"), "ray": ("ray",) if with_ray else ()}
+    for extra, packages in extras.items():
+        if missing := [name for name in packages if not _found(name)]:
+            raise ImportError(
+                f"cosmos3_fast.bulk needs {', '.join(missing)}: pip install 'cosmos3-fast[{extra}]'"
+            )
+
+
+def _found(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # it stands in sys.modules as None: its import is blocked
+        return False
 
 
 def _workers(workers: int | None, device: torch.device) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,7 +91,7 @@ class Reader:
 
     sizes: Sizes
     max_frames: int = 1
-    known: Collection[str] = frozenset()
+    known: Container[str] = frozenset()
     background: Color | None = None
 
     def read(self, item: Item) -> tuple[Sample, Tensor] | Failure | Known:
