@@ -21,6 +21,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasink, Datasource, ReadTask
 from ray.data.block import BlockMetadata
+from ray.data.exceptions import SystemException, UserCodeException
 
 from cosmos3_fast.bulk.batches import Batcher, encode_batch
 from cosmos3_fast.bulk.folder import Folder, Settings
@@ -285,7 +286,7 @@ def run_ray(
         device: of each encoder: with "cuda" there is one for each GPU of the cluster.
         cores: of each encoder on a CPU; None: those of the smallest node.
         progress: show Ray's bars.
-        The others: see `local.run_local` and `bulk.encode`.
+        others: see `local.run_local` and `bulk.encode`.
     """
     with _connected(address), _context(progress):
         on_gpu = device.type == "cuda"
@@ -316,12 +317,25 @@ def run_ray(
             num_cpus=share,
             num_gpus=1 if on_gpu else None,
         )
-        data.write_datasink(sink, ray_remote_args={"num_cpus": _SMALL_SHARE})
+        try:
+            data.write_datasink(sink, ray_remote_args={"num_cpus": _SMALL_SHARE})
+        except (ray.exceptions.RayError, UserCodeException, SystemException) as error:
+            raise _cause(error) from error
     for written in sink.written:
         summary.samples += written.samples
         summary.known += written.known
         summary.failures += written.failures
         summary.warnings += written.warnings
+
+
+def _cause(error: BaseException) -> Exception:
+    """What a task failed of, such as a full disk, without Ray's tracebacks around it."""
+    while (inner := getattr(error, "cause", None) or error.__cause__) is not None:
+        error = inner
+    if isinstance(error, OSError):
+        return type(error)(error.errno, error.strerror, error.filename)
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return RuntimeError(f"the run on Ray failed: {lines[-1]}")
 
 
 def _plan(on_gpu: bool, cores: int | None) -> tuple[int, int, float]:

@@ -108,19 +108,24 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_a_full_disk_stops_cleanly(small_disk: Path, tmp_path: Path):
+@pytest.mark.parametrize("engine", ["local", "ray"])
+def test_a_full_disk_stops_cleanly(small_disk: Path, tmp_path: Path, engine: str):
+    if engine == "ray":
+        pytest.importorskip("ray", reason="the ray extra is not installed: make test-bulk")
     write_pictures(tmp_path / "in", 40)
     vae = tiny_checkpoint(tmp_path / "vae")
     command = [
         *(sys.executable, "-m", "cosmos3_fast", "encode", str(tmp_path / "in")),
         *("--out", str(small_disk / "out"), "--vae", str(vae), "--size", "32x48"),
         *("--shard-size", "4", "--dtype", "fp32", "--batch-size", "2", "--workers", "0"),
+        *(("--ray",) if engine == "ray" else ()),
     ]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
-    assert ended.stderr.splitlines()[-1].startswith("error: ")
-    assert "No space left on device" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    last = ended.stderr.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "No space left on device" in last
+    assert "Traceback" not in last
     held = len(contents(small_disk / "out"))
     assert 0 < held < 40
     assert not list(small_disk.rglob("*.partial"))
