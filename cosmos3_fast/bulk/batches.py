@@ -66,6 +66,8 @@ class Batcher:
 @torch.inference_mode()
 def encode_batch(encoder: Encoder, batch: Batch, dtype: torch.dtype) -> Tensor:
     """Latents [B, z, t, h, w] in `dtype`, on the encoder's device, which may still be at work."""
-    pixels = batch.pixels.to(encoder.device, non_blocking=True)
+    pixels = batch.pixels
+    if encoder.device.type == "cuda":  # from pinned memory the copy does not wait for the GPU
+        pixels = pixels.pin_memory().to(encoder.device, non_blocking=True)
     frames = pixels[:, 0] if isinstance(encoder, FrameEncoder) else pixels
     return encoder(frames).to(dtype)

@@ -73,12 +73,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return int(self._table.num_rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        number = as_int(index)
-        if number is None:
-            raise TypeError(f"index must be an integer, got {quoted(index)}")
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"index must be in [-{len(self)}, {len(self)}), got {number}")
-        row = self._table.slice(number % len(self), 1).to_pylist()[0]
+        row = self._row(index)
         return {
             "latents": self._latents(row["shard"], row["key"]),
             "source": row["source"],
@@ -91,7 +86,16 @@ class LatentDataset(Dataset[dict[str, Any]]):
         """Every name under which the content of a sample was found."""
         if self._names is None:
             self._names = read_names(self._folder)
-        return self._names[self[index]["key"]]
+        return self._names[self._row(index)["key"]]
+
+    def _row(self, index: int) -> dict[str, Any]:
+        number = as_int(index)
+        if number is None:
+            raise TypeError(f"index must be an integer, got {quoted(index)}")
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"index must be in [-{len(self)}, {len(self)}), got {number}")
+        row: dict[str, Any] = self._table.slice(number % len(self), 1).to_pylist()[0]
+        return row
 
     def _latents(self, shard: str, key: str) -> torch.Tensor:
         from safetensors import safe_open

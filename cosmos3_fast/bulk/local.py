@@ -93,7 +93,6 @@ def run_local(
         batch_size=None,
         num_workers=workers,
         prefetch_factor=_PREFETCHED if workers else None,
-        pin_memory=encoder.device.type == "cuda",
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=functools.partial(_end_with, os.getpid()),
     )

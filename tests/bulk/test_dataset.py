@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,3 +116,20 @@ def test_folders_that_hold_none(folder: Path, tmp_path: Path):
     description.write_text("{")
     with pytest.raises(FolderError, match="cannot be read"):
         LatentDataset(folder)
+
+
+def test_the_example_in_readme_trains(folder: Path):
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    (example,) = (block for block in text.split("```python\n")[1:] if "LatentDataset" in block)
+    code = example.split("```")[0]
+    for name, own in {
+        '"latents",': f"{str(folder)!r},",
+        '"path/to/Cosmos3"': f'"{LatentDataset(folder).vae_hash}"',
+        "48, 48": "4, 4",
+    }.items():
+        assert name in code
+        code = code.replace(name, own)
+    state: dict[str, Any] = {}
+    exec(code, state)
+    assert torch.isfinite(state["loss"])
+    assert state["batch"]["latents"].shape[1:] == (4, 1, 4, 6)
