@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 from encoder_cases import TINY
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 pytest.importorskip("pyarrow", reason="the bulk extra is not installed")
@@ -30,6 +32,7 @@ from bulk_cases import (
 from cosmos3_fast import FrameEncoder
 from cosmos3_fast.bulk import LatentDataset, shards
 from cosmos3_fast.bulk.folder import Folder, FolderError
+from cosmos3_fast.bulk.keys import KeySet
 from cosmos3_fast.bulk.reading import key_of
 from cosmos3_fast.bulk.sources import SourceError
 from cosmos3_fast.pixels import load_frames
@@ -316,3 +319,24 @@ def test_a_video_and_its_first_frame(tmp_path: Path):
         wanted = encoder(pixels[:, 0] if clips == 1 else pixels)[0].bfloat16()
         assert sample["latents"].shape[1] == frames
         assert close(sample["latents"], wanted)
+
+
+def test_the_bar_counts_every_picture(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    paths = write_pictures(tmp_path / "in", 5)
+    paths[0].write_bytes(b"broken")
+    for _ in range(2):
+        encode_tiny(tmp_path / "in", tmp_path / "out", progress=True)
+        last = capfd.readouterr().err.split("\r")[-1]
+        assert "5/5" in last
+        assert "images/s" in last
+    encode_tiny(tmp_path / "in", tmp_path / "out")
+    assert capfd.readouterr().err == ""
+
+
+@given(st.sets(st.text("0123456789abcdef", min_size=32, max_size=32)), st.data())
+def test_a_key_set_is_a_set(keys: set[str], data: st.DataObject):
+    held = KeySet(keys)
+    assert len(held) == len(keys)
+    assert all(key in held for key in keys)
+    other = data.draw(st.text("0123456789abcdef", max_size=32))
+    assert (other in held) == (other in keys)
