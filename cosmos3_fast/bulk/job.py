@@ -109,7 +109,7 @@ def encode(
     size = (480, 832) if size is None and not buckets else size
     sizes = Sizes(size and (int(size[0]), int(size[1])), tuple(buckets), encoder.spatial_factor)
 
-    folder = Folder(out)
+    folder = Folder(os.path.abspath(out))
     pieces = list_pieces(source, column, exclude=folder.path)
     settings = Settings(
         weights.fingerprint(),
@@ -149,7 +149,7 @@ def encode(
             run_ray(
                 pieces,
                 reader,
-                weights,
+                weights.absolute(),
                 folder,
                 settings,
                 summary,

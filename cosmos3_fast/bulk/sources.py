@@ -91,7 +91,7 @@ def list_pieces(
             - any other file: a picture or clip;
             - a sequence of these.
 
-            All but folders of the local disk may be URLs that fsspec opens; so may folders.
+            Any of them may be a URL that fsspec opens; local names are made absolute.
         column: of Parquet files, the one to take; None: the only one with bytes.
         exclude: a local folder that is left out, where it lies in a folder of the source.
 
@@ -163,6 +163,8 @@ def _read_file(url: str) -> bytes | Path:
 def _expand(path: str, exclude: Path | None) -> list[str]:
     """The files that one source stands for."""
     remote = _is_url(path)
+    if not remote:  # a run from another folder finds the same names
+        path = os.path.abspath(path)
     files: Any
     if remote:
         import fsspec

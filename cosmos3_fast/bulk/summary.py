@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +62,6 @@ def progress_bar(total: int | None, shown: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=total, unit=" images", disable=not shown, smoothing=0.1, dynamic_ncols=True)
-
-
-def timed(run: Callable[[], None]) -> float:
-    """Seconds that a call took."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def known_total(rows: Sequence[int | None]) -> int | None:

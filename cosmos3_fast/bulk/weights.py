@@ -50,6 +50,11 @@ class Weights:
             return VaeSource(None if self.vae is None else os.fspath(self.vae))
         return None
 
+    def absolute(self) -> Weights:
+        """The same, also for a process in another folder."""
+        here = isinstance(self.vae, (str, os.PathLike)) and os.path.exists(self.vae)
+        return Weights(os.path.abspath(self.vae)) if here else self
+
     def encoder(self, dtype: torch.dtype, device: torch.device, clips: bool) -> Encoder:
         """The network that encodes; of an encoder that was given, `dtype` and `device` are its own.
 
