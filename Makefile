@@ -15,7 +15,7 @@ TEST_CUDA := $(if $(shell command -v nvcc),1,)
 # The engines' requirements exclude each other: each has an environment of its own.
 PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
 
-.PHONY: help demo bench bench-full test lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
+.PHONY: help demo bench bench-full bench-bulk test test-bulk lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -45,7 +45,7 @@ demo: $(VENV)/demo.stamp
 	$(BIN)/python -m benchmarks.demo --out out
 
 $(VENV)/bench.stamp: $(VENV)/demo.stamp
-	$(PIP) "$(MATPLOTLIB)"
+	$(PIP) "$(MATPLOTLIB)" pyarrow tqdm fsspec
 	@touch $@
 
 ## make bench   measure against the 3-D VAE, the engines' formula and a plain copy (5 minutes)
@@ -68,16 +68,24 @@ build/wheel.stamp: $(VENV)/torch.stamp $(SOURCES) $(PACKAGE_FILES)
 		--no-build-isolation --no-deps --wheel-dir build/wheels .
 	@touch $@
 
-.venv-%/stamp: tests/engines/%/requirements.txt build/wheel.stamp
+# An environment from the folder of its requirements.
+define make_environment
 	$(PYTHON) -m venv .venv-$*
 	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)"
-	if [ -f tests/engines/$*/requirements-nodeps.txt ]; then \
-		$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps -r tests/engines/$*/requirements-nodeps.txt; fi
+	if [ -f $(dir $<)requirements-nodeps.txt ]; then \
+		$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps -r $(dir $<)requirements-nodeps.txt; fi
 	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)" -r $<
-	if [ -f tests/engines/$*/unpack_vllm.py ]; then \
-		.venv-$*/bin/python tests/engines/$*/unpack_vllm.py; fi
+	if [ -f $(dir $<)unpack_vllm.py ]; then \
+		.venv-$*/bin/python $(dir $<)unpack_vllm.py; fi
 	$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps --force-reinstall build/wheels/*.whl
 	@touch $@
+endef
+
+.venv-%/stamp: tests/engines/%/requirements.txt build/wheel.stamp
+	$(make_environment)
+
+.venv-%/stamp: tests/%/requirements.txt build/wheel.stamp
+	$(make_environment)
 
 ## make test-engines    the tests against each engine, in an environment of its own; or only
 ## make test-diffusers, make test-sglang, make test-vllm-omni
@@ -96,6 +104,14 @@ test-releases: .venv-diffusers/stamp .venv-sglang/stamp .venv-vllm_omni/stamp
 	.venv-diffusers/bin/python $(RUN_RELEASE) diffusers
 	.venv-sglang/bin/python $(RUN_RELEASE) sglang
 	.venv-vllm_omni/bin/python $(RUN_RELEASE) vllm-omni
+
+## make test-bulk    the tests of bulk encoding with Ray, whose environment is its own too
+test-bulk: .venv-bulk/stamp
+	.venv-bulk/bin/pytest tests/bulk
+
+## make bench-bulk   measure bulk encoding, with Ray and without (20 minutes)
+bench-bulk: .venv-bulk/stamp $(VENV)/package.stamp
+	.venv-bulk/bin/python -m benchmarks.run --full --suites bulk,bulk_memory --out out/bench-bulk
 
 ## make lint    ruff, clang-format and mypy, as pre-commit runs them
 lint: $(VENV)/test.stamp

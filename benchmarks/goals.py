@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.paths import ONE_FRAME, OURS, all_frames
 from benchmarks.suites import pixels
+from benchmarks.suites.bulk import BARE, LOOP, MEASURED, ON_RAY
 from benchmarks.suites.op import COPY, USUAL_CASES
 
 Result = dict[str, Any]
@@ -44,6 +45,10 @@ def judge(result: Result) -> list[Result]:
 
 def _goals(result: Result) -> Iterator[Goal]:
     for row in result["rows"]:
+        if (row["suite"], row["case"]) == ("bulk", MEASURED) and row["path"] not in (BARE, LOOP):
+            bound = {BARE: 0.85 if row["path"] == ON_RAY else 0.92, LOOP: 4}[row["baseline"]]
+            name = f"bulk {row['case']}, {row['path']}: speed against {row['baseline']}"
+            yield Goal(name, row["speedup"], "at least", bound)
         if row["path"] != OURS:
             continue
         match row["suite"], row["case"], row["baseline"]:
@@ -69,6 +74,9 @@ def _goals(result: Result) -> Iterator[Goal]:
             size = f"{figures['height']}x{figures['width']}"
             name = f"diffusers' own stage, I2V {size}, 17 frames: speed"
             yield Goal(name, row["ratio"], "at least", 70)
+    if "ratio" in (figures := result.get("bulk_memory", {})):
+        counts = f"{figures['many']['samples']} pictures over that of {figures['few']['samples']}"
+        yield Goal(f"bulk: peak memory of {counts}", figures["ratio"], "at most", 1.05)
     if memory := result.get("memory"):
         megabytes = memory["bfloat16_parameters_bytes"] / 1e6
         yield Goal("parameters in bfloat16", megabytes, "at most", 110, " MB")

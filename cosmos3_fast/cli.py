@@ -6,38 +6,34 @@ import argparse
 import contextlib
 import io
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 
+from cosmos3_fast.bulk.command import add_encode
 from cosmos3_fast.files import check_target, replacing
 from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
+from cosmos3_fast.options import (
+    DTYPES,
+    Progress,
+    UserError,
+    VaeSource,
+    device_option,
+    dtype_option,
+    size_option,
+)
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare, peak_signal_to_noise
 
 if TYPE_CHECKING:
     from cosmos3_fast.vae.accelerated import Mode
-
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-_SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SYNTHETIC_SEED = 0
-
-
-class UserError(Exception):
-    """A fault of the command line or its inputs: one line, no traceback, exit status 2."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -146,7 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         help="latent frames to condition (default 0); an image is repeated for others than 0",
     )
     prepare.add_argument(
-        "--dtype", type=_dtype, default="bfloat16", help="dtype of the results (default bfloat16)"
+        "--dtype",
+        type=dtype_option,
+        default="bfloat16",
+        help="dtype of the results (default bfloat16)",
     )
     prepare.add_argument(
         "--mode",
@@ -179,6 +178,8 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_argument("--frame", type=int, default=0, help="latent frame (default 0)")
     decode.set_defaults(run=_decode)
 
+    add_encode(commands)
+
     verify = commands.add_parser(
         "verify",
         help="compare the folded networks with the VAE on this machine",
@@ -190,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("--image", metavar="IMAGE", help="an image file (default: seeded noise)")
     verify.add_argument(
         "--dtypes",
-        type=lambda text: [_dtype(part) for part in text.split(",")],
+        type=lambda text: [dtype_option(part) for part in text.split(",")],
         metavar="DTYPE[,...]",
         help="of fp32,bf16,fp16 (default all, but on a CPU not fp16: torch's 3-D convolution takes "
         "many minutes there)",
@@ -200,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     for command, size in ((prepare, (480, 832)), (verify, (256, 448))):
         command.add_argument(
             "--size",
-            type=_size,
+            type=size_option,
             default=size,
             metavar="HxW",
             help=f"pixel height and width (default {size[0]}x{size[1]})",
@@ -213,24 +214,17 @@ def _parser() -> argparse.ArgumentParser:
             "Face repository "
             "(default: random weights of the same topology, which make meaningless latents)",
         )
-        command.add_argument("--device", type=_device, default="cpu", help="default cpu")
+        command.add_argument("--device", type=device_option, default="cpu", help="default cpu")
     for command in (prepare, decode):
         command.add_argument(
             "--vae-dtype",
-            type=_dtype,
+            type=dtype_option,
             help="dtype the network computes in (default float32 on cpu, bfloat16 elsewhere)",
         )
 
     info = commands.add_parser("info", help="list every op and backend as available or not")
     info.set_defaults(run=_info)
     return parser
-
-
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"want HEIGHTxWIDTH such as 480x832, got {text!r}")
-    return int(match[1]), int(match[2])
 
 
 def _seed(text: str) -> int:
@@ -250,109 +244,6 @@ def _frames(text: str) -> tuple[int, ...]:
         raise argparse.ArgumentTypeError(f"want integers such as 0,1, got {text!r}") from None
 
 
-def _dtype(text: str) -> str:
-    name = _SHORT_DTYPES.get(text.strip().lower(), text.strip().lower())
-    if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"want one of {', '.join(DTYPES)}, got {text!r}")
-    return name
-
-
-def _device(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from None
-    return device
-
-
-class _Progress:
-    """One line on stderr per finished step, with the seconds it took."""
-
-    @contextlib.contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        start = time.perf_counter()
-        print(f"{text} ...", file=sys.stderr, end="", flush=True)
-        try:
-            yield
-        except BaseException:
-            print(file=sys.stderr)
-            raise
-        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)
-
-
-@dataclass(frozen=True)
-class _VaeSource:
-    """Where VAE weights come from: a checkpoint, or random weights of the Cosmos3 topology."""
-
-    checkpoint: str | None
-
-    def __str__(self) -> str:
-        return self.checkpoint or f"synthetic (random weights, seed {SYNTHETIC_SEED})"
-
-    def warn(self) -> None:
-        if self.checkpoint is None:
-            print(
-                "NOTE: no --vae given. Using RANDOM weights of the Cosmos3 VAE's topology (seed "
-                f"{SYNTHETIC_SEED}): the latents are MEANINGLESS to a Cosmos3 model.",
-                file=sys.stderr,
-            )
-
-    def encoder(self, dtype: torch.dtype, device: torch.device, clips: bool) -> Any:
-        from cosmos3_fast.vae import ClipEncoder, FrameEncoder
-
-        kind: type[ClipEncoder | FrameEncoder] = ClipEncoder if clips else FrameEncoder
-        if self.checkpoint is not None:
-            return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
-        from cosmos3_fast.vae import synthetic
-
-        config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
-        tensors = synthetic.synthetic_state_dict(config, SYNTHETIC_SEED)
-        return kind.from_state_dict(tensors, config, dtype, device)
-
-    def decoder(self, dtype: torch.dtype, device: torch.device) -> Any:
-        from cosmos3_fast.vae import FrameDecoder
-
-        if self.checkpoint is not None:
-            return FrameDecoder.from_pretrained(self.checkpoint, dtype=dtype, device=device)
-        from cosmos3_fast.vae import synthetic
-
-        config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
-        tensors = synthetic.synthetic_decoder_state_dict(config, SYNTHETIC_SEED)
-        return FrameDecoder.from_state_dict(tensors, config, dtype, device)
-
-    def vae(self, dtype: torch.dtype, device: torch.device, decodes: bool = False) -> Any:
-        """diffusers' VAE; random weights have a small decoder unless it is to decode."""
-        try:
-            from diffusers import AutoencoderKLWan
-        except ImportError as error:
-            raise UserError(
-                f"the VAE itself needs diffusers, which cannot be imported ({error}): "
-                "pip install 'cosmos3-fast[diffusers]'"
-            ) from error
-        if self.checkpoint is not None:
-            if Path(self.checkpoint).is_file():
-                raise UserError(
-                    f"--vae {self.checkpoint!r} is one file, and the VAE itself is read from a "
-                    "folder as diffusers writes it: use --mode fast"
-                )
-            bare = (Path(self.checkpoint) / "config.json").is_file()
-            vae = AutoencoderKLWan.from_pretrained(
-                self.checkpoint, subfolder=None if bare else "vae", torch_dtype=dtype
-            )
-        else:
-            from cosmos3_fast.vae import synthetic
-
-            vae = synthetic.synthetic_vae(
-                synthetic.COSMOS3_VAE_CONFIG,
-                SYNTHETIC_SEED,
-                decoder_base_dim=None if decodes else 16,
-            )
-        # diffusers' own `to` warns of modules to keep in float32, of which this VAE has none.
-        return torch.nn.Module.to(vae, device, dtype).eval()
-
-
 def _prepare(args: argparse.Namespace) -> int:
     from cosmos3_fast.latents import LatentPreparation, check_request
     from cosmos3_fast.pixels import load_frames, normalize_frames
@@ -370,8 +261,8 @@ def _prepare(args: argparse.Namespace) -> int:
         if preview.suffix.lower() != ".png":
             raise UserError(f"--preview must end in .png, got {args.preview!r}")
     height, width = args.size
-    source = _VaeSource(args.vae)
-    progress = _Progress()
+    source = VaeSource(args.vae)
+    progress = Progress()
     # Before the weights are loaded, which takes seconds; the stage checks again with their factors.
     factor = 16 if args.vae is None else 1
     check_request(args.num_frames, height, width, args.condition_frames, spatial_factor=factor)
@@ -496,9 +387,9 @@ def _decode(args: argparse.Namespace) -> int:
         if not 0 <= args.frame < shape[2]:
             raise UserError(f"--frame must be in [0, {shape[2]}), got {args.frame}")
         latents = file.get_slice("latents")[:1, :, args.frame : args.frame + 1]
-    source = _VaeSource(args.vae)
+    source = VaeSource(args.vae)
     source.warn()
-    progress = _Progress()
+    progress = Progress()
     with progress.step("loading the decoder"):
         decoder = source.decoder(_vae_dtype(args), args.device)
     with progress.step(f"decoding latent frame {args.frame}"):
@@ -544,8 +435,8 @@ def _verify(args: argparse.Namespace) -> int:
     from cosmos3_fast.vae.exact import decode_sample, denormalize_latents, encode_exact
 
     height, width = args.size
-    source = _VaeSource(args.vae)
-    progress = _Progress()
+    source = VaeSource(args.vae)
+    progress = Progress()
     if args.image is not None:
         pixels = load_pixels(args.image, height, width)
     else:

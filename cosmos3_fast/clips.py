@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Not MPO: the second picture of a camera's file is a preview or a depth map, no next frame.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
-_VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv")
 
 
 def read_file(
@@ -133,7 +133,7 @@ def _is_video(start: bytes, stream: Any) -> bool:
         return True
     if start[:4] in (b"\x1aE\xdf\xa3", b"OggS", b"\x00\x00\x01\xba") or start[8:12] == b"AVI ":
         return True
-    return isinstance(stream, Path) and stream.suffix.lower() in _VIDEO_SUFFIXES
+    return isinstance(stream, Path) and stream.suffix.lower() in VIDEO_SUFFIXES
 
 
 def _video_frames(stream: Any, label: str) -> Iterator[Image]:

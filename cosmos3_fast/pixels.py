@@ -130,7 +130,7 @@ def load_frames(
         )
         if is_clip:
             return _clip_frames(images, height, width, background, device)
-        return _resized(images[0], height, width, device)[None]
+        return resize_to_cover(images[0], height, width, device)[None]
     if array.is_floating_point():
         return _float_pixels(array, height, width, kept)
     if array.dtype != torch.uint8:
@@ -138,7 +138,7 @@ def load_frames(
     device = array.device if device is None else device
     if array.ndim == 4:
         return _clip_frames(list(array[kept]), height, width, background, device)
-    return _resized(_from_uint8(array, "image", background), height, width, device)[None]
+    return resize_to_cover(_from_uint8(array, "image", background), height, width, device)[None]
 
 
 def normalize_frames(frames: torch.Tensor) -> torch.Tensor:
@@ -207,7 +207,7 @@ def _clip_frames(
             if array is None
             else _from_uint8(array, name, background)
         )
-        clip[0, i] = _resized(image, height, width, clip.device)
+        clip[0, i] = resize_to_cover(image, height, width, clip.device)
     return clip
 
 
@@ -225,8 +225,24 @@ def _one_image(frame: Any, name: str, background: Color | None) -> Image:
     return images[0]
 
 
-def _resized(
-    image: Image | torch.Tensor, height: int, width: int, device: torch.device | str | None
+def covering(
+    rows: int, columns: int, height: int, width: int
+) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How a picture of `rows` x `columns` comes to cover `height` x `width`.
+
+    Returns:
+        Its resized height and width, and the top and left of the crop at its centre.
+    """
+    scale = max(width / columns, height / rows)
+    size = math.ceil(scale * rows), math.ceil(scale * columns)
+    return size, ((size[0] - height) // 2, (size[1] - width) // 2)
+
+
+def resize_to_cover(
+    image: Image | torch.Tensor,
+    height: int,
+    width: int,
+    device: torch.device | str | None = None,
 ) -> torch.Tensor:
     """An RGB image, resized with Lanczos to cover `width` x `height` and cropped at its centre.
 
@@ -247,13 +263,12 @@ def _resized(
         rows, columns, _ = image.shape
     else:
         columns, rows = image.size
-    scale = max(width / columns, height / rows)
-    size = math.ceil(scale * rows), math.ceil(scale * columns)
+    size, (top, left) = covering(rows, columns, height, width)
     if max(size) > LARGEST_SIZE:
         raise ValueError(
             f"image must be less elongated to cover {width}x{height}, got {columns}x{rows}"
         )
-    crop = ((size[0] - height) // 2, (size[1] - width) // 2, height, width)
+    crop = (top, left, height, width)
     there = device.type == "cpu" or ops.default_backend(device, "resize_crop") == "cpp"
     where = device if there else torch.device("cpu")
     if isinstance(image, torch.Tensor):
