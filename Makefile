@@ -98,8 +98,8 @@ test-vllm-omni: .venv-vllm_omni/stamp
 	.venv-vllm_omni/bin/pytest tests/engines/vllm_omni
 
 ## make test-releases           the same tests on the other releases of each engine that are served;
-##                              OLDEST_AND_NEWEST=1: only on the oldest and the newest pre-release
-RUN_RELEASE = tests/engines/releases.py $(if $(OLDEST_AND_NEWEST),--oldest-and-newest)
+##                              QUICK=1: only the oldest and the newest (pre-)release
+RUN_RELEASE = tests/engines/releases.py $(if $(QUICK),--quick)
 test-releases: .venv-diffusers/stamp .venv-sglang/stamp .venv-vllm_omni/stamp
 	.venv-diffusers/bin/python $(RUN_RELEASE) diffusers
 	.venv-sglang/bin/python $(RUN_RELEASE) sglang

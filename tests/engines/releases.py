@@ -29,17 +29,20 @@ OTHER_REQUIREMENTS: dict[str, dict[str, list[str]]] = {
     },
 }
 """Beside each release, oldest first, what it requires and the environment has not, or otherwise."""
+QUICK = {"diffusers": ["-k", "selftest or bit_identical and fp32"]}
+"""Where all tests take too long for every change: what chooses some."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("engine", choices=list(OTHER_REQUIREMENTS))
     parser.add_argument("release", nargs="?", help="default: all of them")
-    parser.add_argument("--oldest-and-newest", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="only the oldest and the newest")
     args, pytest_arguments = parser.parse_known_args()
     releases = [args.release] if args.release else list(OTHER_REQUIREMENTS[args.engine])
-    if args.oldest_and_newest:
+    if args.quick:
         releases = sorted({releases[0], releases[-1]}, key=releases.index)
+        pytest_arguments += QUICK.get(args.engine, [])
     failed = [each for each in releases if not run_tests(args.engine, each, pytest_arguments)]
     print(f"{args.engine}: {len(releases) - len(failed)} of {len(releases)} releases passed")
     return len(failed)
