@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +18,7 @@ from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import (
 )
 from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import Cosmos3OmniDiffusersPipeline
 
-from cosmos3_fast.engines import releases
+from cosmos3_fast.engines import releases, selftest
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.vae.synthetic import synthetic_vae
 
@@ -124,25 +124,9 @@ def prepared(case: Case, pipeline: Any, pixels: Tensor, seed: int = 7) -> Prepar
         return case.prepare(pipeline, pixels, torch.Generator().manual_seed(seed))
 
 
-@contextmanager
-def frames_through(vae: Any) -> Iterator[list[int]]:
-    """The number of pixel frames of each call of the encoder's first convolution, in order.
-
-    Counted in a class of its own, because a hook would be a reason not to fold the encoder.
-    """
-    calls: list[int] = []
-    conv = vae.encoder.conv_in
-    own = type(conv)
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(x.shape[2])
-        return own.forward(self, x, *args, **kwargs)
-
-    conv.__class__ = type(own.__name__, (own,), {"forward": forward})
-    try:
-        yield calls
-    finally:
-        conv.__class__ = own
+def frames_through(vae: Any) -> AbstractContextManager[list[int]]:
+    """The number of pixel frames of each call of the encoder's first convolution, in order."""
+    return selftest.frames_through(vae.encoder.conv_in)
 
 
 @contextmanager

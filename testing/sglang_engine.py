@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,6 +36,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.c
 from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry  # noqa: E402
 from sglang.multimodal_gen.runtime.server_args import set_global_server_args  # noqa: E402
 
+from cosmos3_fast.engines import selftest  # noqa: E402
 from cosmos3_fast.engines import sglang as engine  # noqa: E402
 from cosmos3_fast.vae import accelerated  # noqa: E402
 from cosmos3_fast.vae.synthetic import (  # noqa: E402
@@ -186,22 +187,6 @@ def unpatch(before: dict[str, Any]) -> None:
             delattr(Cosmos3LatentPreparationStage, name)
 
 
-@contextmanager
-def pixel_frames_encoded(vae: AutoencoderKLWan) -> Iterator[list[int]]:
-    """Frames of each chunk of pixels that reaches the encoder's first convolution.
-
-    Counted in a class of its own, because a hook would be a reason not to fold the encoder.
-    """
-    seen: list[int] = []
-    conv = vae.encoder.conv_in
-    own = type(conv)
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        seen.append(x.shape[2])
-        return own.forward(self, x, *args, **kwargs)
-
-    conv.__class__ = type(own.__name__, (own,), {"forward": forward})
-    try:
-        yield seen
-    finally:
-        conv.__class__ = own
+def pixel_frames_encoded(vae: AutoencoderKLWan) -> AbstractContextManager[list[int]]:
+    """Frames of each chunk of pixels that reaches the encoder's first convolution."""
+    return selftest.frames_through(vae.encoder.conv_in)

@@ -106,7 +106,7 @@ def _compare(cases: list[Case], vae: Any, dtype: torch.dtype, mode: Mode) -> str
 def _counted(case: Case, vae: Any) -> tuple[dict[str, Any], int, list[Tensor]]:
     """What a case leaves, the pixel frames it encodes, and the random state after it."""
     before = _random_state()
-    with _frames_through(vae.encoder.conv_in) as frames:
+    with frames_through(vae.encoder.conv_in) as frames:
         left = case.run(vae)
     after = _random_state()
     _set_random_state(before)
@@ -114,8 +114,8 @@ def _counted(case: Case, vae: Any) -> tuple[dict[str, Any], int, list[Tensor]]:
 
 
 @contextmanager
-def _frames_through(conv: nn.Module) -> Iterator[list[int]]:
-    """Pixel frames of each call of `conv`; a hook would be a reason not to fold the VAE."""
+def frames_through(conv: nn.Module) -> Iterator[list[int]]:
+    """Inside, pixel frames of each call of `conv`; a hook would be a reason not to fold the VAE."""
     frames: list[int] = []
     own: Any = type(conv)
 
