@@ -23,11 +23,11 @@ COSMOS3_INLINE To bits_as(From value) {
   return out;
 }
 
-// e^x for |x| <= 87 (clamped to it), within 2 units in the last place: 2^n by the exponent's bits
-// times a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes' expf).
+// e^x for x >= -86 (clamped to it), within 2 units in the last place, infinite where it is too
+// large: 2^n by the exponent's bits times a degree-6 polynomial on [-ln2/2, ln2/2] (Cephes' expf).
 COSMOS3_INLINE float exp_approx(float x) {
-  x = x > 87.0f ? 87.0f : x;
-  x = x < -87.0f ? -87.0f : x;
+  x = x > 89.0f ? 89.0f : x;
+  x = x < -86.0f ? -86.0f : x;
   const float shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer
   const float n = shifted - 12582912.0f;
   const float r = x - n * 0.693359375f + n * 2.12194440e-4f;
@@ -38,7 +38,8 @@ COSMOS3_INLINE float exp_approx(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
+  // Half of it, since 2^128 has no bits of its own.
+  return 2.0f * bits_as<float>(bits_as<uint32_t>(p) + ((bits_as<uint32_t>(shifted) - 1) << 23));
 }
 
 }  // namespace cosmos3

@@ -249,3 +249,14 @@ def test_sum_properties(data: st.DataObject):
     torch.testing.assert_close(activated, wanted, rtol=2e-6, atol=2e-6)
     pad = data.draw(st.booleans())
     assert torch.equal(OPS.add_pad(x, b, r, pad), add_pad_reference(x, b, r, pad))
+
+
+@pytest.mark.parametrize("low", [-120.0, -90.0, -1.0])
+def test_silu_has_torchs_tail(device, low):
+    """Where e^x leaves float32, from x = -88.7 on, SiLU is zero, as torch's is."""
+    x = torch.full((1, 1, 1, 1), -1.0, device=device)
+    weights = torch.linspace(-low, -low - 30, 301)
+    got = torch.stack([ops.rms_norm_silu(x, w.view(1).to(device)).flatten()[0] for w in weights])
+    wanted = F.silu(-weights)
+    # Two units in the last place of the exponential, and the divisions.
+    assert ((got.cpu() - wanted).abs() <= 8 * 2**-24 * wanted.abs()).all()
