@@ -304,8 +304,9 @@ def _(
 ) -> Tensor:
     check_add_pad(x, bias, residual, pad)
     batch, channels, height, width = x.shape
+    more = int(pad)  # a symbolic size takes no bool up to torch 2.11
     return torch.empty(
-        (batch, channels, height + pad, width + pad),
+        (batch, channels, height + more, width + more),
         dtype=x.dtype,
         device=x.device,
         memory_format=torch.channels_last,
