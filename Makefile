@@ -15,7 +15,7 @@ TEST_CUDA := $(if $(shell command -v nvcc),1,)
 # The engines' requirements exclude each other: each has an environment of its own.
 PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
 
-.PHONY: help demo bench bench-full bench-bulk test test-bulk fuzz lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
+.PHONY: help demo bench bench-full bench-bulk test test-bulk fuzz wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -112,6 +112,10 @@ test-bulk: .venv-bulk/stamp
 ## make bench-bulk   measure bulk encoding, with Ray and without (20 minutes)
 bench-bulk: .venv-bulk/stamp $(VENV)/package.stamp
 	.venv-bulk/bin/python -m benchmarks.run --full --suites bulk,bulk_memory --out out/bench-bulk
+
+## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried
+wheels: $(VENV)/torch.stamp
+	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)"
 
 ## make fuzz         random op calls against numpy, damaged files against the loaders (15 minutes)
 fuzz: $(VENV)/test.stamp

