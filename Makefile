@@ -113,9 +113,10 @@ test-bulk: .venv-bulk/stamp
 bench-bulk: .venv-bulk/stamp $(VENV)/package.stamp
 	.venv-bulk/bin/python -m benchmarks.run --full --suites bulk,bulk_memory --out out/bench-bulk
 
-## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried
+## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried;
+##                   PYTHONS="/path/to/python ..." for others
 wheels: $(VENV)/torch.stamp
-	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)"
+	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons $(PYTHONS))
 
 ## make fuzz         random op calls against numpy, damaged files against the loaders (15 minutes)
 fuzz: $(VENV)/test.stamp

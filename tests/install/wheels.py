@@ -33,10 +33,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--torch", required=True, help="a requirement, as torch==2.13.0")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
-    parser.add_argument("--versions", nargs="*", default=VERSIONS)
+    parser.add_argument(
+        "--pythons", nargs="*", default=VERSIONS, help="versions to look for, or interpreters"
+    )
     args = parser.parse_args()
     made = []
-    for version in args.versions:
+    for version in args.pythons:
         python = interpreter(version)
         if python is None:
             print(f"CPython {version}: not found")
@@ -48,7 +50,9 @@ def main() -> int:
 
 
 def interpreter(version: str) -> str | None:
-    """A Python of this version that starts and can make environments."""
+    """A Python of this version that starts and can make environments; of a path, that one."""
+    if "/" in version:
+        return version
     for name in (f"python{version}", sys.executable):
         path = shutil.which(name)
         check = f"import sys, venv; sys.exit('{version}' != '%d.%d' % sys.version_info[:2])"
