@@ -301,7 +301,9 @@ class _Acceleration:
                 return result
         one_frame = given == 1 or (announced is not None and wanted == 1)
         if self.mode == "fast" and one_frame and wanted == 1:
-            parameters, reason = self._run(self._encoder, vae, x[:, :, :1], sizes)
+            cells = [size // factor for size in sizes]
+            shape = (x.shape[0], 2 * topology.z_dim, 1, *cells)
+            parameters, reason = self._run(self._encoder, vae, x[:, :, :1], sizes, shape)
             if parameters is not None:
                 parameters = F.pad(parameters, (0, 0, 0, 0, 0, total - 1))
                 assert self._encoder.returns is not None
@@ -342,16 +344,21 @@ class _Acceleration:
         if self.mode != "fast" or z.dim() != 5 or z.shape[1:3] != (topology.z_dim, 1):
             return own(z)
         sizes = [size * topology.spatial_factor for size in z.shape[3:]]
-        pixels, _ = self._run(self._decoder, vae, z, sizes)
+        pixels, _ = self._run(self._decoder, vae, z, sizes, (z.shape[0], 3, 1, *sizes))
         if pixels is None:
             return own(z)
         assert self._decoder.returns is not None
         return self._decoder.returns.make(pixels, return_dict)
 
     def _run(
-        self, folded: _Folded, vae: Any, x: Tensor, sizes: Any
+        self, folded: _Folded, vae: Any, x: Tensor, sizes: Any, shape: tuple[int, ...]
     ) -> tuple[Tensor | None, str | None]:
-        """The folded network's result, or None and why the VAE's own code has to run."""
+        """The folded network's result, or None and why the VAE's own code has to run.
+
+        Args:
+            sizes: height and width in pixels.
+            shape: that the VAE's own result would have; another one ends the network's use.
+        """
         reason = why_not_at_all(vae, x, folded.methods) or why_tiled(vae, *sizes)
         seen = None if reason else survey(vae, folded.names)
         if seen is not None:
@@ -375,8 +382,13 @@ class _Acceleration:
 
                 with torch.no_grad():
                     if folded is self._encoder:
-                        return self._through_cache("encode_folded", encode_folded, vae, x), None
-                    return encode_folded(vae, x), None
+                        result = self._through_cache("encode_folded", encode_folded, vae, x)
+                    else:
+                        result = encode_folded(vae, x)
+                if result.shape == shape and result.dtype == x.dtype:
+                    return result, None
+                reason = f"the folded network gave {list(result.shape)} in {result.dtype}"
+                folded.refuse(reason)
             except Exception as error:  # never stop a run that the VAE's own code can make
                 reason = str(error) or repr(error)
         self._tell_own(folded, reason)
@@ -446,6 +458,10 @@ class _Folded:
         self._network: Any = None
         self._refusal: str | None = None
         self._seen: list[tuple[Any, Any, Any]] | None = None
+
+    def refuse(self, reason: str) -> None:
+        """Use no network of these weights any more."""
+        self._refusal = reason
 
     def network(self, vae: Any, seen: Survey, device: torch.device) -> Callable[[Tensor], Tensor]:
         """Maps frames or latents on `device` to the VAE's result.

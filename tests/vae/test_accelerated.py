@@ -15,7 +15,10 @@ import torch
 from torch import nn
 
 from cosmos3_fast import UnsupportedVAEError, accelerate, refresh, restore
-from cosmos3_fast.vae.accelerated import last_encoding, wanted_frames
+from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.accelerated import before_own_code, last_encoding, wanted_frames
+from cosmos3_fast.vae.decoder import FrameDecoder
+from cosmos3_fast.vae.encoder import PosteriorEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
 diffusers = pytest.importorskip("diffusers")
@@ -422,3 +425,104 @@ def test_any_values_are_encoded(vae: Any) -> None:
     ours = parameters(vae, x)
     assert last_encoding(vae).path == "fast"
     assert close(ours, wanted)
+
+
+@pytest.mark.parametrize("wrong", [lambda y: y[:, :1], lambda y: y.double()])
+@pytest.mark.parametrize(
+    ("network", "method", "run", "make"),
+    [
+        (PosteriorEncoder, "forward", parameters, lambda vae: pixels()),
+        (
+            FrameDecoder,
+            "decode_unnormalized",
+            lambda vae, z: vae.decode(z).sample,
+            latents,
+        ),
+    ],
+)
+def test_a_result_of_another_form_is_not_given_out(
+    wan: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    wrong: Any,
+    network: Any,
+    method: str,
+    run: Any,
+    make: Any,
+) -> None:
+    """The VAE's own code runs, then and from now on, with one warning."""
+    x = make(wan)
+    with torch.no_grad():
+        own = run(wan, x)
+        accelerate(wan)
+        right, calls = getattr(network, method), []
+
+        def other(self: Any, given: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return wrong(right(self, given))
+
+        monkeypatch.setattr(network, method, other)
+        for _ in range(3):
+            assert torch.equal(run(wan, x), own)
+    assert len(calls) == 1
+    assert len([r for r in caplog.records if "the folded network gave" in r.getMessage()]) == 1
+
+
+def test_an_engines_cache_is_asked_first(wan: Any) -> None:
+    """By the name of what is computed, which differs for clips of another length."""
+    asked: list[str] = []
+    kept: dict[Any, torch.Tensor] = {}
+
+    def cached(encode: Any) -> Any:
+        def method(vae: Any, frames: torch.Tensor) -> torch.Tensor:
+            asked.append(encode.__name__)
+            key = (encode.__name__, frames.shape, frames.sum().item())
+            if key not in kept:
+                kept[key] = encode(vae, frames)
+            return kept[key].clone()
+
+        return method
+
+    clip = pixels(9)
+    with torch.no_grad():
+        accelerated.accelerate(wan, "fast", cached)
+        first = parameters(wan, pixels())
+        assert torch.equal(parameters(wan, pixels()), first)
+        with wanted_frames(2):
+            head = parameters(wan, clip)
+            assert torch.equal(parameters(wan, clip), head)
+            parameters(wan, pixels(13))
+    assert asked == [*["encode_folded"] * 2, *["encode_head_of_3"] * 2, "encode_head_of_4"]
+    assert len(kept) == 3
+
+
+def test_what_fetches_the_vae_is_called_before_its_own_code_only(wan: Any) -> None:
+    fetched: list[int] = []
+    with torch.no_grad():
+        accelerate(wan)
+        with before_own_code(lambda: fetched.append(1)):
+            wan.encode(pixels())
+            assert fetched == []
+            wan.encode(pixels(5))
+        assert fetched == [1]
+        wan.encode(pixels(5))
+    assert fetched == [1]
+
+
+def test_a_decorator_that_hides_the_signature_is_seen_through(wan: Any) -> None:
+    """As diffusers up to 0.41 decorates `encode` and `decode`."""
+
+    class Hidden(type(wan)):
+        def encode(self, *args: Any, **kwargs: Any) -> Any:
+            return super().encode(*args, **kwargs)
+
+    wan.__class__ = Hidden
+    with torch.no_grad():
+        own = parameters(wan, pixels())
+        accelerate(wan)
+        assert close(parameters(wan, pixels()), own)
+        assert last_encoding(wan).path == "fast"
+        (posterior,) = wan.encode(x=pixels(), return_dict=False)
+        assert torch.equal(posterior.parameters, parameters(wan, pixels()))
+        with pytest.raises(TypeError):
+            wan.encode(pixels(), nonsense=True)
