@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -275,6 +276,9 @@ def test_the_sanitized_program_runs_every_op_that_has_gpu_code():
     # The other backends' values are the business of the op tests.
     made = sanitizer_ops.check("cpu", ("triton" if registry.LIBRARY_ERROR else "cpp",))
     served = {name for name in registry.OPS if (name, "triton") in registry._python_kernels}
+    if not registry.LIBRARY_ERROR:
+        for source in (ROOT / "csrc" / "cuda").glob("*.cu"):
+            served |= set(re.findall(r'm\.impl\("(\w+)', source.read_text()))
     assert {name.split()[0] for name in made} == served
 
 
