@@ -118,10 +118,10 @@ def test_other_modes_bit_for_bit(mode: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_error_is_no_larger_than_the_engines(dtype: torch.dtype) -> None:
-    """RMS image by image; the maximum, which is one noisy element, on average over the images."""
+    """RMS image by image; the maximum, which is one noisy element, on average over 16 images."""
     peaks = [0.0, 0.0]
-    for seed in range(4):
-        vae = make_vae(dtype, seed)
+    for seed in range(16):
+        vae = make_vae(dtype, seed % 4)
         pixels = clip(1, seed).to(dtype)
         engine, fast = both(vae)
         in_fp64 = make_pipeline(EnginePipeline, copy.deepcopy(vae).double())
