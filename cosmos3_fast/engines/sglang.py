@@ -109,7 +109,7 @@ class _StageHooks:
         before = accelerated.last_encoding(vae)
         token = _fetched.set([])
         try:
-            with wanted_frames(guarded(_wanted, stage, batch)):
+            with wanted_frames(guarded(_wanted, batch)):
                 result = original(stage, batch, *args, **kwargs)
             if self._mode == "fast" and not _fetched.get():
                 # Weights that an earlier use left on the device may leave it.
@@ -182,21 +182,17 @@ class _StageHooks:
         return True
 
 
-def _wanted(stage: Any, batch: Any) -> int | None:
+def _wanted(batch: Any) -> int | None:
     """Latent frames that `forward` uses of what it encodes."""
     if batch.preprocessed_video is None:
         return None
-    indexes = list(_resolve(batch))
+    stages = importlib.import_module(_STAGE_MODULE)
+    indexes = list(stages.Cosmos3ImagePreprocessStage._resolve_condition_indexes(batch))
     total = latent_frames(max(batch.preprocessed_video.shape[2], batch.num_frames))
     # Counted from the end, or out of range: the engine's to resolve or to refuse.
     if not all(0 <= index < total for index in indexes):
         return None
     return frames_wanted(indexes)
-
-
-def _resolve(batch: Any) -> Any:
-    module = importlib.import_module(_STAGE_MODULE)
-    return module.Cosmos3ImagePreprocessStage._resolve_condition_indexes(batch)
 
 
 def _weights_epoch() -> int:

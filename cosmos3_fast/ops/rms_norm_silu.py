@@ -202,21 +202,15 @@ def _check(
     t, s = factors(x, residual)
     wanted = [x.shape[0], residual.shape[1] * t, x.shape[2] * s, x.shape[3] * s]
     got = [residual.shape[0], x.shape[1], residual.shape[2], residual.shape[3]]
-    for one, other in zip(got, wanted, strict=True):
+    # One by one: sizes may be symbols.
+    for fits in (*(a == b for a, b in zip(got, wanted, strict=True)), t >= 1 and s >= 1):
         torch._check(
-            one == other,
+            fits,
             lambda: (
                 f"{op}: residual must have shape [B, C/t, s·H, s·W] for x {list(x.shape)}, "
                 f"got {list(residual.shape)}"
             ),
         )
-    torch._check(
-        t >= 1 and s >= 1,
-        lambda: (
-            f"{op}: residual must have shape [B, C/t, s·H, s·W] for x {list(x.shape)}, "
-            f"got {list(residual.shape)}"
-        ),
-    )
 
 
 def check_norm(

@@ -288,20 +288,19 @@ class _Acceleration:
         sizes = x.shape[3:]
         if not given or x.shape[1] != 3 or any(size < 1 or size % factor for size in sizes):
             return own(x)
+        cells = [size // factor for size in sizes]
         total, announced = latent_frames(given), _wanted.get()
         wanted = total if announced is None else min(announced, total)
         reason = None
         if wanted == 0 and not (torch.is_grad_enabled() and x.requires_grad):
             returns = self.learn_returns(vae)
             if returns is not None:
-                cells = [size // factor for size in sizes]
                 zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, total, *cells)
                 result = returns.make(zeros, return_dict)
                 self._report(Encoding("none", 0, given))
                 return result
         one_frame = given == 1 or (announced is not None and wanted == 1)
         if self.mode == "fast" and one_frame and wanted == 1:
-            cells = [size // factor for size in sizes]
             shape = (x.shape[0], 2 * topology.z_dim, 1, *cells)
             parameters, reason = self._run(self._encoder, vae, x[:, :, :1], sizes, shape)
             if parameters is not None:
@@ -375,16 +374,16 @@ class _Acceleration:
                 with self._lock:
                     network = folded.network(vae, seen, x.device)
 
-                def encode_folded(_: Any, frames: Tensor) -> Tensor:
-                    if getattr(vae, "use_slicing", False) and frames.shape[0] > 1:
-                        return torch.cat([network(each) for each in frames.split(1)])
-                    return network(frames)
+                def run(_: Any, given: Tensor) -> Tensor:
+                    if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
+                        return torch.cat([network(each) for each in given.split(1)])
+                    return network(given)
 
                 with torch.no_grad():
                     if folded is self._encoder:
-                        result = self._through_cache("encode_folded", encode_folded, vae, x)
+                        result = self._through_cache("encode_folded", run, vae, x)
                     else:
-                        result = encode_folded(vae, x)
+                        result = run(vae, x)
                 if result.shape == shape and result.dtype == x.dtype:
                     return result, None
                 reason = f"the folded network gave {list(result.shape)} in {result.dtype}"

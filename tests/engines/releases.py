@@ -12,34 +12,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+from cosmos3_fast.engines.releases import TESTED, installed
+
 ROOT = Path(__file__).parents[2]
 HTTPX = ["httpx==0.28.1", "httpcore==1.0.9", "h11==0.16.0", "anyio==4.15.0"]
-OTHER_REQUIREMENTS: dict[str, dict[str, list[str]]] = {
-    "diffusers": {"0.39.0": HTTPX, "0.40.0": HTTPX, "0.41.0": []},
-    "sglang": {
-        "0.5.21": ["cloudpickle==3.1.3", "scipy==1.17.1", "imageio-ffmpeg==0.6.0"],
-        "0.5.22": ["cloudpickle==3.1.3", "imageio-ffmpeg==0.6.0"],
-    },
-    "vllm-omni": {
-        "0.24.0": ["diffusers==0.38.0"],
-        "0.26.0": ["diffusers==0.38.0"],
-        "0.28.0": [],
-        "0.31.0rc1": [],
-        "0.32.0rc1": [],
-    },
+OTHER_REQUIREMENTS: dict[tuple[str, str], list[str]] = {
+    ("diffusers", "0.39.0"): HTTPX,
+    ("diffusers", "0.40.0"): HTTPX,
+    ("sglang", "0.5.21"): ["cloudpickle==3.1.3", "scipy==1.17.1", "imageio-ffmpeg==0.6.0"],
+    ("sglang", "0.5.22"): ["cloudpickle==3.1.3", "imageio-ffmpeg==0.6.0"],
+    ("vllm-omni", "0.24.0"): ["diffusers==0.38.0"],
+    ("vllm-omni", "0.26.0"): ["diffusers==0.38.0"],
 }
-"""Beside each release, oldest first, what it requires and the environment has not, or otherwise."""
+"""What a release requires and its engine's environment has not, or otherwise."""
+
 QUICK = {"diffusers": ["-k", "selftest or bit_identical and fp32"]}
 """Where all tests take too long for every change: what chooses some."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine", choices=list(OTHER_REQUIREMENTS))
+    parser.add_argument("engine", choices=list(TESTED))
     parser.add_argument("release", nargs="?", help="default: all of them")
     parser.add_argument("--quick", action="store_true", help="only the oldest and the newest")
     args, pytest_arguments = parser.parse_known_args()
-    releases = [args.release] if args.release else list(OTHER_REQUIREMENTS[args.engine])
+    others = [each for each in TESTED[args.engine] if each != installed(args.engine)]
+    releases = [args.release] if args.release else others
     if args.quick:
         releases = sorted({releases[0], releases[-1]}, key=releases.index)
         pytest_arguments += QUICK.get(args.engine, [])
@@ -65,7 +63,7 @@ def run_tests(engine: str, release: str, pytest_arguments: list[str]) -> bool:
 def install(engine: str, release: str, site: Path) -> None:
     """Put the release into `site`, whole or not at all."""
     partial = site.with_name(site.name + ".partial")
-    wanted = [f"{engine}=={release}", *OTHER_REQUIREMENTS[engine][release]]
+    wanted = [f"{engine}=={release}", *OTHER_REQUIREMENTS.get((engine, release), [])]
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     command = [*pip, "--no-deps", "--upgrade", "--target", str(partial), *wanted]
     subprocess.run(command, check=True)

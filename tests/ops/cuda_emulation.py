@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -191,4 +192,20 @@ def trace_fault(
     position = np.searchsorted(stored, where[~store][shared])
     if np.any(owner[position] != thread[~store][shared]):
         return "a thread reads a byte that another one writes"
+    return None
+
+
+def refusal_fault(
+    op: Callable[..., object], check: Callable[..., None], arguments: tuple[object, ...]
+) -> str | None:
+    """Whether the op refuses these arguments as the reference's check does, in its words."""
+    messages = []
+    for refuse in (op, check):
+        try:
+            refuse(*arguments)
+            messages.append("nothing")
+        except RuntimeError as error:
+            messages.append(str(error).splitlines()[0])
+    if messages[1] not in messages[0]:
+        return f"the op says {messages[0]!r}, the check {messages[1]!r}"
     return None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cuda_emulation import Emulation, trace_fault
+from cuda_emulation import Emulation, refusal_fault, trace_fault
 from cuda_emulation_cases import values
 from op_inputs import DTYPES
 from torch import Tensor
@@ -195,15 +195,9 @@ def fault_in_refusals(emulation: Emulation) -> str | None:
         ("add_pad", check_add_pad, (x, None, x[:, :3])),
         ("add_pad", check_add_pad, (x.int(),)),
     ):
-        messages = []
-        for run_ in (emulation.ops[op], check):
-            try:
-                run_(*arguments)
-                messages.append("nothing")
-            except RuntimeError as error:
-                messages.append(str(error).splitlines()[0])
-        if messages[1] not in messages[0]:
-            return f"the op says {messages[0]!r}, the check {messages[1]!r}"
+        fault = refusal_fault(emulation.ops[op], check, arguments)
+        if fault is not None:
+            return fault
     return None
 
 

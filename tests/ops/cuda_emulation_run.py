@@ -12,9 +12,14 @@ from pathlib import Path
 
 import cuda_emulation_cases
 import cuda_emulation_norms
+import cuda_emulation_resizes
 from cuda_emulation import Emulation
 
-RUNS = {"prepare_latents": cuda_emulation_cases.run, "rms_norm_silu": cuda_emulation_norms.run}
+RUNS = {
+    "prepare_latents": cuda_emulation_cases.run,
+    "rms_norm_silu": cuda_emulation_norms.run,
+    "resize_crop": cuda_emulation_resizes.run,
+}
 
 
 def main() -> int:

@@ -145,6 +145,22 @@ SILENT_NORMS = {
     "alignment of the bias not asked": ("is_aligned(job.bias) &&", "true &&"),
 }  # fmt: skip
 
+RESIZES = {
+    "row stride for column stride": ("y * images.sh, images.sw,", "y * images.sh, images.sh,"),
+    "colors next to each other": ("green += from[color_step]", "green += from[1]"),
+    "one tap short": ("tap < axis.taps;", "tap < axis.taps - 1;"),
+    "weights in the order of the host": (
+        "to[(1 + tap) * outputs + i]", "to[outputs + i * axis.taps + tap]",
+    ),
+    "not clamped above": ("value > 255 ? 255 : value", "value"),
+    "columns beyond the last one": ("if (x >= width) {", "if (x > width) {"),
+    "only the first image": ("images.data + b * images.sb + x", "images.data + x"),
+    "passes in the other order": ("} else if (vertical_first) {", "} else if (!vertical_first) {"),
+    "windows from the image's edge": (
+        "source = torch::stable::narrow(source, 1, rows.begin, rows.end - rows.begin);", "",
+    ),
+}  # fmt: skip
+
 # By source and name: what is to be replaced, by what, and whether only the trace shows it.
 MUTATIONS = {
     (source, name): (*change, silent)
@@ -153,6 +169,7 @@ MUTATIONS = {
         ("prepare_latents", True, SILENT_LATENTS),
         ("rms_norm_silu", False, NORMS),
         ("rms_norm_silu", True, SILENT_NORMS),
+        ("resize_crop", False, RESIZES),
     )
     for name, change in changes.items()
 }

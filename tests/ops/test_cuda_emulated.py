@@ -14,7 +14,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-@pytest.fixture(params=["prepare_latents", "rms_norm_silu"])
+@pytest.fixture(params=cuda_emulation.OPS)
 def source(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -46,7 +46,7 @@ def run_script(name: str, *arguments: str, preload: str = "") -> str:
 
 
 def calls_made(source: str, library: Path, *options: str, preload: str = "") -> int:
-    """Calls of the source's three ops or forms; each was right."""
+    """Calls of the source's ops or forms; each was right."""
     text = run_script("cuda_emulation_run.py", source, str(library), *options, preload=preload)
     calls = re.findall(r"^.+: (\d+) calls$", text, re.MULTILINE)
     assert len(calls) == len(cuda_emulation.OPS[source])
@@ -59,17 +59,20 @@ def test_every_cuda_source_is_emulated():
 
 def test_random_calls_equal_the_reference(source: str, tmp_path: Path):
     library = build_or_skip(source, "plain", tmp_path)
-    count = {"prepare_latents": 3000, "rms_norm_silu": 1500}[source]
+    count = {"prepare_latents": 3000, "rms_norm_silu": 1500, "resize_crop": 200}[source]
     assert calls_made(source, library, "--count", str(count)) > count
 
 
 def test_sanitizers_find_nothing(source: str, tmp_path: Path):
     library = build_or_skip(source, "sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
-    options = ("--first", "10000", "--count", "500")
-    assert calls_made(source, library, *options, preload=preload) > 500
+    count = 30 if source == "resize_crop" else 500
+    options = ("--first", "10000", "--count", str(count))
+    assert calls_made(source, library, *options, preload=preload) >= count
 
 
+# What the two passes of a resize leave for each other lies in memory of the op's own.
+@pytest.mark.parametrize("source", ["prepare_latents", "rms_norm_silu"])
 def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(
     source: str, tmp_path: Path
 ):
@@ -85,19 +88,3 @@ def test_planted_faults_are_caught():
     caught, planted = re.findall(r"^(\d+) of (\d+) caught$", text, re.MULTILINE)[0]
     assert caught == planted
     assert int(planted) >= 12
-
-
-@pytest.mark.parametrize(("kind", "count"), [("plain", 200), ("sanitized", 30)])
-def test_resizes_equal_pillow_to_the_bit(kind, count, tmp_path):
-    library = build_or_skip("resize_crop", kind, tmp_path)
-    preload = cuda_emulation.sanitizer_runtime() if kind == "sanitized" else ""
-    text = run_script("cuda_resize_cases.py", str(library), "--count", str(count), preload=preload)
-    assert re.search(r"^\d{3,} calls equal Pillow", text)
-
-
-def test_planted_faults_of_a_resize_are_caught(tmp_path):
-    """A third of them; without --step all, in half a minute."""
-    if reason := cuda_emulation.why_not("plain"):
-        pytest.skip(reason)
-    text = run_script("cuda_resize_cases.py", "--mutations", str(tmp_path), "--step", "3")
-    assert len(text.splitlines()) == 3

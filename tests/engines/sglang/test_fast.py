@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from sglang.multimodal_gen.runtime.cache.conditioning import (
     ConditioningCache,
     invalidate_conditioning_caches,
@@ -21,6 +22,7 @@ from sglang.multimodal_gen.runtime.managers.memory_managers.component_residency_
 from sglang_engine import (
     CLEARS_PIXELS,
     SERVER_ARGS,
+    AutoencoderKLWan,
     make_batch,
     make_stage,
     make_vae,
@@ -217,11 +219,21 @@ def test_a_vae_that_cannot_be_folded_is_used_itself(stage, change, reason, caplo
     assert reason in warnings[0].getMessage()
 
 
-def test_a_parallel_vae_is_used_itself(stage):
+def test_a_parallel_vae_is_used_itself(stage, monkeypatch, caplog):
+    seen: list[int] = []
+
+    def encode(self, x: Tensor) -> DiagonalGaussianDistribution:
+        seen.append(x.shape[2])
+        return DiagonalGaussianDistribution(torch.full((1, 96, 1, 2, 3), 2.0))
+
+    monkeypatch.setattr(AutoencoderKLWan, "encode", encode)
     stage.vae.encoder.world_size = 2
-    stage._vae_encode = lambda image: torch.full((1, 48, 1, 2, 3), 2.0)
     with patched("fast"):
-        assert (conditioned(stage, IMAGE) == 2).all()
+        make_stage(stage.vae)
+        seen.clear()
+        conditioned(stage, IMAGE)
+    assert seen == [1]
+    assert "in parallel over ranks" in caplog.text
 
 
 class Placement(ComponentResidencyStrategy):
