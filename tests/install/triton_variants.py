@@ -2,11 +2,12 @@
 
 Run in a process of its own, without TRITON_INTERPRET: prints a JSON list of kernel, variant,
 architecture and what its PTX shifts by a variable amount. Each variant is compiled for `MAIN`, and
-for each other architecture a few of each kernel.
+for each other architecture a few of each kernel; with --all, each variant for each architecture.
 """
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import re
@@ -151,10 +152,13 @@ def variants() -> dict[str, list[Variant]]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--all", action="store_true", help="every variant for every architecture")
+    everything = parser.parse_args().all
     rows = []
     for name, each in variants().items():
         for index, (text, kernel, types, constants) in enumerate(each):
-            for arch in ARCHITECTURES if index % 16 == 5 else (MAIN,):
+            for arch in ARCHITECTURES if everything or index % 16 == 5 else (MAIN,):
                 given = {k: v for k, v in constants.items() if k in kernel.arg_names}
                 try:
                     ptx = compile_case(kernel, types, given, arch).asm["ptx"]
