@@ -68,7 +68,7 @@ def winograd_conv3x3(
 MIN_TILES = 256
 
 
-def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None) -> bool:
+def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scale: int = 1) -> bool:
     """Whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
 
     On a CPU with a compiled kernel, in float32, without gradients, for channels that the kernel
@@ -78,6 +78,7 @@ def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None) -> b
         x: [B, Cin, H, W].
         weight: [Cout, Cin, 3, 3].
         min_tiles: the least number of 4x4 output tiles in the batch; default: `MIN_TILES`.
+        scale: by how much `x` will be larger along height and width when it is convolved.
     """
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
@@ -87,7 +88,7 @@ def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None) -> b
         or torch._C._functorch.peek_interpreter_stack() is not None
     ):
         return False
-    tiles = x.shape[0] * -(-x.shape[2] // 4) * -(-x.shape[3] // 4)
+    tiles = x.shape[0] * -(-x.shape[2] * scale // 4) * -(-x.shape[3] * scale // 4)
     return (
         tiles >= (MIN_TILES if min_tiles is None else min_tiles)
         and x.dtype == weight.dtype == torch.float32
@@ -113,6 +114,8 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
+    if all(t.is_contiguous(memory_format=torch.channels_last) for t in (a, b)):
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)  # else both would be copied
     a, b = a.contiguous(), b.contiguous()
     return _memcmp()(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from cosmos3_fast.vae.checkpoint import open_checkpoint
 from cosmos3_fast.vae.compatibility import check_modules
 from cosmos3_fast.vae.fold import Read
-from cosmos3_fast.vae.layers import Conv3x3
+from cosmos3_fast.vae.layers import WinogradConv
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 if TYPE_CHECKING:
@@ -236,7 +236,7 @@ class FoldedNetwork(nn.Module):
 
         network = cls(topology, dtype, device="meta")  # type: ignore[call-arg]
         for module in network.modules():
-            if isinstance(module, Conv3x3):
+            if isinstance(module, WinogradConv):
                 module.winograd = winograd
         with torch.device("cpu"):  # whatever the default device is
             folded = network._fold(finite(read), finite(read_earlier))

@@ -57,13 +57,13 @@ def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
     return Sum(conv(x), None, residual)
 
 
-class Conv3x3(nn.Conv2d):
-    """3x3 convolution of stride 1 and padding 1, plus an optional residual.
+class WinogradConv(nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1 that `cosmos3::winograd_conv3x3` may compute.
 
-    In float32 on the CPU, large images go through `cosmos3::winograd_conv3x3`; the transformed
-    weights are made at the first such call and again whenever the weights differ from those they
-    were made of. Every call compares the bits, which takes about a hundredth of the convolution:
-    version counters do not see a write through `.data` or to an inference tensor.
+    In float32 on the CPU, large images go through that op; the transformed weights are made at the
+    first such call and again whenever the weights differ from those they were made of. Every call
+    compares the bits, which takes about a hundredth of the convolution: version counters do not
+    see a write through `.data` or to an inference tensor.
 
     Args:
         in_channels, out_channels: widths.
@@ -81,11 +81,32 @@ class Conv3x3(nn.Conv2d):
         # A copy of the weight and what was packed from that copy, which no thread sees apart.
         self._packed: tuple[Tensor, Tensor] | None = None
 
+    def _takes_winograd(self, x: Tensor, scale: int = 1) -> bool:
+        return self.winograd and takes_winograd(x, self.weight, self._min_tiles, scale)
+
+    def _convolve_winograd(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        # `.to()` in another thread changes what the parameter holds, not this.
+        weight = self.weight.detach()
+        packed = self._packed
+        if packed is None or not same_bits(packed[0], weight):
+            copy = weight.clone()
+            packed = self._packed = copy, winograd_pack(copy)
+        return winograd_conv3x3(x, packed[1], self.bias, residual)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WinogradConv:
+        self._packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": None}
+
+
+class Conv3x3(WinogradConv):
+    """3x3 convolution of stride 1 and padding 1, plus an optional residual."""
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self._takes_winograd(x):
-            # `.to()` in another thread changes what the parameter holds, not this.
-            weight = self.weight.detach()
-            return winograd_conv3x3(x, self._packed_weight(weight), self.bias, residual)
+            return self._convolve_winograd(x, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
 
@@ -94,23 +115,6 @@ class Conv3x3(nn.Conv2d):
         if self._takes_winograd(x):
             return Sum(self(x, residual))
         return deferred(self, x, residual)
-
-    def _takes_winograd(self, x: Tensor) -> bool:
-        return self.winograd and takes_winograd(x, self.weight, self._min_tiles)
-
-    def _packed_weight(self, weight: Tensor) -> Tensor:
-        packed = self._packed
-        if packed is None or not same_bits(packed[0], weight):
-            copy = weight.clone()
-            packed = self._packed = copy, winograd_pack(copy)
-        return packed[1]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Conv3x3:
-        self._packed = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
 
 
 class NormSiLU(nn.Module):
@@ -273,20 +277,27 @@ def run_blocks(blocks: nn.ModuleList, terms: Sum) -> tuple[Tensor, Sum]:
     return x, y
 
 
-class Upsample(nn.Conv2d):
+class Upsample(WinogradConv):
     """Nearest-neighbour 2x up-sampling and a 3x3 convolution: [B, C, H, W] → [B, C', 2H, 2W].
 
     Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
     (`phase_kernels`): 16 products instead of 36. Each phase is padded for itself and written where
     it belongs, so that no more than one is held beside the result. The kernels are made at each
     call, which is little work beside theirs: kept, they would be 16 weights for 9.
-    """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
+    Where Winograd's convolution pays, it takes the up-sampled image: 9 products.
+    """
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1) -> Tensor:
         """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one."""
+        if self._takes_winograd(x, scale=2):
+            out = self._convolve_winograd(F.interpolate(x, scale_factor=2.0))
+            if shortcut is not None:
+                for phase in range(4):
+                    row, column = divmod(phase, 2)
+                    duplicated = duplicated_phase(shortcut, self.out_channels, factor_t, phase)
+                    out[:, :, row::2, column::2] += duplicated
+            return out
         batch, _, height, width = x.shape
         out = torch.empty(
             (batch, self.out_channels, 2 * height, 2 * width),
@@ -376,7 +387,9 @@ class DecoderStage(nn.Module):
         for _ in range(stage.num_blocks):
             self.blocks.append(ResidualBlock(width, stage.out_channels, min_tiles))
             width = stage.out_channels
-        self.upsample = None if stage.up_channels is None else Upsample(width, stage.up_channels)
+        self.upsample = (
+            None if stage.up_channels is None else Upsample(width, stage.up_channels, min_tiles)
+        )
         self.residual = residual
         self.factor_t = stage.factor_t
 

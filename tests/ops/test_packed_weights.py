@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import threading
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos3_fast.ops import registry
 from cosmos3_fast.ops.winograd import same_bits
@@ -138,3 +140,27 @@ def test_same_bits():
     assert not same_bits(torch.zeros(2), -torch.zeros(2))
     assert not same_bits(torch.zeros(2), torch.zeros(2, 1))
     assert not same_bits(torch.zeros(2), torch.zeros(2, dtype=torch.int32))
+
+
+def test_same_bits_copies_no_weights():
+    """Neither layout is copied to be compared, which took longer than comparing."""
+    copied = []
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if not any(result.data_ptr() == t.data_ptr() for t in (a, b)):
+                copied.append(func)
+            return result
+
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        a = torch.randn(4, 5, 3, 3).to(memory_format=memory_format)
+        b = a.clone()
+        with Record():
+            assert same_bits(a, b)
+        b[3, 4, 2, 2] += 1
+        with Record():
+            assert not same_bits(a, b)
+    assert not copied

@@ -1,4 +1,4 @@
-"""`Conv3x3`: when it takes Winograd, and the weights that it packs for it."""
+"""When convolutions take Winograd, and the weights that they pack for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from op_inputs import image
 from torch import Tensor
 
 from cosmos3_fast.ops import registry
-from cosmos3_fast.vae.layers import Conv3x3
+from cosmos3_fast.vae.layers import Conv3x3, Upsample, duplicated_phase
 
 
 @pytest.fixture
@@ -74,3 +74,26 @@ def test_conv_takes_winograd_only_where_it_serves(conv: Conv3x3):
     with torch.inference_mode():
         conv(large())
     assert conv._packed is not None
+
+
+@needs_library
+@pytest.mark.parametrize("winograd", [True, False])
+@pytest.mark.parametrize("factor_t", [None, 1, 2])
+def test_upsample(winograd: bool, factor_t: int | None):
+    torch.manual_seed(1)
+    layer = Upsample(16, 32, min_tiles=30).requires_grad_(False)
+    layer.winograd = winograd
+    for height, width in ((9, 11), (8, 6), (5, 7)):  # 60, 24 and 24 tiles
+        x = image(2, 16, height, width, layout="channels_last")
+        shortcut = None if factor_t is None else image(2, 16, height, width)[:, :8]
+        up = F.interpolate(x.double(), scale_factor=2.0)
+        wanted = F.conv2d(up, layer.weight.double(), layer.bias.double(), padding=1)
+        if shortcut is not None:
+            for phase in range(4):
+                added = duplicated_phase(shortcut, 32, factor_t, phase)
+                wanted[:, :, phase // 2 :: 2, phase % 2 :: 2] += added
+        got = layer(x, shortcut, factor_t or 1)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert (layer._packed is not None) == (winograd and height == 9)
+        layer._packed = None
