@@ -170,9 +170,9 @@ class ClipEncoder(FoldedNetwork):
     Memory, for the VAE of Cosmos3: 149 M parameters (298 MB in bf16, 596 MB in fp32), of which
     the 53 M of `first` are the last temporal taps, stored once and used for every frame. In fp32
     on the CPU, large images add transformed weights of 4 times the size of their kernels
-    (`layers.WinogradConv`): 0.82 GB at 480x832. While encoding, every convolution keeps the two frames
-    it looks back on, as in the VAE; on top of those comes the working memory of one frame, where
-    the VAE's is that of four.
+    (`layers.WinogradConv`): 0.82 GB at 480x832. While encoding, every convolution keeps the two
+    frames it looks back on, as in the VAE; on top of those comes the working memory of one frame,
+    where the VAE's is that of four.
 
     Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
     initial weights, to receive a `state_dict()` of the same topology. Parameters do not require
