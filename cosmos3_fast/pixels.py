@@ -19,6 +19,7 @@ from cosmos3_fast.arguments import positive_int, quoted
 from cosmos3_fast.clips import is_animation, read_file
 from cosmos3_fast.ops.resize_crop import LARGEST_SIZE, vertical_first_in_pillow
 from cosmos3_fast.pictures import Color, parse_color, source_name, to_rgb
+from cosmos3_fast.pillow_memory import pixels_of
 
 if TYPE_CHECKING:
     import os
@@ -273,6 +274,8 @@ def resize_to_cover(
     where = device if there else torch.device("cpu")
     if isinstance(image, torch.Tensor):
         return ops.resize_crop(image.to(where), size, crop).to(device)
+    if where.type == "cpu" and (whole := pixels_of(image)) is not None:
+        return ops.resize_crop(whole, size, crop).to(device)
     part = _PART // (3 * columns) + 1
     if where.type == "cpu" and part < rows and not vertical_first_in_pillow((rows, columns), size):
         return _resized_in_parts(image, size, crop, part).to(device)

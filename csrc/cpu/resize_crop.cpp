@@ -28,16 +28,16 @@ COSMOS3_INLINE uint8_t to_byte(uint32_t sum) {
   return static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-// sums[i] = 1/2 + sum over taps of from[tap * length + i] * weights[tap], for i < length. Unsigned,
+// sums[i] = 1/2 + sum over taps of from[tap * step + i] * weights[tap], for i < length. Unsigned,
 // since the sums of a filter that is no Pillow's might wrap.
 template <int64_t length>
-COSMOS3_INLINE void weighted_sums(const uint32_t* from, const int32_t* weights, int64_t taps,
-                                  uint32_t* __restrict__ to) {
+COSMOS3_INLINE void weighted_sums(const uint32_t* from, int64_t step, const int32_t* weights,
+                                  int64_t taps, uint32_t* __restrict__ to) {
   uint32_t sums[length];
   for (int64_t i = 0; i < length; ++i) {
     sums[i] = kHalf;
   }
-  for (int64_t tap = 0; tap < taps; ++tap, from += length) {
+  for (int64_t tap = 0; tap < taps; ++tap, from += step) {
     const uint32_t weight = weights[tap];
     for (int64_t i = 0; i < length; ++i) {
       sums[i] += from[i] * weight;
@@ -108,10 +108,13 @@ struct Tile {
   uint8_t *bytes, *more_bytes;
 };
 
-// The pass along rows, for kRows of them, each given from its first source column on.
-COSMOS3_CLONES void along_rows(const uint8_t* const* rows, const Windows columns,
-                               const int64_t tile_columns, const Tile tile, uint8_t* const* to) {
+// The pass along rows, for kRows of them, each given from its first source column on; `pitch` bytes
+// from a source pixel to the next.
+COSMOS3_CLONES void along_rows(const uint8_t* const* rows, const int64_t pitch,
+                               const Windows columns, const int64_t tile_columns, const Tile tile,
+                               uint8_t* const* to) {
   constexpr int64_t kPixel = 3 * kRows;
+  const int64_t step = pitch * kRows;
   for (int64_t first = 0, last; first < columns.outputs; first = last) {
     last = first + 1;
     while (last < columns.outputs && last - first < tile_columns &&
@@ -119,10 +122,11 @@ COSMOS3_CLONES void along_rows(const uint8_t* const* rows, const Windows columns
       ++last;
     }
     const int64_t start = columns.starts[first];
-    interleave(rows, 3 * start, 3 * columns.span(first, last), tile.bytes, tile.more_bytes,
-               tile.elements);
+    // Not what may follow the last pixel's three bytes, which may be nobody's memory.
+    interleave(rows, pitch * start, pitch * (columns.span(first, last) - 1) + 3, tile.bytes,
+               tile.more_bytes, tile.elements);
     for (int64_t x = first; x < last; ++x) {
-      weighted_sums<kPixel>(tile.elements + kPixel * (columns.starts[x] - start),
+      weighted_sums<kPixel>(tile.elements + step * (columns.starts[x] - start), step,
                             columns.weights + x * columns.taps, columns.taps,
                             tile.sums + kPixel * (x - first));
     }
@@ -146,7 +150,7 @@ COSMOS3_CLONES void across_rows(const uint8_t* const* rows, const Windows window
       }
     }
     for (int64_t y = first; y < last; ++y) {
-      weighted_sums<kBlock>(tile.elements + kBlock * (windows.starts[y] - start),
+      weighted_sums<kBlock>(tile.elements + kBlock * (windows.starts[y] - start), kBlock,
                             windows.weights + y * windows.taps, windows.taps, tile.sums);
       for (int64_t i = 0; i < width; ++i) {
         to[y - first][begin + i] = to_byte(tile.sums[i]);
@@ -162,14 +166,16 @@ int64_t rounded_up(int64_t size, int64_t multiple) {
 // The passes that one resize takes, and the memory that a thread needs for them.
 class Resize {
  public:
-  // `pitch`: bytes from a source row to the next.
-  Resize(const Axis& columns, const Axis& rows, int64_t pitch, bool vertical_first)
+  // `pitch`, `pixel_pitch`: bytes from a source row and pixel to the next.
+  Resize(const Axis& columns, const Axis& rows, int64_t pitch, int64_t pixel_pitch,
+         bool vertical_first)
       : columns_{columns.starts.data(), columns.weights.data(), columns.outputs(), columns.taps},
         rows_{rows.starts.data(), rows.weights.data(), rows.outputs(), rows.taps},
         along_(columns.resized),
         across_(rows.resized || !columns.resized),
         vertical_first_(vertical_first),
-        pitch_(pitch) {
+        pitch_(pitch),
+        pixel_pitch_(pixel_pitch) {
     const int64_t source_columns = columns.end - columns.begin;
     for (int64_t y = 0; y < rows_.outputs; ++y) {
       span_ = std::max(span_, rows_.span(y, std::min(y + kRows, rows_.outputs)));
@@ -181,7 +187,7 @@ class Resize {
 
     int64_t at = 0;
     auto take = [&](int64_t bytes) { return std::exchange(at, at + rounded_up(bytes, 64)); };
-    const int64_t tile = 3 * kRows * tile_columns_;
+    const int64_t tile = pixel_pitch * kRows * tile_columns_;
     pointers_at_ = take(span_ * sizeof(const uint8_t*));
     elements_at_ = take(std::max(tile, kBlock * span_) * sizeof(uint32_t));
     sums_at_ = take(std::max(tile, kBlock) * sizeof(uint32_t));
@@ -244,7 +250,7 @@ class Resize {
  private:
   Windows columns_, rows_;
   bool along_, across_, vertical_first_;
-  int64_t pitch_;
+  int64_t pitch_, pixel_pitch_;
   int64_t span_ = 0;  // source rows that kRows outputs take
   int64_t tile_columns_;
   int64_t length_;                         // bytes of a row of the crop
@@ -260,7 +266,7 @@ class Resize {
   }
 
   void along(const uint8_t* const* from, uint8_t* scratch, uint8_t* const* to) const {
-    along_rows(from, columns_, tile_columns_, tile(scratch), to);
+    along_rows(from, pixel_pitch_, columns_, tile_columns_, tile(scratch), to);
   }
 
   // Outputs y … y + count - 1, from rows of `length` bytes of which `row(i)` is the i-th.
@@ -292,11 +298,15 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
   const Axis &columns = *kept_columns, &rows = *kept_rows;
   Tensor source = torch::stable::narrow(image, rank - 3, rows.begin, rows.end - rows.begin);
   source = torch::stable::narrow(source, rank - 2, columns.begin, columns.end - columns.begin);
-  // The kernels take pixels that follow each other.
-  if (source.stride(rank - 1) != 1 || source.stride(rank - 2) != 3) {
+  // Pixels that follow each other, or, where the source is read along rows, with a byte in between
+  // as Pillow keeps them.
+  const bool along_first = columns.resized && !(vertical_first && rows.resized);
+  int64_t pixel_pitch = source.stride(rank - 2);
+  if (source.stride(rank - 1) != 1 || !(pixel_pitch == 3 || (pixel_pitch == 4 && along_first))) {
     source = allocating(op, [&] { return torch::stable::contiguous(source); });
+    pixel_pitch = 3;
   }
-  const Resize resize(columns, rows, source.stride(rank - 3), vertical_first);
+  const Resize resize(columns, rows, source.stride(rank - 3), pixel_pitch, vertical_first);
   // Of a strip, rows that it shares with the one before are made twice: at most one per thread, and
   // none for a picture that takes less time than a thread takes to wake up.
   const int64_t lines = batch * wanted.height;
