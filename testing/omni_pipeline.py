@@ -23,6 +23,8 @@ from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.vae.synthetic import synthetic_vae
 
 EnginePipeline = Cosmos3OmniDiffusersPipeline
+# Before 0.24: `num_frames` copies of an image, and the whole clip of an action.
+ENCODES_ALL_FRAMES = hasattr(EnginePipeline, "_encode_conditioning_video")
 HEIGHT, WIDTH, FRAMES = 48, 64, 9
 
 
@@ -91,8 +93,9 @@ def _video_to_video(indexes: list[int]) -> Callable[..., Prepared]:
 
 def _action(mode: str, image_size: list[int] | None = None) -> Callable[..., Prepared]:
     def prepare(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prepared:
+        cropped = () if image_size is None else (image_size,)
         return pipeline._prepare_latents_action_video(
-            pixels, mode, HEIGHT, WIDTH, FRAMES, generator, image_size
+            pixels, mode, HEIGHT, WIDTH, FRAMES, generator, *cropped
         )
 
     return prepare
@@ -103,7 +106,10 @@ def _transfer(pipeline: Any, pixels: Tensor, generator: torch.Generator) -> Prep
 
 
 CASES = {
-    "image to video": Case(_image_to_video, 1, 1, folded=True),
+    "image to video": Case(_image_to_video, 1, FRAMES if ENCODES_ALL_FRAMES else 1, folded=True),
+    "inverse dynamics": Case(_action("inverse_dynamics"), FRAMES, FRAMES, folded=False),
+}
+_SINCE_0_24 = {
     "video, latent frame 0": Case(_video_to_video([0]), FRAMES, 1, folded=True),
     "video, latent frames 0 and 1": Case(_video_to_video([0, 1]), FRAMES, 5, folded=False),
     "video, latent frame 1": Case(_video_to_video([1]), FRAMES, 5, folded=False),
@@ -113,10 +119,11 @@ CASES = {
     "forward dynamics, cropped": Case(
         _action("forward_dynamics", [HEIGHT, WIDTH, 40, 48]), FRAMES, 1, folded=True
     ),
-    "inverse dynamics": Case(_action("inverse_dynamics"), FRAMES, FRAMES, folded=False),
     "transfer, one frame": Case(_transfer, 1, 1, folded=True),
     "transfer, a chunk": Case(_transfer, 5, 5, folded=False),
 }
+if not ENCODES_ALL_FRAMES:
+    CASES |= _SINCE_0_24
 
 
 def prepared(case: Case, pipeline: Any, pixels: Tensor, seed: int = 7) -> Prepared:
@@ -132,19 +139,28 @@ def frames_through(vae: Any) -> AbstractContextManager[list[int]]:
 @contextmanager
 def registered(mode: str) -> Iterator[None]:
     """vLLM-Omni with this package's plugin registered."""
-    before = EnginePipeline.load_weights
+    names = "load_weights", "_prepare_latents_i2v"
+    before = {name: getattr(EnginePipeline, name) for name in names}
     os.environ["COSMOS3_FAST"] = mode
     try:
         adapter.register()
         yield
     finally:
         del os.environ["COSMOS3_FAST"]
-        EnginePipeline.load_weights = before
+        for name, method in before.items():
+            setattr(EnginePipeline, name, method)
         adapter._gate = releases.Gate("vllm-omni")
 
 
-def make_fast(vae: Any, dtype: torch.dtype | None = None, cls: type = EnginePipeline) -> Any:
+class _Announcing(EnginePipeline):
+    """As the pipeline is once the plugin is registered."""
+
+    if ENCODES_ALL_FRAMES:
+        _prepare_latents_i2v = adapter._announcing(EnginePipeline._prepare_latents_i2v)
+
+
+def make_fast(vae: Any, dtype: torch.dtype | None = None) -> Any:
     """A pipeline whose VAE was accelerated where the engine loaded it."""
-    pipeline = make_pipeline(cls, vae, dtype)
-    adapter._adopt(pipeline)
+    pipeline = make_pipeline(_Announcing, vae, dtype)
+    adapter._adopt(pipeline, "fast")
     return pipeline

@@ -3,20 +3,25 @@
 vLLM-Omni loads `register` from the entry-point group `vllm_omni.general_plugins` in every
 process. The environment variable COSMOS3_FAST chooses the mode:
 
-- `exact` (default) and `off`: nothing is changed. Since 0.24 vLLM-Omni encodes only the pixel
-  frames that the conditioned latent frames depend on and writes them in place; there is nothing
-  that could be left out without changing a bit.
+- `exact` (default): where image-to-video encodes `num_frames` copies of the image, before 0.24, the
+  engine's VAE sees one of them. What is returned equals what it is unpatched; only the sign of a
+  zero may differ. Since 0.24 vLLM-Omni encodes only the pixel frames that the conditioned latent
+  frames depend on; there is nothing that could be left out, and nothing is changed.
 - `fast`: single frames go through networks folded from the VAE; clips stay the engine's.
+- `off`: nothing is changed.
 
 How: the VAE of the pipeline is accelerated (`cosmos3_fast.vae.accelerated`) after the engine has
-loaded its weights. Normalising, cropping and casting stay the engine's. The base class is patched,
-so that pipelines derived from it are reached too.
+loaded its weights, and before 0.24 it is announced around `_prepare_latents_i2v` that one latent
+frame is used. Actions stay whole there: all latents of the clip are returned and read in each step.
+Normalising, cropping and casting stay the engine's. The base class is patched, so that pipelines
+derived from it are reached too.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +31,9 @@ from torch import nn
 
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import mode_from_environment, tiny_diffusers_vae, tiny_vae_config
-from cosmos3_fast.engines.releases import Gate
+from cosmos3_fast.engines.releases import Gate, installed
 from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.accelerated import Mode, wanted_frames
 
 logger = logging.getLogger(__name__)
 
@@ -44,51 +50,82 @@ def register() -> None:
         ValueError: COSMOS3_FAST holds something else than exact, fast or off.
     """
     mode = mode_from_environment()
-    if mode != "fast":
+    # Known without importing the pipeline, which not every process does.
+    if mode == "off" or (mode == "exact" and _is_since((0, 24))):
         logger.info("cosmos3_fast: %s mode, vLLM-Omni's own Cosmos3 pipeline serves", mode)
         return
     try:
         from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import (
-            Cosmos3OmniDiffusersPipeline,
+            Cosmos3OmniDiffusersPipeline as Pipeline,
         )
 
-        original = Cosmos3OmniDiffusersPipeline.load_weights
+        encodes_all = _encodes_all_frames(Pipeline)
+        if encodes_all:
+            _patch(Pipeline, "_prepare_latents_i2v", _announcing)
+        if encodes_all or mode == "fast":
+            _patch(Pipeline, "load_weights", functools.partial(_adopting, mode=mode))
     except Exception as error:  # a plugin must not keep other models from being served
         logger.warning("cosmos3_fast leaves vLLM-Omni as it is: no Cosmos3 pipeline: %r", error)
-        return
-    if not hasattr(original, _MARK):
-        Cosmos3OmniDiffusersPipeline.load_weights = _adopting(original)
-        logger.info("cosmos3_fast: fast mode, Cosmos3's VAE is accelerated where it is loaded")
 
 
-def _adopting(original: Callable[..., set[str]]) -> Callable[..., set[str]]:
+def _is_since(release: tuple[int, int]) -> bool:
+    """Whether the version of the installed vLLM-Omni says that it is `release` or newer."""
+    numbers = re.match(r"(\d+)\.(\d+)", installed("vllm-omni") or "")
+    return numbers is not None and (int(numbers[1]), int(numbers[2])) >= release
+
+
+def _encodes_all_frames(cls: type) -> bool:
+    """Whether image-to-video encodes `num_frames` copies of the image, of which it uses one."""
+    return hasattr(cls, "_encode_conditioning_video")
+
+
+def _patch(cls: Any, name: str, patched: Callable[[Any], Any]) -> None:
+    method = getattr(cls, name)
+    if not hasattr(method, _MARK):
+        wrapper = patched(method)
+        setattr(wrapper, _MARK, True)
+        setattr(cls, name, wrapper)
+        logger.info("cosmos3_fast patches %s of vLLM-Omni's Cosmos3 pipeline", name)
+
+
+def _adopting(original: Callable[..., set[str]], mode: Mode) -> Callable[..., set[str]]:
     @functools.wraps(original)
     def load_weights(self: Any, *args: Any, **kwargs: Any) -> set[str]:
         loaded = original(self, *args, **kwargs)
-        _adopt(self)
+        _adopt(self, mode)
         return loaded
 
-    setattr(load_weights, _MARK, True)
     return load_weights
 
 
-def _adopt(pipeline: Any) -> None:
+def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Nothing is changed by it where the VAE is not accelerated."""
+
+    @functools.wraps(original)
+    def prepare_latents_i2v(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with wanted_frames(1):
+            return original(self, *args, **kwargs)
+
+    return prepare_latents_i2v
+
+
+def _adopt(pipeline: Any, mode: Mode) -> None:
     """Accelerate the pipeline's VAE, or, where that is done, fold its new weights."""
     vae = getattr(pipeline, "vae", None)
     try:
-        if vae is None or not _gate.opens(lambda: _self_test(pipeline)):
+        if vae is None or not _gate.opens(lambda: _self_test(pipeline, mode)):
             return
         if accelerated.is_accelerated(vae):
             # Loaders write through `.data`, which leaves no trace.
             accelerated.refresh(vae)
         else:
-            accelerated.accelerate(vae, "fast")
+            accelerated.accelerate(vae, mode)
     except Exception as error:  # the engine serves without us
         accelerated.restore(vae)
         logger.warning("cosmos3_fast leaves the VAE to vLLM-Omni: %s", error)
 
 
-def _self_test(pipeline: Any) -> str | None:
+def _self_test(pipeline: Any, mode: Mode) -> str | None:
     """What differs with this package in the pipeline of the vLLM-Omni that is installed."""
     live, config = pipeline.vae, tiny_vae_config()
     height, width, frames = 16, 32, 9
@@ -124,9 +161,20 @@ def _self_test(pipeline: Any) -> str | None:
             clip.clone(), *size, generator, indexes
         )
 
+    def inverse_dynamics(shell: Any, generator: torch.Generator) -> Any:
+        return shell._prepare_latents_action_video(
+            clip.clone(), "inverse_dynamics", *size, generator
+        )
+
+    requests: list[tuple[str, Callable[[Any, torch.Generator], Any], int]]
+    requests = [("image to video", image_to_video, 1)]
+    if _encodes_all_frames(type(pipeline)):
+        requests.append(("inverse dynamics", inverse_dynamics, frames))
+    else:
+        requests.append(("video, first frame", video_to_video([0]), 1))
+        requests.append(("video to video", video_to_video([0, 1]), 5))
     cases = [
-        selftest.Case("image to video", functools.partial(run, image_to_video), 1),
-        selftest.Case("video, first frame", functools.partial(run, video_to_video([0])), 1),
-        selftest.Case("video to video", functools.partial(run, video_to_video([0, 1])), 5),
+        selftest.Case(name, functools.partial(run, prepare), encoded)
+        for name, prepare, encoded in requests
     ]
-    return selftest.why_not(make_vae, cases, "fast")
+    return selftest.why_not(make_vae, cases, mode)

@@ -21,6 +21,7 @@ OTHER_REQUIREMENTS: dict[tuple[str, str], list[str]] = {
     ("diffusers", "0.40.0"): HTTPX,
     ("sglang", "0.5.21"): ["cloudpickle==3.1.3", "scipy==1.17.1", "imageio-ffmpeg==0.6.0"],
     ("sglang", "0.5.22"): ["cloudpickle==3.1.3", "imageio-ffmpeg==0.6.0"],
+    ("vllm-omni", "0.22.0"): ["diffusers==0.38.0", "gguf==0.19.0"],
     ("vllm-omni", "0.24.0"): ["diffusers==0.38.0"],
     ("vllm-omni", "0.26.0"): ["diffusers==0.38.0"],
 }

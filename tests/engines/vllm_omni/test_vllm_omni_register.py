@@ -12,7 +12,14 @@ from typing import Any
 import omni_stubs
 import pytest
 import torch
-from omni_pipeline import EnginePipeline, make_pipeline, make_vae, registered
+from omni_pipeline import (
+    ENCODES_ALL_FRAMES,
+    EnginePipeline,
+    make_pipeline,
+    make_vae,
+    registered,
+)
+from torch import Tensor
 from vllm_omni import plugins
 
 from cosmos3_fast.engines import releases
@@ -23,6 +30,7 @@ from cosmos3_fast.vae import accelerated
 GROUP = "vllm_omni.general_plugins"
 ARCHITECTURES = ["Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"]
 ROOT = Path(__file__).resolve().parents[3]
+MODES = ["exact", "fast"] if ENCODES_ALL_FRAMES else ["fast"]
 
 
 @pytest.fixture
@@ -40,13 +48,17 @@ def entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at the start of each of the engine's processes."""
-    monkeypatch.setattr(EnginePipeline, "load_weights", EnginePipeline.load_weights)
+    for name in ("load_weights", "_prepare_latents_i2v"):
+        monkeypatch.setattr(EnginePipeline, name, getattr(EnginePipeline, name))
     monkeypatch.setattr(plugins, "omni_plugins_loaded", False)
     plugins.load_omni_general_plugins()
 
 
 def patched() -> bool:
-    return hasattr(EnginePipeline.load_weights, "__wrapped__")
+    announces = hasattr(EnginePipeline._prepare_latents_i2v, adapter._MARK)
+    adopts = hasattr(EnginePipeline.load_weights, adapter._MARK)
+    assert announces == (adopts and ENCODES_ALL_FRAMES)
+    return adopts
 
 
 @pytest.mark.usefixtures("entry_point")
@@ -59,7 +71,7 @@ def test_fast_patches_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("entry_point")
 @pytest.mark.parametrize("mode", [None, "exact", "off", " EXACT "])
-def test_other_modes_leave_the_engine_alone(
+def test_other_modes_patch_only_what_encodes_too_much(
     monkeypatch: pytest.MonkeyPatch, mode: str | None
 ) -> None:
     if mode is None:
@@ -67,7 +79,22 @@ def test_other_modes_leave_the_engine_alone(
     else:
         monkeypatch.setenv(MODE_VARIABLE, mode)
     load_plugins(monkeypatch)
-    assert not patched()
+    assert patched() == (ENCODES_ALL_FRAMES and mode != "off")
+
+
+@pytest.mark.parametrize("version", ["0.1.dev7+g1234567", None])
+def test_a_version_that_says_nothing(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
+    monkeypatch.setattr(adapter, "installed", lambda engine: version)
+    with registered("exact"):
+        assert patched() == ENCODES_ALL_FRAMES
+
+
+@pytest.mark.skipif(ENCODES_ALL_FRAMES, reason="there is something to leave out")
+def test_exact_mode_does_not_import_the_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = EnginePipeline.__module__
+    monkeypatch.delitem(sys.modules, name)
+    with registered("exact"):
+        assert name not in sys.modules
 
 
 def test_in_a_fresh_process() -> None:
@@ -101,9 +128,9 @@ def test_in_a_fresh_process() -> None:
 
 def test_twice_is_once() -> None:
     with registered("fast"):
-        once = EnginePipeline.load_weights
+        once = EnginePipeline.load_weights, EnginePipeline._prepare_latents_i2v
         adapter.register()
-        assert EnginePipeline.load_weights is once
+        assert (EnginePipeline.load_weights, EnginePipeline._prepare_latents_i2v) == once
 
 
 def test_a_mode_that_does_not_exist(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,45 +160,68 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("untested")
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_this_release_passes_the_self_test(
-    dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+    mode: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, releases.__name__)
     before = torch.get_rng_state()
     pipeline = make_pipeline(EnginePipeline, make_vae(dtype))
     state = torch.get_rng_state()
     assert torch.equal(before, state)
-    adapter._adopt(pipeline)
+    with registered(mode):
+        adapter._adopt(pipeline, mode)
     assert accelerated.is_accelerated(pipeline.vae)
     assert torch.equal(torch.get_rng_state(), state)
     assert "passed the self-test in" in caplog.text
 
 
+def off_where_accelerated(method: str) -> Any:
+    """The pipeline's method with another result where the VAE is accelerated."""
+    original = getattr(EnginePipeline, method)
+
+    def replacement(self: Any, *args: Any) -> Any:
+        return original(self, *args) * (1.0 + accelerated.is_accelerated(self.vae))
+
+    return replacement
+
+
+def uses_two_frames(
+    self: Any, image: Tensor, height: int, width: int, frames: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Image-to-video that uses a latent frame behind the first."""
+    latent = self._encode_conditioning_video(image, frames, height, width)
+    return latent[:, :, :1], latent[:, :, 1:2]
+
+
+NORMALIZES = "_encode_conditioning_video" if ENCODES_ALL_FRAMES else "_normalize_vae_latent"
+OTHER = "_prepare_latents_action_video" if ENCODES_ALL_FRAMES else "_prepare_latents_v2v"
+CHANGES = [
+    # What comes out of an accelerated VAE is normalised otherwise.
+    (NORMALIZES, off_where_accelerated(NORMALIZES), "image to video: result.returned[0]"),
+    ("_prepare_latents_i2v", lambda self, *args: 1 / 0, "ZeroDivisionError"),
+    (OTHER, None, "TypeError"),
+]
+if ENCODES_ALL_FRAMES:
+    CHANGES += [("_prepare_latents_i2v", uses_two_frames, "image to video: result.returned[1]")]
+
+
 @pytest.mark.usefixtures("untested")
-@pytest.mark.parametrize(
-    ("method", "replacement", "reason"),
-    [
-        # What comes out of an accelerated VAE is normalised otherwise.
-        (
-            "_normalize_vae_latent",
-            lambda self, latent: latent * (1.0 + accelerated.is_accelerated(self.vae)),
-            "image to video: result.returned[0] is off by",
-        ),
-        ("_prepare_latents_i2v", lambda self, *args: 1 / 0, "ZeroDivisionError"),
-        ("_prepare_latents_v2v", None, "TypeError"),
-    ],
-)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("method", "replacement", "reason"), CHANGES)
 def test_an_engine_that_is_not_as_it_was_is_left_alone(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
+    mode: str,
     method: str,
     replacement: Any,
     reason: str,
 ) -> None:
     monkeypatch.setattr(EnginePipeline, method, replacement)
     pipeline = make_pipeline(EnginePipeline, make_vae())
-    adapter._adopt(pipeline)
+    with registered(mode):
+        adapter._adopt(pipeline, mode)
     assert not accelerated.is_accelerated(pipeline.vae)
     (warning,) = [r.getMessage() for r in caplog.records if r.name == releases.__name__]
     assert reason in warning
