@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from cosmos3_fast.arguments import quoted
-from cosmos3_fast.pillow_memory import in_one_piece
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -116,14 +115,13 @@ def to_rgb(image: Image, label: str, background: Color | None) -> Image:
     import PIL.ImageOps
 
     try:
-        with in_one_piece():
-            image.load()
-            if image.mode in _WIDE_MODES:
-                image = _narrowed(image, label)
-            # Asked first, because an upright image would be copied.
-            if image.getexif().get(_ORIENTATION, 1) in _TURNED:
-                image = PIL.ImageOps.exif_transpose(image)
-            rgb = _without_alpha(image, label, background)
+        image.load()
+        if image.mode in _WIDE_MODES:
+            image = _narrowed(image, label)
+        # Asked first, because an upright image would be copied.
+        if image.getexif().get(_ORIENTATION, 1) in _TURNED:
+            image = PIL.ImageOps.exif_transpose(image)
+        rgb = _without_alpha(image, label, background)
     except (_Refused, Warning):
         raise
     # Decoders raise whatever their parser met in a broken file: OSError, SyntaxError, struct.error.

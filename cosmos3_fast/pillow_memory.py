@@ -6,10 +6,7 @@ https://arrow.apache.org/docs/format/CDataInterface.html
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import threading
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,7 +45,7 @@ def pixels_of(image: Image) -> Tensor | None:
 
     Returns:
         None where Pillow does not give it out: before 11.2, or where the picture lies in several
-        pieces (see `in_one_piece`).
+        pieces, as it does from 16 MB on.
     """
     try:
         _, capsule = image.__arrow_c_array__()
@@ -65,43 +62,3 @@ def pixels_of(image: Image) -> Tensor | None:
     memory.owner = capsule  # type: ignore[attr-defined]
     flat = torch.frombuffer(memory, dtype=torch.uint8)
     return flat.view(image.height, image.width, 4)[..., :3]
-
-
-class _InOnePiece:
-    """See `in_one_piece`. Pillow's setting is one for all threads: the last to leave undoes it."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._before = 0
-
-    def __enter__(self) -> None:
-        from PIL import Image
-
-        with self._lock:
-            if self._inside == 0:
-                self._before = Image.core.get_use_block_allocator()
-                Image.core.set_use_block_allocator(1)
-            self._inside += 1
-
-    def __exit__(self, *exception: object) -> None:
-        from PIL import Image
-
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                Image.core.set_use_block_allocator(self._before)
-
-
-_in_one_piece = _InOnePiece()
-
-
-def in_one_piece() -> AbstractContextManager[None]:
-    """Inside, Pillow makes pictures of more than 16 MB in one piece of memory, in every thread.
-
-    Where it has no such setting (before 11.2), nothing happens.
-    """
-    from PIL import Image
-
-    known = hasattr(Image.core, "set_use_block_allocator")
-    return _in_one_piece if known else contextlib.nullcontext()

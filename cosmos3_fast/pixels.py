@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import torch
@@ -35,11 +36,9 @@ Keep = Literal["first", "last"]
 
 # How far rounding and interpolation may carry a float picture out of [-1, 1]; clipped.
 _OVERSHOOT = 1e-3
-# Bytes of a picture that leave Pillow at a time: memory for so few is not mapped anew each time.
-_BAND = 1 << 19
-# Bytes that are resized at a time: mapping memory for all of a photograph takes longer than
-# resizing it, and so does waiting for threads that other processes keep busy once per band.
-_PART = 1 << 23
+# Bytes of a picture that leave Pillow at a time: memory for so few is not mapped anew each time,
+# and is in a cache when it is read.
+_BAND = 1 << 22
 
 
 def load_pixels(
@@ -276,18 +275,18 @@ def resize_to_cover(
         return ops.resize_crop(image.to(where), size, crop).to(device)
     if where.type == "cpu" and (whole := pixels_of(image)) is not None:
         return ops.resize_crop(whole, size, crop).to(device)
-    part = _PART // (3 * columns) + 1
-    if where.type == "cpu" and part < rows and not vertical_first_in_pillow((rows, columns), size):
-        return _resized_in_parts(image, size, crop, part).to(device)
+    if where.type == "cpu" and not vertical_first_in_pillow((rows, columns), size):
+        return _resized_in_bands(image, size, crop).to(device)
     pixels = torch.empty(rows, columns, 3, dtype=torch.uint8, device=where)
-    _copy_rows(pixels, image, 0)
+    for y, band in _bands(image, 0, rows):
+        pixels[y : y + band.shape[0]] = band
     return ops.resize_crop(pixels, size, crop).to(device)
 
 
-def _resized_in_parts(
-    image: Image, size: tuple[int, int], crop: tuple[int, int, int, int], part: int
+def _resized_in_bands(
+    image: Image, size: tuple[int, int], crop: tuple[int, int, int, int]
 ) -> torch.Tensor:
-    """`resize_crop` of a picture: its horizontal pass, `part` rows at a time, and its vertical."""
+    """`resize_crop` of a picture: its horizontal pass, a band at a time, and its vertical."""
     top, left, height, width = crop
     scale = image.height / size[0]
     # Lanczos reaches 3 rows, or 3 of the result's where those are larger; and one for rounding.
@@ -296,24 +295,33 @@ def _resized_in_parts(
     last = min(math.ceil((top + height - 0.5) * scale + reach), image.height)
     # Rows before the first and after the last are never touched, nor is their memory.
     narrow = torch.empty(image.height, width, 3, dtype=torch.uint8, device="cpu")
-    pixels = torch.empty(part, image.width, 3, dtype=torch.uint8, device="cpu")
-    for y in range(first, last, part):
-        rows = pixels[: last - y]
-        _copy_rows(rows, image, y)
-        count = rows.shape[0]
-        narrow[y : y + count] = ops.resize_crop(rows, (count, size[1]), (0, left, count, width))
+    for y, band in _bands(image, first, last):
+        count = band.shape[0]
+        narrow[y : y + count] = ops.resize_crop(band, (count, size[1]), (0, left, count, width))
     return ops.resize_crop(narrow, (size[0], width), (top, 0, height, width))
 
 
-def _copy_rows(pixels: torch.Tensor, image: Image, top: int) -> None:
-    """Rows of a picture from `top` on to uint8 [rows,W,3]."""
+def _bands(image: Image, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
+    """Rows first … last - 1 of a picture: the first of some, and their pixels, uint8 [n,W,3].
+
+    While one band is worked on, a thread copies the next out of Pillow.
+    """
     import numpy as np
 
-    band = _BAND // (3 * image.width) + 1
-    for y in range(0, pixels.shape[0], band):
-        below = min(y + band, pixels.shape[0])
-        rows = image.crop((0, top + y, image.width, top + below))
-        pixels[y:below] = torch.from_numpy(np.array(rows))
+    rows = _BAND // (4 * image.width) + 1
+
+    def band(y: int) -> torch.Tensor:
+        cropped = image.crop((0, y, image.width, min(y + rows, last)))
+        pixels = pixels_of(cropped)
+        return torch.from_numpy(np.array(cropped)) if pixels is None else pixels
+
+    with ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(band, first)
+        for y in range(first, last, rows):
+            pixels = coming.result()
+            if y + rows < last:
+                coming = thread.submit(band, y + rows)
+            yield y, pixels
 
 
 def _float_pixels(array: torch.Tensor, height: int, width: int, kept: slice) -> torch.Tensor:

@@ -109,13 +109,18 @@ def test_extreme_aspect_ratios_are_pillow_s_to_the_bit(width, height):
     assert torch.equal(load_frames(image, 40, 64), covering(image, 40, 64))
 
 
+@pytest.mark.parametrize("exported", [True, False])
 @pytest.mark.parametrize(("width", "height"), [(100, 90), (61, 200), (200, 61), (130, 401)])
-def test_parts_of_a_picture_give_all_of_it(width, height, monkeypatch):
+def test_bands_of_a_picture_give_all_of_it(width, height, exported, monkeypatch):
     image = Image.fromarray(noise(height, width, 3))
+    of_band = pixels.pixels_of
+    # As for a picture too large to lie in one piece, of which each band does.
+    monkeypatch.setattr(
+        pixels, "pixels_of", lambda x: of_band(x) if exported and x.size != image.size else None
+    )
     for size in ((48, 80), (80, 48), (120, 130)):
-        for rows, part in ((1, 1), (3, 7), (64, 10), (9, 64)):
-            monkeypatch.setattr(pixels, "_BAND", 3 * width * (rows - 1))
-            monkeypatch.setattr(pixels, "_PART", 3 * width * (part - 1))
+        for rows in (1, 3, 64, 9):
+            monkeypatch.setattr(pixels, "_BAND", 4 * width * (rows - 1))
             assert torch.equal(load_frames(image, *size), covering(image, *size))
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.harness import gate_error, say
 from benchmarks.paths import OURS, PHOTOGRAPH, TINY_DIM, sides, vae_and_encoder
 from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.suites.pixels import with_grain
 from cosmos3_fast.bulk import LatentDataset, encode
 from cosmos3_fast.pixels import load_frames, load_pixels
 from cosmos3_fast.vae.exact import encode_exact
@@ -50,9 +51,8 @@ def write_photographs(folder: Path, count: int) -> list[Path]:
         scale = (generator.uniform(1e6, 2e6) / (width * height)) ** 0.5
         size = (round(width * scale), round(height * scale))
         large = whole.crop((left, top, left + width, top + height)).resize(size)
-        grain = np.asarray(large) + generator.normal(0, 4, (size[1], size[0], 1))
         paths.append(folder / f"{i:04}.jpg")
-        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(paths[-1], quality=90)
+        with_grain(large).save(paths[-1], quality=90)
     return paths
 
 

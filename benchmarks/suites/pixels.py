@@ -34,6 +34,12 @@ def photograph(size: str) -> Image.Image:
         return picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
 
 
+def with_grain(picture: Image.Image) -> Image.Image:
+    """As a camera's pictures have: decoding takes as long as a file is large."""
+    noise = np.random.default_rng(0).normal(0, 4, (picture.height, picture.width, 1))
+    return Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
+
+
 def covering(picture: Image.Image, wanted: str) -> tuple[tuple[int, int], Box]:
     """Height and width that cover `wanted`, and the centre's top, left, height and width."""
     height, width = sides(wanted)
@@ -124,7 +130,7 @@ def _resizes(source: str, wanted: str, rounds: int) -> Iterator[Row]:
 
 
 def _files(source: str, wanted: str, rounds: int) -> Iterator[Row]:
-    picture = photograph(source)
+    picture = with_grain(photograph(source))
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=90)
     data, (height, width) = buffer.getvalue(), sides(wanted)
