@@ -6,6 +6,8 @@ Importing this module makes `sglang.multimodal_gen` importable without a GPU.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -33,7 +35,7 @@ from sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.c
     Cosmos3ImagePreprocessStage,
     Cosmos3LatentPreparationStage,
 )
-from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry  # noqa: E402
+from sglang.multimodal_gen.runtime.post_training import weights_updater  # noqa: E402
 from sglang.multimodal_gen.runtime.server_args import set_global_server_args  # noqa: E402
 
 from cosmos3_fast.engines import selftest  # noqa: E402
@@ -50,6 +52,10 @@ PADS_CLIPS = RELEASE >= (0, 5, 23)
 """Whether the stage itself repeats the last frame of a clip that is too short."""
 CLEARS_PIXELS = RELEASE >= (0, 5, 23)
 """Whether the stage drops the request's pixels, which the next one reads in older releases."""
+HAS_PLUGINS = importlib.util.find_spec(engine._PLUGINS) is not None
+"""Whether hooks are registered with SGLang; where not, an external model package wraps methods."""
+if HAS_PLUGINS:
+    from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry
 
 SERVER_ARGS = SimpleNamespace(comfyui_mode=False, enable_layerwise_nvtx_marker=False)
 set_global_server_args(SERVER_ARGS)
@@ -147,11 +153,12 @@ def outputs(batch: Req) -> dict[str, Any]:
 
 
 HOOKED = ("__init__", "forward", "component_uses", "use_declared_component")
+UPDATES = "_load_weights_into_module"
 
 
 @contextmanager
 def patched(mode: str) -> Iterator[None]:
-    """SGLang with this package's plugin registered and applied by SGLang's own registry.
+    """SGLang with this package's plugin registered and applied by SGLang's own registry, if any.
 
     VAEs that were accelerated inside are plain again behind it.
     """
@@ -165,8 +172,11 @@ def patched(mode: str) -> Iterator[None]:
     accelerated.accelerate = remembering
     os.environ["COSMOS3_FAST"] = mode
     try:
-        engine.register()
-        HookRegistry.apply_hooks()
+        if HAS_PLUGINS:
+            engine.register()
+            HookRegistry.apply_hooks()
+        else:
+            engine.register_without_plugins()
         yield
     finally:
         accelerated.accelerate = accelerate
@@ -178,7 +188,9 @@ def patched(mode: str) -> Iterator[None]:
 
 def unpatch(before: dict[str, Any]) -> None:
     """The stage's class with the methods `before`, and nothing registered."""
-    HookRegistry.reset()
+    if HAS_PLUGINS:
+        HookRegistry.reset()
+    setattr(weights_updater, UPDATES, inspect.unwrap(getattr(weights_updater, UPDATES)))
     engine._registered = False
     for name, value in before.items():
         if value is not None:

@@ -15,7 +15,7 @@ TRUST_VARIABLE = "COSMOS3_FAST_TRUST"
 
 TESTED = {
     "diffusers": ("0.39.0", "0.40.0", "0.41.0", "0.42.1"),
-    "sglang": ("0.5.21", "0.5.22", "0.5.23"),
+    "sglang": ("0.5.19", "0.5.20", "0.5.21", "0.5.22", "0.5.23"),
     "vllm-omni": ("0.22.0", "0.24.0", "0.26.0", "0.28.0", "0.30.0", "0.31.0rc1", "0.32.0rc1"),
 }
 """Newest last: what `make test-<engine>` and, for those that it does not install, `make

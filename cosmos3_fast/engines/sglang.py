@@ -1,7 +1,9 @@
 """SGLang's Cosmos3 latent preparation, accelerated once this package is installed beside it.
 
 SGLang loads `register` from the entry-point group `sglang.multimodal_gen.plugins` in every
-worker. The environment variable COSMOS3_FAST chooses the mode:
+worker. SGLang 0.5.19 and 0.5.20, which have no such group, import
+`cosmos3_fast.engines.sglang_package` where SGLANG_EXTERNAL_MODEL_PACKAGE names it. The environment
+variable COSMOS3_FAST chooses the mode:
 
 - `exact` (default): the engine's VAE sees only the pixel frames that the conditioned latent
   frames depend on. What the stage writes on the batch equals what it writes unpatched; only the
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import logging
 import threading
 import weakref
@@ -46,7 +49,9 @@ from cosmos3_fast.vae.accelerated import Mode, wanted_frames
 logger = logging.getLogger(__name__)
 
 _STAGE_MODULE = "sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.cosmos3"
-_STAGE = f"{_STAGE_MODULE}.Cosmos3LatentPreparationStage"
+_STAGE_NAME = "Cosmos3LatentPreparationStage"
+_PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"
+_UPDATER_MODULE = "sglang.multimodal_gen.runtime.post_training.weights_updater"
 
 _registered = False
 # Inside the self-test stages are made and run as the engine's own.
@@ -71,16 +76,63 @@ def register() -> None:
 
     hooks = _StageHooks(mode)
     for name, hook in hooks.by_name().items():
-        HookRegistry.register(f"{_STAGE}.{name}", hook, HookType.AROUND)
+        HookRegistry.register(f"{_STAGE_MODULE}.{_STAGE_NAME}.{name}", hook, HookType.AROUND)
     _registered = True
     logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", mode)
 
 
-class _StageHooks:
-    """The hooks of one process around methods of the stage; each gets the original first."""
+def register_without_plugins() -> None:
+    """Wrap the stage's methods where SGLang has no plugins to register hooks with.
 
-    def __init__(self, mode: Mode) -> None:
+    Where it has, or where it was done already, nothing is done.
+
+    Raises:
+        ValueError: as `register`.
+        Exception: what is to be wrapped is not there; then nothing is.
+    """
+    global _registered  # noqa: PLW0603
+    mode = mode_from_environment()
+    if mode == "off" or _registered or importlib.util.find_spec(_PLUGINS) is not None:
+        return
+    stage = getattr(importlib.import_module(_STAGE_MODULE), _STAGE_NAME)
+    updater = importlib.import_module(_UPDATER_MODULE)
+    hooks = _StageHooks(mode, plugins=False)
+    wrapped = [(stage, name, hook, getattr(stage, name)) for name, hook in hooks.by_name().items()]
+    load = "_load_weights_into_module"
+    wrapped.append((updater, load, _load_weights, getattr(updater, load)))
+    for owner, name, hook, original in wrapped:
+        setattr(owner, name, _around(original, hook))
+    _registered = True
+    logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", mode)
+
+
+def _around(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return hook(original, *args, **kwargs)
+
+    return wrapper
+
+
+def _load_weights(original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
+    """The networks of a module whose weights SGLang updates are folded again."""
+    try:
+        return original(module, *args, **kwargs)
+    finally:
+        accelerated.refresh(module)
+
+
+class _StageHooks:
+    """The hooks of one process around methods of the stage; each gets the original first.
+
+    Args:
+        plugins: whether SGLang has plugins, and with these a cache of encodings, a count of its
+            weight updates and a way to say that a component is not used.
+    """
+
+    def __init__(self, mode: Mode, plugins: bool = True) -> None:
         self._mode = mode
+        self._plugins = plugins
         self._gate = Gate("sglang")
         # The self-test runs the hooks again.
         self._lock = threading.RLock()
@@ -89,7 +141,7 @@ class _StageHooks:
 
     def by_name(self) -> dict[str, Callable[..., Any]]:
         hooks: dict[str, Callable[..., Any]] = {"__init__": self.init, "forward": self.forward}
-        if self._mode == "fast":
+        if self._mode == "fast" and self._plugins:
             hooks["component_uses"] = self.component_uses
             hooks["use_declared_component"] = self.use_declared_component
         return hooks
@@ -111,7 +163,7 @@ class _StageHooks:
         try:
             with wanted_frames(guarded(_wanted, batch)):
                 result = original(stage, batch, *args, **kwargs)
-            if self._mode == "fast" and not _fetched.get():
+            if self._mode == "fast" and self._plugins and not _fetched.get():
                 # Weights that an earlier use left on the device may leave it.
                 stage.finish_unused_declared_component(component_name="vae", module=vae)
         finally:
@@ -169,8 +221,9 @@ class _StageHooks:
             if not self._gate.opens(lambda: _self_test(stage, self._mode)):
                 return False
             if not accelerated.is_accelerated(vae):
-                accelerated.accelerate(vae, self._mode, _conditioning_cache())
-            epoch = _weights_epoch()
+                cached = _conditioning_cache() if self._plugins else None
+                accelerated.accelerate(vae, self._mode, cached)
+            epoch = _weights_epoch() if self._plugins else 0
             if epoch != self._epochs.setdefault(vae, epoch):
                 self._epochs[vae] = epoch
                 accelerated.refresh(vae)
@@ -184,7 +237,8 @@ class _StageHooks:
 
 def _wanted(batch: Any) -> int | None:
     """Latent frames that `forward` uses of what it encodes."""
-    if batch.preprocessed_video is None:
+    # SGLang 0.5.19 encodes transfer controls in the same `forward`, and uses all of them.
+    if batch.preprocessed_video is None or "preprocessed_control" in batch.extra:
         return None
     stages = importlib.import_module(_STAGE_MODULE)
     indexes = list(stages.Cosmos3ImagePreprocessStage._resolve_condition_indexes(batch))

@@ -16,11 +16,32 @@ from cosmos3_fast.engines.releases import TESTED, installed
 
 ROOT = Path(__file__).parents[2]
 HTTPX = ["httpx==0.28.1", "httpcore==1.0.9", "h11==0.16.0", "anyio==4.15.0"]
+IMAGEIO = ["cloudpickle==3.1.3", "imageio-ffmpeg==0.6.0"]
+# The first releases of SGLang import their server with everything else.
+SERVER = [
+    *HTTPX,
+    *IMAGEIO,
+    "cache-dit==1.3.0",
+    "fastapi==0.165.0",
+    "opentelemetry-api==1.45.2",
+    "python-multipart==0.0.34",
+    "scipy==1.17.1",
+    "setproctitle==1.3.8",
+    "uvicorn==0.54.0",
+    "xgrammar==0.2.1",
+]
 OTHER_REQUIREMENTS: dict[tuple[str, str], list[str]] = {
     ("diffusers", "0.39.0"): HTTPX,
     ("diffusers", "0.40.0"): HTTPX,
-    ("sglang", "0.5.21"): ["cloudpickle==3.1.3", "scipy==1.17.1", "imageio-ffmpeg==0.6.0"],
-    ("sglang", "0.5.22"): ["cloudpickle==3.1.3", "imageio-ffmpeg==0.6.0"],
+    ("sglang", "0.5.19"): [
+        *SERVER,
+        "huggingface-hub==1.33.0",
+        "tokenizers==0.22.2",
+        "transformers==5.12.1",
+    ],
+    ("sglang", "0.5.20"): SERVER,
+    ("sglang", "0.5.21"): [*IMAGEIO, "scipy==1.17.1"],
+    ("sglang", "0.5.22"): IMAGEIO,
     ("vllm-omni", "0.22.0"): ["diffusers==0.38.0", "gguf==0.19.0"],
     ("vllm-omni", "0.24.0"): ["diffusers==0.38.0"],
     ("vllm-omni", "0.26.0"): ["diffusers==0.38.0"],

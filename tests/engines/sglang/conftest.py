@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
+import pytest
 import torch
 
 collect_ignore_glob = []
@@ -12,4 +13,13 @@ if importlib.util.find_spec("sglang") is None:
 else:
     # At these sizes two threads that other processes disturb are ten times slower than one.
     torch.set_num_threads(1)
-    import sglang_engine  # noqa: F401  before any test module imports SGLang
+    import sglang_engine  # before any test module imports SGLang
+
+    if not sglang_engine.HAS_PLUGINS:
+        collect_ignore_glob.append("test_plugin.py")
+
+
+@pytest.fixture
+def conditioning():
+    """SGLang's cache of encodings, which its releases before 0.5.21 have not."""
+    return pytest.importorskip("sglang.multimodal_gen.runtime.cache.conditioning")

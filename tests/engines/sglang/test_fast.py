@@ -9,18 +9,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from sglang.multimodal_gen.runtime.cache.conditioning import (
-    ConditioningCache,
-    invalidate_conditioning_caches,
-)
+from safetensors.torch import save_file
 from sglang.multimodal_gen.runtime.managers.memory_managers.component_manager import (
     ComponentResidencyManager,
 )
 from sglang.multimodal_gen.runtime.managers.memory_managers.component_residency_strategies import (
     ComponentResidencyStrategy,
 )
+from sglang.multimodal_gen.runtime.post_training.weights_updater import WeightsUpdater
 from sglang_engine import (
     CLEARS_PIXELS,
+    HAS_PLUGINS,
     SERVER_ARGS,
     AutoencoderKLWan,
     make_batch,
@@ -148,17 +147,19 @@ def test_the_image_matters(stage):
         assert not torch.equal(conditioned(stage, IMAGE), conditioned(stage, -IMAGE))
 
 
-def test_new_weights_are_folded_again(stage):
+def test_new_weights_are_folded_again(stage, tmp_path):
     # The seed also gives latent statistics, which are configuration, not weights.
     new = make_vae(base_dim=8)
     new.load_state_dict(make_vae(base_dim=8, seed=1).state_dict())
     with patched("fast"):
         before = conditioned(stage, IMAGE)
         assert torch.equal(conditioned(stage, IMAGE), before)
-        # What SGLang's weight updates do: announce, then write in place.
-        invalidate_conditioning_caches()
-        for parameter, value in zip(stage.vae.parameters(), new.parameters(), strict=True):
-            parameter.data.copy_(value)
+        (tmp_path / "vae").mkdir()
+        save_file(dict(new.named_parameters()), tmp_path / "vae" / "model.safetensors")
+        pipeline = SimpleNamespace(modules={"vae": stage.vae})
+        assert WeightsUpdater(pipeline).update_weights_from_disk(
+            str(tmp_path), target_modules=["vae"]
+        )[0]
         after = conditioned(stage, IMAGE)
         replaced = make_stage(new)
         assert torch.equal(conditioned(replaced, IMAGE), after)
@@ -183,8 +184,8 @@ def test_the_weights_are_folded_once(stage, monkeypatch):
     assert len(folds) == 1
 
 
-def test_the_conditioning_cache_serves_fast_encodes(stage):
-    cache = ConditioningCache(64 * 1024**2)
+def test_the_conditioning_cache_serves_fast_encodes(stage, conditioning):
+    cache = conditioning.ConditioningCache(64 * 1024**2)
     with patched("fast"):
         fresh = conditioned(stage, IMAGE)
         with cache.scope():
@@ -278,6 +279,14 @@ def test_exact_mode_places_the_vae_as_the_engine_does(stage, case):
         assert placements(stage, make_batch(**case)) == unpatched
 
 
+@pytest.mark.skipif(HAS_PLUGINS, reason="this release can be told that the VAE is not used")
+def test_fast_mode_without_plugins_places_the_vae_as_the_engine_does(stage):
+    unpatched = placements(stage, make_batch(IMAGE))
+    with patched("fast"):
+        assert placements(stage, make_batch(IMAGE)) == unpatched
+
+
+@pytest.mark.skipif(not HAS_PLUGINS, reason="this release fetches the VAE for each request")
 def test_fast_mode_leaves_the_vae_away_but_for_clips(stage):
     with patched("fast"):
         conditioned(stage, IMAGE)

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from sglang.multimodal_gen.runtime.cache.conditioning import ConditioningCache
 from sglang_engine import (
     PADS_CLIPS,
     AutoencoderKLWan,
@@ -184,6 +183,13 @@ def test_the_encode_itself_is_the_same(stage, monkeypatch, height, width, num_fr
     assert torch.equal(encoded[1][:, :, :2], encoded[0][:, :, :2])
 
 
+def test_transfer_controls_beside_a_clip_are_encoded_whole(stage16):
+    """SGLang 0.5.19 encodes them in this stage; other releases leave them to another one."""
+    controls = {"preprocessed_control": [pixels(1, 3, 9, 32, 48, seed=1)]}
+    (theirs, _), (ours, _) = run_both(stage16, {"video": CLIP, "extra": controls})
+    assert_same(ours, theirs)
+
+
 def test_the_comparison_sees_one_changed_bit(stage16):
     (theirs, _), (ours, _) = run_both(stage16, CASES["v2v"][0])
     ours["extra"]["condition_latents"].view(torch.int16)[0, 47, 1, 1, 2] ^= 1
@@ -330,8 +336,8 @@ def test_without_the_feature_cache_the_stage_is_as_it_was(tiled):
 
 
 class TestConditioningCache:
-    def test_hits_give_what_misses_gave(self, stage):
-        cache = ConditioningCache(64 * 1024**2)
+    def test_hits_give_what_misses_gave(self, stage, conditioning):
+        cache = conditioning.ConditioningCache(64 * 1024**2)
         with ExitStack() as stack:
             stack.enter_context(patched("exact"))
             adopt(stage)
@@ -346,23 +352,21 @@ class TestConditioningCache:
         assert sum(seen) == 5 + 1
         assert cache.stats()["hits"] == 2
 
-    def test_clips_of_different_length_are_kept_apart(self, stage):
+    def test_clips_of_different_length_are_kept_apart(self, stage, conditioning):
         cases = [{"video": CLIP, "num_frames": n} for n in (17, 21, 41, 17)]
         theirs = [outputs(run(stage, make(case))) for case in cases]
-        cache = ConditioningCache(64 * 1024**2)
+        cache = conditioning.ConditioningCache(64 * 1024**2)
         with cache.scope(), patched("exact"):
             ours = [outputs(run(stage, make(case))) for case in cases]
         assert_same(ours, theirs)
         # Where the stage does not pad them, these are one clip.
         assert cache.stats()["hits"] == (1 if PADS_CLIPS else 3)
 
-    def test_new_weights_empty_it(self, stage16):
-        from sglang.multimodal_gen.runtime.cache.conditioning import invalidate_conditioning_caches
-
-        cache = ConditioningCache(64 * 1024**2)
+    def test_new_weights_empty_it(self, stage16, conditioning):
+        cache = conditioning.ConditioningCache(64 * 1024**2)
         with cache.scope(), patched("exact"):
             before = run(stage16, make(CASES["v2v"][0])).latents
-            invalidate_conditioning_caches()
+            conditioning.invalidate_conditioning_caches()
             stage16.vae.load_state_dict(make_vae(base_dim=8, seed=1).state_dict())
             after = run(stage16, make(CASES["v2v"][0])).latents
         assert not torch.equal(before, after)
