@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import torch
@@ -302,26 +301,14 @@ def _resized_in_bands(
 
 
 def _bands(image: Image, first: int, last: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Rows first … last - 1 of a picture: the first of some, and their pixels, uint8 [n,W,3].
-
-    While one band is worked on, a thread copies the next out of Pillow.
-    """
+    """Rows first … last - 1 of a picture: the first of some, and their pixels, uint8 [n,W,3]."""
     import numpy as np
 
     rows = _BAND // (4 * image.width) + 1
-
-    def band(y: int) -> torch.Tensor:
-        cropped = image.crop((0, y, image.width, min(y + rows, last)))
-        pixels = pixels_of(cropped)
-        return torch.from_numpy(np.array(cropped)) if pixels is None else pixels
-
-    with ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(band, first)
-        for y in range(first, last, rows):
-            pixels = coming.result()
-            if y + rows < last:
-                coming = thread.submit(band, y + rows)
-            yield y, pixels
+    for y in range(first, last, rows):
+        band = image.crop((0, y, image.width, min(y + rows, last)))
+        pixels = pixels_of(band)
+        yield y, torch.from_numpy(np.array(band)) if pixels is None else pixels
 
 
 def _float_pixels(array: torch.Tensor, height: int, width: int, kept: slice) -> torch.Tensor:
