@@ -48,6 +48,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
+def cast(transformer: Any, dtype: torch.dtype) -> Any:
+    """In place, what `from_pretrained` keeps in float32 apart: diffusers 0.39 computes it there."""
+    transformer.to(dtype)
+    for name in transformer._keep_in_fp32_modules:
+        getattr(transformer, name).float()
+    return transformer
+
+
 def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
     torch.manual_seed(seed)
     arguments = inspect.signature(Cosmos3OmniTransformer.__init__).parameters
@@ -76,7 +84,7 @@ def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[s
         for parameter in transformer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.02)
     return {
-        "transformer": transformer.to(dtype).eval(),
+        "transformer": cast(transformer, dtype).eval(),
         "text_tokenizer": make_tokenizer(),
         "vae": synthetic_vae(VAE_CONFIG, seed, decoder_base_dim=8).to(dtype),
         "scheduler": UniPCMultistepScheduler(

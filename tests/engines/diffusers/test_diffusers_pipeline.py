@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import Cosmos3OmniPipeline
-from tiny_pipeline import FRAMES, VAE_CONFIG, generate, make_inputs, make_modular, make_pipe
+from tiny_pipeline import FRAMES, VAE_CONFIG, cast, generate, make_inputs, make_modular, make_pipe
 from torch import nn
 
 from cosmos3_fast.engines.diffusers import accelerate, last_encoding, refresh, restore
@@ -141,6 +141,7 @@ def replace_vae(pipe: Any) -> None:
 
 def change_dtype(pipe: Any) -> None:
     pipe.to(torch.float64)
+    cast(pipe.transformer, torch.float64)
 
 
 @pytest.mark.parametrize(
@@ -318,7 +319,12 @@ def test_group_offload(pipe: Any, offload_type: str) -> None:
     inputs = make_inputs("v2v")
     plain = generate(pipe, inputs)
     cpu = torch.device("cpu")
-    pipe.vae.enable_group_offload(cpu, cpu, offload_type=offload_type, num_blocks_per_group=1)
+    try:
+        pipe.vae.enable_group_offload(cpu, cpu, offload_type=offload_type, num_blocks_per_group=1)
+    except AttributeError as error:
+        if torch.accelerator.is_available():
+            raise
+        pytest.skip(f"this diffusers offloads to an accelerator only: {error}")
     accelerate(pipe, "exact")
     ours = generate(pipe, inputs)
     assert ours.same_as(plain)
