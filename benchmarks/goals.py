@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from benchmarks.paths import ONE_FRAME, OURS, all_frames
-from benchmarks.suites import pixels
+from benchmarks.suites import Row, decoder, pixels
 from benchmarks.suites.bulk import BARE, LOOP, MEASURED, ON_RAY
 from benchmarks.suites.op import COPY, USUAL_CASES
 
@@ -43,6 +43,17 @@ def judge(result: Result) -> list[Result]:
     return [{**asdict(goal), "met": goal.met} for goal in _goals(result)]
 
 
+def _median(result: Result, beside: Row, path: str) -> float:
+    """Seconds of another path of the same case."""
+    where = "suite", "case", "dtype"
+    (found,) = (
+        row["median"]
+        for row in result["rows"]
+        if row["path"] == path and all(row[key] == beside[key] for key in where)
+    )
+    return float(found)
+
+
 def _goals(result: Result) -> Iterator[Goal]:
     for row in result["rows"]:
         if (row["suite"], row["case"]) == ("bulk", MEASURED) and row["path"] not in (BARE, LOOP):
@@ -61,6 +72,13 @@ def _goals(result: Result) -> Iterator[Goal]:
             case "stage", case, baseline if baseline == all_frames(17):
                 name = f"stage {case}, {row['dtype']}: speed against {baseline}"
                 yield Goal(name, row["speedup"], "at least", 70)
+            case "decoder", "256x448" as case, baseline:
+                name = f"decoder {case}, {row['dtype']}: speed against"
+                bound = {"float32": 5.5, "bfloat16": 3}[row["dtype"]]
+                yield Goal(f"{name} {baseline}", row["speedup"], "at least", bound)
+                if row["dtype"] == "float32":
+                    faster = _median(result, row, decoder.PLAIN) / row["median"]
+                    yield Goal(f"{name} {decoder.PLAIN}", faster, "at least", 2.2)
             case "pixels", "1280x1920 to 480x832" as case, pixels.PILLOW:
                 yield Goal(f"picture {case}: speed against Pillow", row["speedup"], "at least", 8)
             case "pixels", "1280x1920 to 480x832, 1 thread" as case, pixels.PILLOW:

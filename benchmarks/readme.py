@@ -16,12 +16,16 @@ from benchmarks.harness import ROOT
 from benchmarks.paths import OURS, UNFUSED
 from benchmarks.report import goal_lines
 from benchmarks.suites import Row, engines, profile
+from benchmarks.suites.decoder import PLAIN
 from benchmarks.suites.op import COMPILED, COPY, FORMULA, USUAL_CASES
+from benchmarks.suites.pixels import DECODE_AND_RESIZE, TORCHVISION
 
 Result = dict[str, Any]
 Section = Callable[[Result], str]
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / "result.json"
 NOT_MEASURED = "Not measured yet: `make bench-full` does."
+# What others could do, by suite.
+ALTERNATIVES = {"encoder": UNFUSED, "decoder": PLAIN, "stage": UNFUSED, "pixels": TORCHVISION}
 
 
 def measured(result: Result) -> str:
@@ -36,8 +40,9 @@ def measured(result: Result) -> str:
             "",
             *table(header, list(_measured(result["rows"]))),
             "",
-            "The alternative is a plain copy or `torch.compile` for the op; for the encoder, the "
-            "folded network without this package's kernels. Peak memory of one float32 encode "
+            "The alternative is a plain copy or `torch.compile` for the op; for encoder and "
+            "decoder, the folded network without this package's kernels; for pixels, a resize to "
+            "other bytes than Pillow's. Peak memory of one float32 encode "
             f"at {size(result['memory']['size'])}, weights included: {memory['ours']['peak']:.0f} "
             f"MiB against {memory['vae']['peak']:.0f} MiB for the 3-D VAE without its decoder.",
             "",
@@ -48,7 +53,7 @@ def measured(result: Result) -> str:
 
 def _measured(rows: list[Row]) -> Iterator[tuple[str, ...]]:
     for ours in rows:
-        if ours["path"] != OURS or ours["suite"] not in ("op", "encoder", "stage"):
+        if ours["path"] != OURS or ours["suite"] not in ("op", *ALTERNATIVES):
             continue
         where = (ours["suite"], ours["case"], ours["dtype"])
         paths = {
@@ -61,7 +66,9 @@ def _measured(rows: list[Row]) -> Iterator[tuple[str, ...]]:
                 continue
             today, best = FORMULA, min((COMPILED, COPY), key=lambda path: paths[path])
         else:
-            today, best = ours["baseline"], UNFUSED
+            # The baseline of a file is its decode alone, which is not all that engines do today.
+            today = DECODE_AND_RESIZE if DECODE_AND_RESIZE in paths else ours["baseline"]
+            best = ALTERNATIVES[ours["suite"]]
         yield (
             f"{ours['suite']}, {size(ours['case'])}, {ours['dtype']}",
             f"{seconds(paths[today])}, {today}",

@@ -20,7 +20,7 @@ pytest.importorskip("diffusers")
 
 from benchmarks import goals, harness, paths, readme, run, suites
 from benchmarks.paths import ONE_FRAME, OURS, UNFUSED, all_frames
-from benchmarks.suites import engines
+from benchmarks.suites import decoder, engines
 from benchmarks.suites import op as op_suite
 from benchmarks.suites.op import COMPILED, COPY, FORMULA, IN_PLACE
 
@@ -190,6 +190,28 @@ def test_goals_are_judged(suite: str, case: str, medians: dict[str, float], met:
     baseline = {"encoder": ONE_FRAME, "op": COPY, "stage": all_frames(17)}[suite]
     (goal,) = goals.judge({"rows": rows(suite, case, "float32", baseline, **medians)})
     assert goal["met"] is met
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vae", "plain", "met"),
+    [
+        ("float32", 5.5, 2.2, [True, True]),
+        ("float32", 5.4, 2.3, [False, True]),
+        ("float32", 5.6, 2.1, [True, False]),
+        ("bfloat16", 3.0, 1.0, [True]),
+        ("bfloat16", 2.9, 1.0, [False]),
+    ],
+)
+def test_the_decoders_goals_are_judged(dtype: str, vae: float, plain: float, met: list[bool]):
+    medians = {decoder.VAE: vae, decoder.PLAIN: plain, OURS: 1.0}
+    rows = [
+        {
+            **{"suite": "decoder", "case": "256x448", "dtype": dtype, "path": path},
+            **{"median": median, "baseline": decoder.VAE, "speedup": vae / median},
+        }
+        for path, median in medians.items()
+    ]
+    assert [goal["met"] for goal in goals.judge({"rows": rows})] == met
 
 
 def test_memory_and_engine_goals_are_judged(result: dict[str, Any]):
