@@ -11,7 +11,6 @@ from typing import Any
 
 import omni_stubs  # noqa: F401
 import torch
-from encoder_cases import RESIDUAL
 from torch import Tensor, nn
 from vllm_omni.diffusion.distributed.autoencoders.autoencoder_kl_wan import (
     DistributedAutoencoderKLWan,
@@ -20,16 +19,17 @@ from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import Cosmos3OmniDiffu
 
 from cosmos3_fast.engines import releases, selftest
 from cosmos3_fast.engines import vllm_omni as adapter
-from cosmos3_fast.vae.synthetic import synthetic_vae
+from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_vae
 
 EnginePipeline = Cosmos3OmniDiffusersPipeline
 # Before 0.24: `num_frames` copies of an image, and the whole clip of an action.
 ENCODES_ALL_FRAMES = hasattr(EnginePipeline, "_encode_conditioning_video")
 HEIGHT, WIDTH, FRAMES = 48, 64, 9
+VAE_CONFIG = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": 16})
 
 
 def make_vae(
-    dtype: torch.dtype = torch.float32, seed: int = 0, config: Mapping[str, Any] = RESIDUAL
+    dtype: torch.dtype = torch.float32, seed: int = 0, config: Mapping[str, Any] = VAE_CONFIG
 ) -> DistributedAutoencoderKLWan:
     """The engine's VAE class in Cosmos3's topology, narrow by default, with seeded weights."""
     source = synthetic_vae(config, seed, decoder_base_dim=4)

@@ -6,6 +6,7 @@ takes no part, is tiny. Needs the environment of `make test-diffusers`.
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -23,11 +24,13 @@ from cosmos3_fast.vae.synthetic import synthetic_vae
 def main() -> int:
     args = arguments(__doc__)
     vae = synthetic_vae(vae_config(args.base_dim), seed=0)
+    # A VAE of its own for each mode, since the mode is the VAE's.
     pipelines = {
-        UNPATCHED: tiny_pipeline.make_pipe(vae=vae),
-        "exact": accelerate(tiny_pipeline.make_pipe(vae=vae), "exact"),
-        "fast": accelerate(tiny_pipeline.make_pipe(vae=vae), "fast"),
+        mode: tiny_pipeline.make_pipe(vae=copy.deepcopy(vae))
+        for mode in (UNPATCHED, "exact", "fast")
     }
+    accelerate(pipelines["exact"], "exact")
+    accelerate(pipelines["fast"], "fast")
     generator = torch.Generator().manual_seed(0)
     clip = torch.rand(args.num_frames, 3, args.height, args.width, generator=generator)
     size = {"height": args.height, "width": args.width, "num_frames": args.num_frames}
