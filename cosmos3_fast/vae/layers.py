@@ -26,6 +26,8 @@ from cosmos3_fast.ops.winograd import same_bits
 from cosmos3_fast.vae.decoder_topology import UpStage
 from cosmos3_fast.vae.topology import Stage
 
+# Of an up-sampling, Winograd saves less than of another convolution, and needs as much memory.
+_UPSAMPLE_TILES = 1024
 # A `min_tiles` that no image has.
 NO_TILES = sys.maxsize
 
@@ -388,7 +390,9 @@ class DecoderStage(nn.Module):
             self.blocks.append(ResidualBlock(width, stage.out_channels, min_tiles))
             width = stage.out_channels
         self.upsample = (
-            None if stage.up_channels is None else Upsample(width, stage.up_channels, min_tiles)
+            None
+            if stage.up_channels is None
+            else Upsample(width, stage.up_channels, _UPSAMPLE_TILES)
         )
         self.residual = residual
         self.factor_t = stage.factor_t
