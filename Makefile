@@ -52,7 +52,7 @@ $(VENV)/bench.stamp: $(VENV)/demo.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run --out out/bench
 
-## make bench-full    every size, more rounds, and README's table and plot from it (35 minutes)
+## make bench-full    every size, more rounds, and README's table and plot from it (45 minutes)
 bench-full: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run --full --out benchmarks/results/cpu
 	$(BIN)/python -m benchmarks.readme

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     suites = list(all_suites())
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     setting = parser.add_mutually_exclusive_group()
-    setting.add_argument("--full", action="store_true", help="every size, more rounds (35 minutes)")
+    setting.add_argument("--full", action="store_true", help="every size, more rounds (45 minutes)")
     setting.add_argument(
         "--tiny", action="store_true", help="seconds for each suite: tries them, measures nothing"
     )
