@@ -24,14 +24,22 @@ Result = dict[str, Any]
 Section = Callable[[Result], str]
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu" / "result.json"
 NOT_MEASURED = "Not measured yet: `make bench-full` does."
-# What others could do, by suite.
+# What others could do, by suite; and what that is.
 ALTERNATIVES = {"encoder": UNFUSED, "decoder": PLAIN, "stage": UNFUSED, "pixels": TORCHVISION}
+EXPLAINED = {
+    "op": "a plain copy or `torch.compile` for the op",
+    "encoder": "for the encoder, the folded network without this package's kernels",
+    "decoder": "for the decoder, the last temporal taps without them",
+    "pixels": "for pixels, a resize to other bytes than Pillow's",
+}
 
 
 def measured(result: Result) -> str:
     """README's table and plot."""
     header = ("", "engines today", "alternative", "this package", "faster by")
     memory = result["memory"]["float32"]
+    shown = {row["suite"] for row in result["rows"]}
+    explained = "; ".join(text for suite, text in EXPLAINED.items() if suite in shown)
     return "\n".join(
         [
             f"{provenance(result)}. Both sides in one process, interleaved, after a correctness "
@@ -40,9 +48,7 @@ def measured(result: Result) -> str:
             "",
             *table(header, list(_measured(result["rows"]))),
             "",
-            "The alternative is a plain copy or `torch.compile` for the op; for encoder and "
-            "decoder, the folded network without this package's kernels; for pixels, a resize to "
-            "other bytes than Pillow's. Peak memory of one float32 encode "
+            f"The alternative is {explained}. Peak memory of one float32 encode "
             f"at {size(result['memory']['size'])}, weights included: {memory['ours']['peak']:.0f} "
             f"MiB against {memory['vae']['peak']:.0f} MiB for the 3-D VAE without its decoder.",
             "",

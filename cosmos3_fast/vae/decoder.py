@@ -37,7 +37,7 @@ class FrameDecoder(FoldedNetwork):
 
     Memory, for the VAE of Cosmos3: 197 M parameters (395 MB in bf16, 790 MB in fp32), where the
     VAE's decoder has 555 M. In fp32 on the CPU, large images add transformed weights of 4 times
-    the size of their kernels and a copy of these (`layers.WinogradConv`): 2.0 GB at 256x448.
+    the size of their kernels and a copy of these (`layers.WinogradConv`): 1.6 GB at 256x448.
 
     Args:
         topology: the structure.
