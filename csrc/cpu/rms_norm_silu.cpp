@@ -1,8 +1,6 @@
 // CPU kernels of cosmos3::rms_norm_silu, add_rms_norm_silu and add_pad: one pass over channels-last
 // pixels. A pixel's channels fit in the first-level cache, so that they are summed, measured and
 // scaled without further memory traffic.
-#include "../rms_norm_silu.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -10,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../addends.h"
 #include "../dtypes.h"
 #include "channels_last.h"
 #include "simd.h"

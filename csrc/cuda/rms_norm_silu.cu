@@ -1,7 +1,5 @@
 // CUDA kernel of cosmos3::rms_norm_silu, add_rms_norm_silu and add_pad: a warp takes whole pixels
 // of channels-last data, keeps what it has read in registers, and needs nothing from other warps.
-#include "../rms_norm_silu.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -9,6 +7,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../addends.h"
 #include "../dtypes.h"
 #include "launch.h"
 

@@ -1,5 +1,5 @@
-// What the CPU and CUDA kernels of cosmos3::rms_norm_silu, add_rms_norm_silu and add_pad share: the
-// checks of what is added up, and how the residual is read.
+// What the CPU and the CUDA kernels share that add bias and residual to an image and normalize it:
+// the checks of what is added up, how the residual is read, and the norm's epsilon.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
