@@ -143,10 +143,7 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
     with_cuda = wants_cuda(torch, cuda_home)
     archs = cuda_architectures()
 
-    sources = [
-        "csrc/ops.cpp",
-        *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp")),
-    ]
+    sources = sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/cpu/*.cpp"))
     compile_args = {"cxx": [*CXX_FLAGS, *STABLE_ABI], "nvcc": []}
     library_dirs, libraries = [], []
     if with_cuda:

@@ -102,7 +102,8 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
     """Gives an op its Python backends, for use by name and where the library does not serve.
 
     Args:
-        schema: as in csrc/ops.cpp, for installs without the library; a test compares the two.
+        schema: as beside the op's CPU kernel, for installs without the library; a test compares
+            the two.
         check: takes the op's arguments; raises if they do not fit.
         eager, triton: take the same arguments; `triton` as "module:function" below
             `cosmos3_fast.ops.triton`, imported at the first call, or None if there is none.

@@ -115,6 +115,10 @@ Tensor pack_pixels(Tensor pixels, int64_t patch_size, ScalarType dtype, int64_t 
 }  // namespace
 }  // namespace cosmos3
 
+STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
+  m.def("pack_pixels(Tensor pixels, int patch_size, ScalarType dtype, int channels=0) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("pack_pixels", TORCH_BOX(&cosmos3::pack_pixels));
 }

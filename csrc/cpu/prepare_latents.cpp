@@ -252,6 +252,18 @@ Tensor prepare_latents_(Tensor cond_latent, Tensor noise, std::vector<int64_t> c
 }  // namespace
 }  // namespace cosmos3
 
+STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
+  m.def(
+      "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
+      "(Tensor latents, Tensor velocity_mask)");
+  m.def(
+      "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
+      "(Tensor latents, Tensor velocity_mask)");
+  m.def(
+      "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
+      "Tensor velocity_mask");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("prepare_latents", TORCH_BOX(&cosmos3::prepare_latents));
   m.impl("prepare_latents.mask", TORCH_BOX(&cosmos3::prepare_latents_mask));

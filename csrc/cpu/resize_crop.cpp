@@ -340,6 +340,12 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
 }  // namespace
 }  // namespace cosmos3
 
+STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
+  m.def(
+      "resize_crop(Tensor image, int[2] size, int[4] crop, str filter, "
+      "bool vertical_first=False) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("resize_crop", TORCH_BOX(&cosmos3::resize_crop));
 }

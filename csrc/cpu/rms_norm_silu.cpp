@@ -274,6 +274,16 @@ Tensor add_pad(Tensor x, std::optional<Tensor> bias, std::optional<Tensor> resid
 }  // namespace
 }  // namespace cosmos3
 
+STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
+  m.def(
+      "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
+      "Tensor? residual=None) -> Tensor");
+  m.def(
+      "add_rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
+      "Tensor? residual=None) -> (Tensor sum, Tensor activated)");
+  m.def("add_pad(Tensor x, Tensor? bias=None, Tensor? residual=None, bool pad=True) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("rms_norm_silu", TORCH_BOX(&cosmos3::rms_norm_silu));
   m.impl("add_rms_norm_silu", TORCH_BOX(&cosmos3::add_rms_norm_silu));

@@ -103,6 +103,10 @@ Tensor unpack_pixels(Tensor x, int64_t patch_size, bool as_bytes) {
 }  // namespace
 }  // namespace cosmos3
 
+STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
+  m.def("unpack_pixels(Tensor x, int patch_size, bool as_bytes=False) -> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("unpack_pixels", TORCH_BOX(&cosmos3::unpack_pixels));
 }

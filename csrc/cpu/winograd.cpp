@@ -413,6 +413,13 @@ Tensor winograd_conv3x3(Tensor x, Tensor packed_weight, std::optional<Tensor> bi
 }  // namespace
 }  // namespace cosmos3
 
+STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
+  m.def("winograd_pack(Tensor weight) -> Tensor");
+  m.def(
+      "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
+      "-> Tensor");
+}
+
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
   m.impl("winograd_pack", TORCH_BOX(&cosmos3::winograd_pack));
   m.impl("winograd_conv3x3", TORCH_BOX(&cosmos3::winograd_conv3x3));
