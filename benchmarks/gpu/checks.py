@@ -139,7 +139,7 @@ def gpu_tests(context: Context) -> Iterator[Result]:
     command += ["--ignore=tests/engines", "--continue-on-collection-errors"]
     command += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_lines"]
     if util.find_spec("xdist"):  # most of the time is Triton's compiler's
-        command += ["-n", str(min(8, len(os.sched_getaffinity(0))))]
+        command += ["-n", str(len(os.sched_getaffinity(0)))]
     with log.open("w") as output:
         child = subprocess.Popen(
             command,
