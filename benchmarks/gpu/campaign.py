@@ -1,7 +1,8 @@
-"""Everything that is claimed about a GPU, in three commands of under nine minutes each.
+"""Everything that is claimed about a GPU, in four commands of under nine minutes each.
 
     python -m benchmarks.gpu.campaign checks       the build, the tests, graphs, streams
     python -m benchmarks.gpu.campaign figures      ceilings, op, encoder, numerics, stage
+    python -m benchmarks.gpu.campaign decoding     ceilings, decoder, clips, attention, seam
     python -m benchmarks.gpu.campaign sanitizers   compute-sanitizer's three tools
 
 Each writes a JSON file of its own, `--out`, rewritten after each step and each part of one, so that
@@ -34,6 +35,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, commit, machine
 
+COMMANDS = ("checks", "figures", "decoding", "sanitizers")
 DRY_RUN_NOTE = "dry run on a CPU at tiny sizes: nothing here is a figure about a GPU"
 
 
@@ -60,7 +62,12 @@ def commands() -> dict[str, dict[str, Any]]:
     """The steps of each command, in their order."""
     from benchmarks.gpu import checks, figures
 
-    kinds = {"checks": checks.STEPS, "figures": figures.STEPS, "sanitizers": checks.SANITIZERS}
+    kinds = {
+        "checks": checks.STEPS,
+        "figures": figures.STEPS,
+        "decoding": figures.DECODING,
+        "sanitizers": checks.SANITIZERS,
+    }
     return {command: {**checks.FIRST, **steps} for command, steps in kinds.items()}
 
 
@@ -209,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=("checks", "figures", "sanitizers"), nargs="?")
+    parser.add_argument("command", choices=COMMANDS, nargs="?")
     parser.add_argument("--out", type=Path, help="the file (default out/gpu_<command>.json)")
     parser.add_argument("--budget", type=float, default=520, help="seconds for all (default 520)")
     parser.add_argument(
@@ -233,7 +240,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cold is not None:
         import torch
 
-        from benchmarks.gpu.figures import cold
+        from benchmarks.gpu.stages import cold
         from benchmarks.gpu.timing import Context
 
         with torch.no_grad():
@@ -241,7 +248,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(cold(context, options.cold)))
         return 0
     if options.command is None:
-        parser.error("command must be one of checks, figures, sanitizers")
+        parser.error(f"command must be one of {', '.join(COMMANDS)}")
     return campaign(options)
 
 

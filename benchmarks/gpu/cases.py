@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.timing import Context, Skipped, tuned
+from benchmarks.harness import GateError
 from cosmos3_fast.frames import latent_frames
-from cosmos3_fast.vae import FrameEncoder
+from cosmos3_fast.vae import ClipEncoder, FrameDecoder, FrameEncoder
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
     synthetic_config,
@@ -20,6 +22,7 @@ from cosmos3_fast.vae.synthetic import (
 )
 from cosmos3_fast.vae.verify import rms
 
+BF16 = torch.bfloat16
 DECODER_BASE_DIM = 256  # that of Cosmos3's VAE
 
 
@@ -100,27 +103,44 @@ def make_encoder(
     return FrameEncoder.from_state_dict(state, cfg, dtype, device or context.device)
 
 
-class GraphedEncoder:
-    """A `FrameEncoder` replayed as a CUDA graph, captured for each shape and dtype of its input.
+def make_clip_encoder(context: Context) -> ClipEncoder:
+    cfg = config(context)
+    return ClipEncoder.from_state_dict(weights(context, cfg, "encoder"), cfg, BF16, context.device)
+
+
+def decoder_config(context: Context) -> dict[str, Any]:
+    """As `config`, with the decoder of Cosmos3's VAE; a dry run's is as narrow as its encoder."""
+    return {**config(context), "decoder_base_dim": 16 if context.dry_run else DECODER_BASE_DIM}
+
+
+def make_decoder(context: Context, dtype: torch.dtype = torch.bfloat16) -> FrameDecoder:
+    """The folded decoder, of the bfloat16 weights of `reference_vae(full_decoder=True)`."""
+    cfg = decoder_config(context)
+    state = weights(context, cfg, "decoder")
+    return FrameDecoder.from_state_dict(state, cfg, dtype, context.device)
+
+
+class Graphed:
+    """A network replayed as a CUDA graph, captured for each shape and dtype of its input.
 
     For one stream: a replay writes where the one before did, and a copy of that is returned.
     """
 
-    def __init__(self, encoder: FrameEncoder) -> None:
-        self._encoder = encoder
+    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
+        self._network = network
         self._graphs: dict[Any, tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._encoder, name)
+        return getattr(self._network, name)
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        key = pixels.shape, pixels.dtype
+    def __call__(self, given: Tensor) -> Tensor:
+        key = given.shape, given.dtype
         if key not in self._graphs:
-            self._graphs[key] = self._captured(pixels.clone())
-        static, graph, latents = self._graphs[key]
-        static.copy_(pixels)
+            self._graphs[key] = self._captured(given.clone())
+        static, graph, result = self._graphs[key]
+        static.copy_(given)
         graph.replay()
-        return latents.clone()
+        return result.clone()
 
     def _captured(self, static: Tensor) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor]:
         with tuned():
@@ -128,12 +148,12 @@ class GraphedEncoder:
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
-                self._encoder(static)
+                self._network(static)
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                latents = self._encoder(static)
-        return static, graph, latents
+                result = self._network(static)
+        return static, graph, result
 
 
 def reference_vae(
@@ -150,8 +170,7 @@ def reference_vae(
         raise Skipped(
             f"the reference VAE needs diffusers ({error}): give its wheels with --wheels"
         ) from error
-    full = full_decoder and not context.dry_run
-    cfg = {**config(context), "decoder_base_dim": DECODER_BASE_DIM if full else 16}
+    cfg = decoder_config(context) if full_decoder else {**config(context), "decoder_base_dim": 16}
     with torch.device("meta"):
         vae = diffusers.AutoencoderKLWan.from_config(cfg)
     state = weights(context, cfg, "encoder") | weights(context, cfg, "decoder")
@@ -170,3 +189,9 @@ def tolerance(dtype: torch.dtype) -> float:
 def rms_error(ours: Tensor, exact: Tensor) -> float:
     """Root mean square of the difference over the standard deviation of `exact`."""
     return rms(ours.double() - exact.double()) / exact.double().std().item()
+
+
+def check_error(name: str, ours: Tensor, exact: Tensor) -> None:
+    """Refuse what in bfloat16 is further from `exact` than `tolerance`."""
+    if not (error := rms_error(ours, exact)) <= tolerance(BF16):
+        raise GateError(f"{name}: rms error {error:.2e}, wanted at most {tolerance(BF16):.2e}")

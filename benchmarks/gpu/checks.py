@@ -12,12 +12,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import SIZES, GraphedEncoder, frame, make_encoder, tolerance
+from benchmarks.gpu.cases import SIZES, Graphed, frame, make_encoder, tolerance
 from benchmarks.gpu.pytest_lines import LINES
 from benchmarks.gpu.timing import Context, Result, Skipped, Step, tuned
 from benchmarks.harness import ROOT, gate_equal
@@ -138,6 +138,8 @@ def gpu_tests(context: Context) -> Iterator[Result]:
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
     command += ["--ignore=tests/engines", "--continue-on-collection-errors"]
     command += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_lines"]
+    if util.find_spec("xdist"):  # most of the time is Triton's compiler's
+        command += ["-n", str(len(os.sched_getaffinity(0)))]
     with log.open("w") as output:
         child = subprocess.Popen(
             command,
@@ -211,7 +213,7 @@ def graphs(context: Context) -> Iterator[Result]:
             gate_equal(f"{backend} replay {seed}, mask", mask, wanted_mask)
         yield {f"op_{backend}": "5 replays under changing inputs equal the reference"}
     encoder = make_encoder(context)
-    graphed = GraphedEncoder(encoder)
+    graphed = Graphed(encoder)
     worst = 0.0
     equal = True
     for seed in range(5):

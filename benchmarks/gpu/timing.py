@@ -196,6 +196,39 @@ def launches(context: Context, call: Call) -> Any:
     }
 
 
+def kernel_times(context: Context, call: Call, calls: int = 5) -> Any:
+    """The kernels of one call by the device time they take together, longest first."""
+    if context.dry_run:
+        return NOT_MEASURED
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    spent: dict[str, list[float]] = {}
+    for event in profiled.events():
+        if event.device_type == DeviceType.CUDA:
+            spent.setdefault(event.name[:160], []).append(event.device_time)
+    total = sum(map(sum, spent.values())) / calls
+    longest = sorted(spent, key=lambda name: -sum(spent[name]))[:30]
+    return {
+        "device_us": total,
+        "each": [
+            {
+                "name": name,
+                "launches": len(spent[name]) / calls,
+                "us": sum(spent[name]) / calls,
+                "share": sum(spent[name]) / calls / total,
+            }
+            for name in longest
+        ],
+    }
+
+
 def peak_bytes(context: Context, call: Call) -> Any:
     """Device memory that one call allocates at its peak, on top of what was there."""
     if context.dry_run:

@@ -25,7 +25,8 @@ from cosmos3_fast.ops import registry
 
 GPU_STEPS = {
     "checks": ["build", "gpu_tests", "graphs", "streams"],
-    "figures": ["build"],
+    "figures": ["build", "encoder_480x832_compiled"],
+    "decoding": ["build"],
     "sanitizers": ["build", "sanitizer_memcheck", "sanitizer_racecheck", "sanitizer_initcheck"],
 }
 FIGURES = [
@@ -36,12 +37,24 @@ FIGURES = [
     "encoder_720x1280_untuned",
     "encoder_480x832",
     "encoder_720x1280",
+    "encoder_480x832_compiled",
     "numerics",
     "stage",
 ]
+DECODING = [
+    "ceilings",
+    "decoder_480x832",
+    "decoder_720x1280",
+    "decoder_1024x1024",
+    "clips",
+    "attention",
+    "seam",
+]
 COMMANDS = {
-    command: ["environment", *gpu_only, *(FIGURES if command == "figures" else [])]
-    for command, gpu_only in GPU_STEPS.items()
+    "checks": ["environment", *GPU_STEPS["checks"]],
+    "figures": ["environment", "build", *FIGURES],
+    "decoding": ["environment", "build", *DECODING],
+    "sanitizers": ["environment", *GPU_STEPS["sanitizers"]],
 }
 
 
@@ -115,7 +128,7 @@ def test_the_dry_run_holds_no_number(command: str, dry_runs: dict[str, dict[str,
         if isinstance(leaf, int | float) and not isinstance(leaf, bool)
     ]
     assert steps["environment"]["result"]["device"] is None
-    if command == "figures":
+    if command in ("figures", "decoding"):
         assert list(leaves(steps["ceilings"]["result"])) == [NOT_MEASURED] * 3
 
 
@@ -128,16 +141,24 @@ def test_the_dry_run_takes_every_path(dry_runs: dict[str, dict[str, Any]]):
     folded = {"folded, unfused", "folded, fused kernels"}
     for step in ("encoder_480x832_untuned", "encoder_480x832", "encoder_720x1280", "numerics"):
         assert folded <= set(result(step))
-    compiled = {"folded, unfused, torch.compile", "folded, fused kernels, CUDA graph"}
     for step in ("encoder_480x832", "encoder_720x1280"):
-        for name in compiled:
-            assert "dry run" in result(step)[name]["skipped"]
+        assert "dry run" in result(step)["folded, fused kernels, CUDA graph"]["skipped"]
         alone = result(step)["convolutions alone"]["each"]
         # Each resolution has its own; stride 2 ends three of four, and 1x1 changes the width.
         assert {name.split()[0] for name in alone} == {"3x3", "1x1"}
         assert len(alone) > 8
     assert {"warm, resident", "parts", "weights", "warm, offloaded"} <= set(result("stage"))
     assert {"cold, graph", "cold, fast"} <= set(result("stage"))
+
+    decoding = dry_runs["decoding"]["steps"]
+    for step in ("decoder_480x832", "decoder_720x1280", "decoder_1024x1024"):
+        paths = {"last taps, plain", "folded, fused kernels"}
+        assert paths <= set(decoding[step]["result"])
+    assert {f"ClipEncoder, {frames} frames" for frames in (5, 9)} <= set(
+        decoding["clips"]["result"]
+    )
+    for shape in decoding["attention"]["result"].values():
+        assert {"torch's choice", "two products and a softmax"} <= set(shape)
 
 
 def test_without_a_device_only_a_dry_run(
@@ -153,7 +174,8 @@ def test_steps_that_time_left_out_are_named(tmp_path: Path):
     out = tmp_path / "out.json"
     assert campaign.main(["figures", "--dry-run", "--budget", "0", "--out", str(out)]) == 0
     steps = json.loads(out.read_text())["steps"]
-    assert {steps[name]["reason"] for name in FIGURES} == {"the command's 0 s were over"}
+    reasons = {steps[name]["reason"] for name in FIGURES}
+    assert reasons == {"the command's 0 s were over", "dry run: needs a CUDA device"}
 
 
 def test_an_unknown_step_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -183,7 +205,7 @@ def test_a_failed_step_stops_no_other(tmp_path: Path, monkeypatch: pytest.Monkey
     assert campaign.main(["figures", "--dry-run", "--out", str(out)]) == 1
     steps = json.loads(out.read_text())["steps"]
     done = [name for name, step in steps.items() if step["status"] == "done"]
-    assert done == ["environment", *FIGURES[1:]]
+    assert done == [n for n in ("environment", *FIGURES[1:]) if n not in GPU_STEPS["figures"]]
     assert steps["ceilings"]["result"] == {"copy": "half"}
     assert [len(file) for file in files] == sorted({len(file) for file in files})
 
