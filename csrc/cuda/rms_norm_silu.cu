@@ -15,9 +15,16 @@ namespace cosmos3 {
 namespace {
 
 constexpr int kWarp = 32;
-constexpr int kHeld = 32;  // channels that a thread keeps
-constexpr unsigned kThreads = 256;
-constexpr int64_t kPixels = kThreads / kWarp;  // that a block takes at a time
+// Channels that a thread keeps, of one pixel or of several.
+template <typename T>
+constexpr int kHeld = 128 / static_cast<int>(sizeof(Compute<T>));
+// Blocks that a multiprocessor has the registers for; wider types need more to load at once.
+template <typename T>
+constexpr int kResident = sizeof(T) == 2   ? 4
+                          : sizeof(T) == 4 ? 3
+                                           : 2;
+constexpr unsigned kThreads = 128;
+constexpr int64_t kWarps = kThreads / kWarp;
 
 // Images are [B, H, W, C] in memory. `bias`, `residual`, `weight`, `sum` and `activated` may be
 // null. P is the dtype of the weight and the bias.
@@ -48,35 +55,51 @@ struct Pixel {
   bool inside;
 };
 
+// A device divides 64 bits in a hundred instructions, 32 in twenty.
+template <typename Index, typename T, typename P>
+__device__ Pixel place(const Job<T, P>& job, Index pixel) {
+  const Index height = static_cast<Index>(job.height), width = static_cast<Index>(job.width);
+  const Index pad = static_cast<Index>(job.pad);
+  const Index line = pixel / (width + pad), column = pixel % (width + pad);
+  const Index b = line / (height + pad), row = line % (height + pad);
+  const int64_t line_of_x = static_cast<int64_t>(b) * job.height + row;
+  return {(line_of_x * job.width + column) * job.channels,
+          (line_of_x * job.s * job.width * job.s + column * job.s) * (job.channels / job.t),
+          row < height && column < width};
+}
+
 template <typename T, typename P>
 __device__ Pixel pixel_of(const Job<T, P>& job, int64_t pixel) {
   if (!job.pad && !job.averages()) {
     return {pixel * job.channels, 0, true};
   }
-  const int64_t line = pixel / (job.width + job.pad), column = pixel % (job.width + job.pad);
-  const int64_t b = line / (job.height + job.pad), row = line % (job.height + job.pad);
-  const int64_t line_of_x = b * job.height + row;
-  return {(line_of_x * job.width + column) * job.channels,
-          (line_of_x * job.s * job.width * job.s + column * job.s) * (job.channels / job.t),
-          row < job.height && column < job.width};
+  return job.pixels >> 32 ? place<int64_t>(job, pixel)
+                          : place<uint32_t>(job, static_cast<uint32_t>(pixel));
+}
+
+// f(lane, value) for the elements of a vector that was read.
+template <typename T, typename Vector, typename F>
+__device__ void each_lane(Vector vector, F&& f) {
+  const T* lanes = reinterpret_cast<const T*>(&vector);
+#pragma unroll
+  for (int lane = 0; lane < static_cast<int>(sizeof(Vector) / sizeof(T)); ++lane) {
+    f(lane, lanes[lane]);
+  }
 }
 
 // f(lane, value) for kLanes elements from `from` on: one of them, or accesses of 16 bytes on their
-// boundary.
+// boundary, or one of 8 bytes.
 template <int kLanes, typename T, typename F>
 __device__ void load(const T* from, F&& f) {
-  if constexpr (kLanes == 1) {
+  if constexpr (kLanes == 1 && sizeof(T) < sizeof(uint2)) {
     f(0, *from);
   } else {
-    constexpr int kPerAccess = static_cast<int>(sizeof(uint4) / sizeof(T));
+    using Vector = std::conditional_t<kLanes * sizeof(T) == sizeof(uint2), uint2, uint4>;
+    constexpr int kPerAccess = static_cast<int>(sizeof(Vector) / sizeof(T));
 #pragma unroll
     for (int first = 0; first < kLanes; first += kPerAccess) {
-      const uint4 vector = reinterpret_cast<const uint4*>(from)[first / kPerAccess];
-      const T* lanes = reinterpret_cast<const T*>(&vector);
-#pragma unroll
-      for (int lane = 0; lane < kPerAccess; ++lane) {
-        f(first + lane, lanes[lane]);
-      }
+      each_lane<T>(*reinterpret_cast<const Vector*>(from + first),
+                   [&](int lane, T value) { f(first + lane, value); });
     }
   }
 }
@@ -97,51 +120,54 @@ __device__ void store(T* to, F&& value) {
   }
 }
 
-// What an averaged residual adds to a channel.
-template <typename T, typename P>
-__device__ Compute<T> average(const Job<T, P>& job, const Pixel& at, unsigned channel) {
-  if (channel % job.t != job.t - 1) {
-    return 0;
-  }
-  const int64_t channels = job.channels / job.t, pitch = job.width * job.s * channels;
+// What an averaged residual adds to kLanes of its own channels, of which the first is for `channel`
+// of x. kSide: rows and columns of a cell, where it is known; 0: those of the job.
+template <int kLanes, unsigned kSide, typename T, typename P>
+__device__ void average(Compute<T>* mean, const Job<T, P>& job, const Pixel& at, unsigned channel) {
+  using Value = Compute<T>;
+  const unsigned side = kSide ? kSide : job.s;
+  const int64_t channels = job.channels / job.t, pitch = job.width * side * channels;
   const T* cell = job.residual + at.cell + channel / job.t;
-  Compute<T> total = 0;
-  for (unsigned row = 0; row < job.s; ++row) {
-    for (unsigned column = 0; column < job.s; ++column) {
-      total += convert<Compute<T>>(cell[row * pitch + column * channels]);
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    mean[lane] = 0;
+  }
+#pragma unroll kSide ? kSide : 1
+  for (unsigned row = 0; row < side; ++row) {
+#pragma unroll kSide ? kSide : 1
+    for (unsigned column = 0; column < side; ++column) {
+      load<kLanes>(cell + row * pitch + column * channels,
+                   [&](int lane, T value) { mean[lane] += convert<Value>(value); });
     }
   }
-  return total / static_cast<Compute<T>>(job.s * job.s);
+#pragma unroll
+  for (int lane = 0; lane < kLanes; ++lane) {
+    mean[lane] /= static_cast<Value>(side * side);
+  }
 }
 
-// x + bias + residual of kLanes channels from `channel` on; zeros beyond the image.
-template <int kLanes, typename T, typename P>
-__device__ void add_up(Compute<T>* held, const Job<T, P>& job, const Pixel& at, int channel) {
+// x + bias + residual of one channel; zero beyond the image.
+template <typename T, typename P>
+__device__ Compute<T> sum_of(const Job<T, P>& job, const Pixel& at, int channel) {
   using Value = Compute<T>;
   if (!at.inside) {
-#pragma unroll
-    for (int lane = 0; lane < kLanes; ++lane) {
-      held[lane] = 0;
-    }
-    return;
+    return 0;
   }
-  load<kLanes>(job.x + at.offset + channel,
-               [&](int lane, T value) { held[lane] = convert<Value>(value); });
+  Value sum = convert<Value>(job.x[at.offset + channel]);
   if (job.bias != nullptr) {
-    load<kLanes>(job.bias + channel,
-                 [&](int lane, P value) { held[lane] += convert<Value>(value); });
+    sum += convert<Value>(job.bias[channel]);
   }
   if (job.residual == nullptr) {
-    return;
+    return sum;
   }
-  if constexpr (kLanes == 1) {
-    if (job.averages()) {
-      held[0] += average(job, at, channel);
-      return;
-    }
+  if (!job.averages()) {
+    return sum + convert<Value>(job.residual[at.offset + channel]);
   }
-  load<kLanes>(job.residual + at.offset + channel,
-               [&](int lane, T value) { held[lane] += convert<Value>(value); });
+  Value mean = 0;
+  if (channel % job.t == job.t - 1) {
+    average<1, 0>(&mean, job, at, channel);
+  }
+  return sum + mean;
 }
 
 template <int kLanes, typename T, typename P>
@@ -151,77 +177,181 @@ __device__ void write_sum(const Compute<T>* held, const Job<T, P>& job, int64_t 
                 [&](int lane) { return convert<T>(held[lane]); });
 }
 
+// Rounding to 16 bits hides a thousand times the error of the device's quick functions.
+template <typename T>
+__device__ Compute<T> silu_of(Compute<T> x) {
+  if constexpr (sizeof(T) == 2) {
+    return x * quick_reciprocal(1 + quick_exp(-x));
+  } else {
+    return x / (Compute<T>{1} + std::exp(-x));
+  }
+}
+
+// `factor` is what every channel is multiplied by.
 template <int kLanes, typename T, typename P>
 __device__ void write_activated(const Compute<T>* held, const Job<T, P>& job, int64_t pixel,
-                                int channel, Compute<T> inverse) {
+                                int channel, Compute<T> factor) {
   using Value = Compute<T>;
   Value scale[kLanes];
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
-    scale[lane] = 1;
+    scale[lane] = factor;
   }
   if (job.weight != nullptr) {
-    const Value root = std::sqrt(static_cast<Value>(job.channels));
     load<kLanes>(job.weight + channel,
-                 [&](int lane, P value) { scale[lane] = convert<Value>(value) * root; });
+                 [&](int lane, P value) { scale[lane] *= convert<Value>(value); });
   }
   store<kLanes>(job.activated + pixel * job.channels + channel, [&](int lane) {
-    const Value scaled = held[lane] * inverse * scale[lane];
-    return convert<T>(job.silu ? scaled / (Value{1} + std::exp(-scaled)) : scaled);
+    const Value scaled = held[lane] * scale[lane];
+    return convert<T>(job.silu ? silu_of<T>(scaled) : scaled);
   });
 }
 
-// 1 / max(norm, least), of what each thread of the warp has of the squares.
-template <typename Value>
-__device__ Value inverse_norm(Value squares) {
+// 1 / max(norm, least), of what each thread of the warp has of the squares, and the root of the
+// channels where there is a weight.
+template <typename T, typename P>
+__device__ Compute<T> factor_of(const Job<T, P>& job, Compute<T> squares) {
+  using Value = Compute<T>;
 #pragma unroll
   for (int offset = kWarp / 2; offset > 0; offset /= 2) {
     squares += __shfl_xor_sync(0xffffffffu, squares, offset);
   }
-  const Value norm = std::sqrt(squares), least = static_cast<Value>(kNormEps);
-  return Value{1} / (norm < least ? least : norm);
+  const Value root = job.weight ? std::sqrt(static_cast<Value>(job.channels)) : Value{1};
+  const Value least = static_cast<Value>(kNormEps);
+  if constexpr (sizeof(T) == 2) {
+    return root * quick_reciprocal_root(squares < least * least ? least * least : squares);
+  } else {
+    const Value norm = std::sqrt(squares);
+    return root / (norm < least ? least : norm);
+  }
 }
 
-// Up to 1024 channels, a whole number of 16-byte vectors on their boundaries, and no averages.
-template <typename T, typename P>
-__global__ void __launch_bounds__(kThreads) vectors_kernel(const Job<T, P> job) {
+// That of every down-sampling.
+constexpr unsigned kSide = 2;
+
+// Whole 16-byte vectors on their boundaries, up to kVectors of them to a thread for each pixel. A
+// warp takes several narrow pixels at once, and no branch comes between the loads, so that enough
+// of them are in flight.
+template <typename T, typename P, int kVectors>
+__global__ void __launch_bounds__(kThreads, kResident<T>) vectors_kernel(const Job<T, P> job) {
+  using Value = Compute<T>;
   constexpr int kLanes = static_cast<int>(sizeof(uint4) / sizeof(T));
-  const int lane = threadIdx.x % kWarp;
-  for (int64_t pixel = blockIdx.x * kPixels + threadIdx.x / kWarp; pixel < job.pixels;
-       pixel += gridDim.x * kPixels) {
-    const Pixel at = pixel_of(job, pixel);
-    Compute<T> held[kHeld];
-    Compute<T> squares = 0;
+  constexpr int kPixels = kHeld<T> / (kVectors * kLanes);
+  const bool like_x = job.residual != nullptr && !job.averages();
+  // Past the end of the pixels or of the channels, what is there is read once more.
+  int channels[kVectors];
+  bool exists[kVectors];
 #pragma unroll
-    for (int k = 0; k < kHeld; k += kLanes) {
-      const int channel = k * kWarp + lane * kLanes;
-      if (channel < job.channels) {
-        add_up<kLanes>(held + k, job, at, channel);
+  for (int k = 0; k < kVectors; ++k) {
+    channels[k] = (k * kWarp + threadIdx.x % kWarp) * kLanes;
+    exists[k] = channels[k] < job.channels;
+    channels[k] = exists[k] ? channels[k] : 0;
+  }
+  const int64_t warp = blockIdx.x * kWarps + threadIdx.x / kWarp;
+  for (int64_t first = warp * kPixels; first < job.pixels; first += gridDim.x * kWarps * kPixels) {
+    Pixel at[kPixels];
 #pragma unroll
-        for (int i = 0; i < kLanes; ++i) {
-          squares += held[k + i] * held[k + i];
+    for (int p = 0; p < kPixels; ++p) {
+      at[p] = pixel_of(job, first + p < job.pixels ? first + p : first);
+      at[p].offset = at[p].inside ? at[p].offset : 0;
+      at[p].cell = at[p].inside ? at[p].cell : 0;
+    }
+    uint4 x[kPixels][kVectors], added[kPixels][kVectors];
+    auto read = [&](uint4(&to)[kPixels][kVectors], const T* from) {
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
+          to[p][k] = *reinterpret_cast<const uint4*>(from + at[p].offset + channels[k]);
         }
       }
+    };
+    read(x, job.x);
+    if (like_x) {
+      read(added, job.residual);
+    }
+    Value held[kPixels][kVectors][kLanes];
+    auto at_each = [&](auto&& f) {
+#pragma unroll
+      for (int p = 0; p < kPixels; ++p) {
+#pragma unroll
+        for (int k = 0; k < kVectors; ++k) {
+          f(held[p][k], p, k);
+        }
+      }
+    };
+    at_each([&](Value* to, int p, int k) {
+      each_lane<T>(x[p][k], [&](int lane, T value) { to[lane] = convert<Value>(value); });
+    });
+    if (job.bias != nullptr) {
+#pragma unroll
+      for (int k = 0; k < kVectors; ++k) {
+        load<kLanes>(job.bias + channels[k], [&](int lane, P value) {
+#pragma unroll
+          for (int p = 0; p < kPixels; ++p) {
+            held[p][k][lane] += convert<Value>(value);
+          }
+        });
+      }
+    }
+    if (like_x) {
+      at_each([&](Value* to, int p, int k) {
+        each_lane<T>(added[p][k], [&](int lane, T value) { to[lane] += convert<Value>(value); });
+      });
+    } else if (job.residual != nullptr && job.t == 1) {
+      at_each([&](Value* to, int p, int k) {
+        Value mean[kLanes];
+        average<kLanes, kSide>(mean, job, at[p], channels[k]);
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) {
+          to[lane] += mean[lane];
+        }
+      });
+    } else if (job.residual != nullptr) {  // t = 2
+      at_each([&](Value* to, int p, int k) {
+        Value mean[kLanes / 2];
+        average<kLanes / 2, kSide>(mean, job, at[p], channels[k]);
+#pragma unroll
+        for (int lane = 0; lane < kLanes / 2; ++lane) {
+          to[2 * lane + 1] += mean[lane];
+        }
+      });
+    }
+    if (job.pad) {
+      at_each([&](Value* to, int p, int) {
+#pragma unroll
+        for (int lane = 0; lane < kLanes; ++lane) {
+          to[lane] = at[p].inside ? to[lane] : Value{0};
+        }
+      });
     }
     if (job.sum != nullptr) {
-#pragma unroll
-      for (int k = 0; k < kHeld; k += kLanes) {
-        const int channel = k * kWarp + lane * kLanes;
-        if (channel < job.channels) {
-          write_sum<kLanes>(held + k, job, pixel, channel);
+      at_each([&](const Value* from, int p, int k) {
+        if (exists[k] && first + p < job.pixels) {
+          write_sum<kLanes>(from, job, first + p, channels[k]);
         }
-      }
+      });
     }
-    if (job.activated != nullptr) {
-      const Compute<T> inverse = inverse_norm(squares);
+    if (job.activated == nullptr) {
+      continue;
+    }
+    Value factor[kPixels] = {};
+    at_each([&](const Value* from, int p, int k) {
 #pragma unroll
-      for (int k = 0; k < kHeld; k += kLanes) {
-        const int channel = k * kWarp + lane * kLanes;
-        if (channel < job.channels) {
-          write_activated<kLanes>(held + k, job, pixel, channel, inverse);
-        }
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const Value value = exists[k] ? from[lane] : Value{0};
+        factor[p] = std::fma(value, value, factor[p]);
       }
+    });
+#pragma unroll
+    for (int p = 0; p < kPixels; ++p) {
+      factor[p] = factor_of(job, factor[p]);
     }
+    at_each([&](const Value* from, int p, int k) {
+      if (exists[k] && first + p < job.pixels) {
+        write_activated<kLanes>(from, job, first + p, channels[k], factor[p]);
+      }
+    });
   }
 }
 
@@ -230,23 +360,22 @@ __global__ void __launch_bounds__(kThreads) vectors_kernel(const Job<T, P> job) 
 template <typename T, typename P>
 __global__ void elements_kernel(const Job<T, P> job) {
   const int lane = threadIdx.x % kWarp;
-  for (int64_t pixel = blockIdx.x * kPixels + threadIdx.x / kWarp; pixel < job.pixels;
-       pixel += gridDim.x * kPixels) {
+  for (int64_t pixel = blockIdx.x * kWarps + threadIdx.x / kWarp; pixel < job.pixels;
+       pixel += gridDim.x * kWarps) {
     const Pixel at = pixel_of(job, pixel);
-    Compute<T> held[1];
     Compute<T> squares = 0;
     for (int channel = lane; channel < job.channels; channel += kWarp) {
-      add_up<1>(held, job, at, channel);
-      squares += held[0] * held[0];
+      const Compute<T> sum = sum_of(job, at, channel);
+      squares += sum * sum;
       if (job.sum != nullptr) {
-        write_sum<1>(held, job, pixel, channel);
+        write_sum<1>(&sum, job, pixel, channel);
       }
     }
     if (job.activated != nullptr) {
-      const Compute<T> inverse = inverse_norm(squares);
+      const Compute<T> factor = factor_of(job, squares);
       for (int channel = lane; channel < job.channels; channel += kWarp) {
-        add_up<1>(held, job, at, channel);
-        write_activated<1>(held, job, pixel, channel, inverse);
+        const Compute<T> sum = sum_of(job, at, channel);
+        write_activated<1>(&sum, job, pixel, channel, factor);
       }
     }
   }
@@ -275,18 +404,43 @@ std::optional<Tensor> as(const std::optional<Tensor>& parameter, ScalarType dtyp
              : std::nullopt;
 }
 
+// The grid ends at 2^31 - 1, beyond which a block takes further pixels.
+template <typename T, typename P>
+void run_with(const char* op, void (*kernel)(Job<T, P>), int64_t pixels_of_warp, const Tensor& like,
+              const Job<T, P>& job) {
+  const int64_t of_block = kWarps * pixels_of_warp;
+  const int64_t blocks = std::min((job.pixels + of_block - 1) / of_block, kMostBlocks);
+  launch_warps(op, kernel, dim3(static_cast<unsigned>(blocks)), kThreads,
+               current_stream(like.get_device_index()), job);
+}
+
+// With as few vectors to a thread as the channels need.
+template <int kVectors, typename T, typename P>
+void run_vectors(const char* op, const Tensor& like, const Job<T, P>& job) {
+  constexpr int kLanes = static_cast<int>(sizeof(uint4) / sizeof(T));
+  constexpr int kPixels = kHeld<T> / (kVectors * kLanes);
+  if constexpr (kPixels > 1) {
+    if (job.channels > kVectors * kLanes * kWarp) {
+      run_vectors<2 * kVectors>(op, like, job);
+      return;
+    }
+  }
+  run_with(op, vectors_kernel<T, P, kVectors>, kPixels, like, job);
+}
+
 template <typename T, typename P>
 void run(const char* op, const Tensor& like, const Job<T, P>& job) {
-  constexpr int kVector = static_cast<int>(sizeof(uint4) / sizeof(T));
-  const bool vectorized = !job.averages() && job.channels % kVector == 0 &&
-                          job.channels <= kWarp * kHeld && is_aligned(job.x) &&
-                          is_aligned(job.weight) && is_aligned(job.bias) &&
-                          is_aligned(job.residual);
-  // The grid ends at 2^31 - 1, beyond which a block takes further pixels.
-  const int64_t blocks = std::min((job.pixels + kPixels - 1) / kPixels, kMostBlocks);
-  launch_warps(op, vectorized ? vectors_kernel<T, P> : elements_kernel<T, P>,
-               dim3(static_cast<unsigned>(blocks)), kThreads,
-               current_stream(like.get_device_index()), job);
+  constexpr int kLanes = static_cast<int>(sizeof(uint4) / sizeof(T));
+  // Of an image of padding alone there is no pixel to read past the end.
+  const bool vectorized =
+      job.height * job.width > 0 && (!job.averages() || (job.s == kSide && job.t <= 2)) &&
+      job.channels % kLanes == 0 && job.channels <= kWarp * kHeld<T> && is_aligned(job.x) &&
+      is_aligned(job.weight) && is_aligned(job.bias) && is_aligned(job.residual);
+  if (vectorized) {
+    run_vectors<1>(op, like, job);
+  } else {
+    run_with(op, elements_kernel<T, P>, 1, like, job);
+  }
 }
 
 // Writes what of `sum` and `activated` there is.

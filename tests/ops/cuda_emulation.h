@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <functional>
 #include <iterator>
@@ -33,7 +34,7 @@
 #endif
 
 #undef __launch_bounds__
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 static dim3 gridDim, blockDim;
 static uint3 blockIdx, threadIdx;
@@ -169,6 +170,16 @@ EMULATION_UNTRACED T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
     cosmos3::fail("a warp's threads exchange values only together, and below launch_warps");
   }
   return emulation::warp->exchange(value, emulation::warp->current ^ lane_mask);
+}
+
+inline float quick_exp(float x) {
+  return std::exp(x);
+}
+inline float quick_reciprocal(float x) {
+  return 1 / x;
+}
+inline float quick_reciprocal_root(float x) {
+  return 1 / std::sqrt(x);
 }
 
 EMULATION_API void emulation_seed(uint32_t seed) {

@@ -79,41 +79,46 @@ LATENTS = {
 }  # fmt: skip
 
 NORMS = {
-    "bias of the first channels left out": (
-        "if (job.bias != nullptr) {", "if (job.bias != nullptr && channel > 0) {",
+    "bias of the first pixels left out": (
+        "if (job.bias != nullptr) {\n#pragma", "if (job.bias != nullptr && first > 0) {\n#pragma",
     ),
-    "residual of the first pixel for all": (
-        "job.residual + at.offset + channel", "job.residual + channel",
+    "bias of the first channel for all": ("job.bias[channel]", "job.bias[0]"),
+    "vectors of the first pixel for all": (
+        "from + at[p].offset + channels[k]", "from + channels[k]",
     ),
-    "averages not divided": ("return total / static_cast<Compute<T>>(job.s * job.s);",
-                             "return total;"),
+    "residual of the first pixel for all": ("job.residual[at.offset + channel]",
+                                            "job.residual[channel]"),
+    "averages not divided": ("/= static_cast<Value>(side * side)", "*= 1"),
     "averages added to the first of t channels": (
-        "channel % job.t != job.t - 1", "channel % job.t != 0",
+        "channel % job.t == job.t - 1", "channel % job.t == 0",
     ),
-    "cells of one row": ("cell[row * pitch + column * channels]", "cell[column * channels]"),
+    "averages added to the first of two channels": ("to[2 * lane + 1] +=", "to[2 * lane] +="),
+    "cells of one row": ("cell + row * pitch + column * channels", "cell + column * channels"),
     "pitch of a cell's rows without its channels": (
-        "pitch = job.width * job.s * channels", "pitch = job.width * job.s",
+        "pitch = job.width * side * channels", "pitch = job.width * side",
     ),
     "exchange one step short": ("offset > 0; offset /= 2", "offset > 1; offset /= 2"),
     "threads that do not meet": (
         "if (job.activated != nullptr) {", "if (job.activated != nullptr && lane < 31) {",
     ),
     "norm not clamped": ("(norm < least ? least : norm)", "norm"),
+    "norm of 16 bits not clamped": ("squares < least * least ? least * least : squares", "squares"),
     "square root of the channels left out": (
-        "convert<Value>(value) * root", "convert<Value>(value)",
+        "job.weight ? std::sqrt(static_cast<Value>(job.channels)) : Value{1}", "Value{1}",
     ),
-    "SiLU always": ("job.silu ? scaled", "true ? scaled"),
-    "no padding to the right": (
-        "row < job.height && column < job.width", "row < job.height",
-    ),
+    "SiLU always": ("job.silu ? silu_of<T>(scaled) : scaled", "silu_of<T>(scaled)"),
+    "no padding to the right": ("row < height && column < width};", "row < height};"),
     "the last vector of a pixel left out": (
-        "if (channel < job.channels) {", "if (channel + kLanes < job.channels) {",
+        "exists[k] = channels[k] < job.channels;",
+        "exists[k] = channels[k] + kLanes < job.channels;",
     ),
     "elements beyond a warp's left out": (
         "channel < job.channels; channel += kWarp", "channel < kWarp; channel += kWarp",
     ),
-    "channels that are no whole vectors": ("job.channels % kVector == 0 &&", "true &&"),
-    "more channels than a warp holds": ("job.channels <= kWarp * kHeld &&", "true &&"),
+    "channels that are no whole vectors": ("job.channels % kLanes == 0 &&", "true &&"),
+    "more channels than a warp holds": ("job.channels <= kWarp * kHeld<T> &&", "true &&"),
+    "cells of another side as vectors": ("job.s == kSide && job.t <= 2", "job.t <= 2"),
+    "every third channel as every second": ("job.s == kSide && job.t <= 2", "job.s == kSide"),
     "a bias of another dtype rounded": (
         "if (is_other(weight) || is_other(bias)) {", "if (is_other(weight)) {",
     ),
@@ -139,7 +144,16 @@ SILENT_LATENTS = {
 
 SILENT_NORMS = {
     "pixels taken by several warps": (
-        "pixel += gridDim.x * kPixels", "pixel += kPixels",
+        "pixel += gridDim.x * kWarps", "pixel += kWarps",
+    ),
+    "pixels beyond the end read too": (
+        "first + p < job.pixels ? first + p : first", "first + p",
+    ),
+    "pixels beyond the end written too": (
+        "if (exists[k] && first + p < job.pixels) {", "if (exists[k]) {",
+    ),
+    "channels beyond the end read too": (
+        "channels[k] = exists[k] ? channels[k] : 0;", "",
     ),
     "alignment of the residual not asked": ("is_aligned(job.residual);", "true;"),
     "alignment of the bias not asked": ("is_aligned(job.bias) &&", "true &&"),
