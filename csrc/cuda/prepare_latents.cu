@@ -13,7 +13,9 @@
 namespace cosmos3 {
 namespace {
 
-constexpr int64_t kMaxThreads = 256;
+// Registers for nine full blocks: the planes of a 720p video of 189 frames are then all on an H100
+// at once.
+constexpr int64_t kMaxThreads = 128, kResident = 9;
 
 // A launch carries which frames are conditioned as bits in its arguments: no copy to the device,
 // nothing to keep alive, capturable in a graph. More frames than this take further launches.
@@ -59,12 +61,12 @@ __device__ int64_t plane_offset(const Strides& strides, bool dense, int64_t i, i
   return dense ? i : i / width * strides.h + i % width * strides.w;
 }
 
-// 16-byte loads that a thread has in flight before its first store.
-constexpr int kInFlight = 4;
+// 16-byte loads that a thread has in flight before its first store. No pointer of this file is
+// restricted: nvcc would take a load after the store of the one before, to save registers.
+constexpr int kInFlight = 8;
 
 template <typename T>
-__device__ void copy_plane(T* __restrict__ out, const Source& source, int64_t offset,
-                           const Shape& shape) {
+__device__ void copy_plane(T* out, const Source& source, int64_t offset, const Shape& shape) {
   constexpr int64_t kLanes = sizeof(uint4) / sizeof(T);
   const int64_t plane = shape.plane();
   if (source.vectorized) {
@@ -113,9 +115,9 @@ __device__ void write_velocity(T* velocity_mask, int64_t t, bool is_condition) {
 }
 
 template <typename T>
-__global__ void prepare_latents_kernel(T* __restrict__ latents, T* __restrict__ velocity_mask,
-                                       const Source cond, const Source noise, const Shape shape,
-                                       const int64_t first_frame, const FrameSet frames) {
+__global__ void __launch_bounds__(kMaxThreads, kResident)
+    prepare_latents_kernel(T* latents, T* velocity_mask, const Source cond, const Source noise,
+                           const Shape shape, const int64_t first_frame, const FrameSet frames) {
   const int64_t t = first_frame + blockIdx.x;
   const bool is_condition = frames.contains(blockIdx.x);
   for_each_channel(shape, [&](int64_t b, int64_t c) {
@@ -131,9 +133,9 @@ __global__ void prepare_latents_kernel(T* __restrict__ latents, T* __restrict__ 
 }
 
 template <typename T>
-__global__ void write_frames_kernel(T* __restrict__ noise, const Strides to, const bool dense,
-                                    const Source cond, const Shape shape, const int64_t first_frame,
-                                    const FrameSet frames, T* __restrict__ velocity_mask) {
+__global__ void write_frames_kernel(T* noise, const Strides to, const bool dense, const Source cond,
+                                    const Shape shape, const int64_t first_frame,
+                                    const FrameSet frames, T* velocity_mask) {
   const int64_t t = first_frame + blockIdx.x;
   const bool is_condition = frames.contains(blockIdx.x);
   write_velocity(velocity_mask, t, is_condition);
@@ -161,9 +163,8 @@ __device__ T blend(Compute<T> m, Compute<T> cond, Compute<T> noise) {
 }
 
 template <typename T>
-__device__ void blend_plane(T* __restrict__ out, const Source& cond, int64_t cond_offset,
-                            const Source& noise, int64_t noise_offset, Compute<T> m,
-                            const Shape& shape) {
+__device__ void blend_plane(T* out, const Source& cond, int64_t cond_offset, const Source& noise,
+                            int64_t noise_offset, Compute<T> m, const Shape& shape) {
   constexpr int64_t kLanes = sizeof(uint4) / sizeof(T);
   const int64_t plane = shape.plane();
   if (cond.vectorized && noise.vectorized) {
@@ -195,9 +196,8 @@ __device__ void blend_plane(T* __restrict__ out, const Source& cond, int64_t con
 }
 
 template <typename T>
-__global__ void blend_kernel(T* __restrict__ latents, T* __restrict__ velocity_mask,
-                             const Source cond, const Source noise, const Source mask,
-                             const int64_t mask_batch, const Shape shape) {
+__global__ void blend_kernel(T* latents, T* velocity_mask, const Source cond, const Source noise,
+                             const Source mask, const int64_t mask_batch, const Shape shape) {
   const int64_t t = blockIdx.x;
   for_each_channel(shape, [&](int64_t b, int64_t c) {
     const Compute<T> m = load_as<Compute<T>>(mask, row_offset(mask.strides, b, 0, t));
@@ -234,11 +234,12 @@ FrameSet frame_set(const std::vector<int64_t>& frames, int64_t first, int64_t co
   return set;
 }
 
-// Warps enough for the plane's 16-byte vectors, kInFlight to a thread.
-unsigned threads_for(const Shape& shape, int64_t element_size) {
-  const int64_t per_thread = kInFlight * static_cast<int64_t>(sizeof(uint4));
+// Warps enough for the plane's 16-byte vectors, `in_flight` to a thread; no more, so that blocks
+// need not wait for others to end.
+unsigned threads_for(const Shape& shape, int64_t element_size, int64_t in_flight = kInFlight) {
+  const int64_t per_thread = in_flight * static_cast<int64_t>(sizeof(uint4));
   const int64_t wanted = (shape.plane() * element_size + per_thread - 1) / per_thread;
-  return static_cast<unsigned>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 64, kMaxThreads));
+  return static_cast<unsigned>(std::clamp<int64_t>((wanted + 31) / 32 * 32, 32, kMaxThreads));
 }
 
 // (frames, channels, batch entries); never empty where there is a frame.
@@ -301,9 +302,9 @@ std::tuple<Tensor, Tensor> prepare_latents_mask(Tensor cond_latent, Tensor noise
   }
   dispatch(noise.scalar_type(), [&, out = latents, velocity = velocity_mask](auto tag) {
     using T = decltype(tag);
-    launch(op, blend_kernel<T>, grid_of(op, launched.t, launched), threads_for(launched, sizeof(T)),
-           current_stream(noise.get_device_index()), static_cast<T*>(out.mutable_data_ptr()),
-           static_cast<T*>(velocity.mutable_data_ptr()),
+    launch(op, blend_kernel<T>, grid_of(op, launched.t, launched),
+           threads_for(launched, sizeof(T), 1), current_stream(noise.get_device_index()),
+           static_cast<T*>(out.mutable_data_ptr()), static_cast<T*>(velocity.mutable_data_ptr()),
            source_of(cond_latent, launched, noise.scalar_type()),
            source_of(noise, launched, noise.scalar_type()), mask, mask_batch, launched);
   });
