@@ -202,7 +202,10 @@ def campaign(options: argparse.Namespace) -> int:
                 earlier = {each: done.get("result", {}) for each, done in report["steps"].items()}
                 # The limits are those of a GPU machine; a CPU may be slow or shared.
                 limit = left if options.dry_run else min(step.limit_s, left)
+                start = time.monotonic()
                 outcome = run_step_in_child(name, limit, scratch, options, earlier)
+                if not options.dry_run:
+                    outcome["seconds"] = round(time.monotonic() - start, 1)
             report["steps"][name] = outcome
             write_json(out, report)
             reason = f": {outcome['reason']}" if outcome.get("reason") else ""

@@ -150,6 +150,7 @@ STEPS = {
 DECODING = {
     "ceilings": STEPS["ceilings"],
     **{f"decoder_{size.name}": networks.decoder_step(size) for size in networks.DECODED},
+    **{f"encoder_{size.name}_clips": networks.whole_clip_step(size) for size in SIZES},
     "clips": Step(networks.clips, 60),
     "attention": Step(networks.attention, 30),
     "seam": Step(stages.seam, 30),

@@ -34,12 +34,12 @@ def _plain_norm(x: Tensor, weight: Tensor | None, silu: bool = True) -> Tensor:
 
 def _plain_upsample(
     self: layers.Upsample, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1
-) -> Tensor:
+) -> layers.Sum:
     y = F.conv2d(F.interpolate(x, scale_factor=2.0), self.weight, self.bias, padding=1)
     if shortcut is None:
-        return y
+        return layers.Sum(y)
     phases = [layers.duplicated_phase(shortcut, y.shape[1], factor_t, i) for i in range(4)]
-    return y + F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2)
+    return layers.Sum(y + F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2))
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def plain() -> Iterator[None]:
 
     The 3x3 convolutions follow the up-sampling, and norms and convolutions are torch's.
     """
-    with unfused(_plain_norm), mock.patch.object(layers.Upsample, "forward", _plain_upsample):
+    with unfused(_plain_norm), mock.patch.object(layers.Upsample, "deferred", _plain_upsample):
         yield
 
 

@@ -52,7 +52,9 @@ def pack_pixels_reference(
     float32. Floats [B, 3, H, W] are taken to be normalised already.
     """
     if pixels.dtype == torch.uint8:
-        pixels = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
+        # Of a number as divisor, torch on CUDA multiplies by the reciprocal: other bits.
+        scale = torch.full((), 255.0, device=pixels.device)
+        pixels = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / scale) - 1.0
     # As pixel_unshuffle, which leaves tensors without elements as they are.
     batch, _, height, width = pixels.shape
     p, rows, columns = patch_size, height // patch_size, width // patch_size

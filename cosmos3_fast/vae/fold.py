@@ -192,11 +192,12 @@ def packed_order(weight: Tensor, topology: EncoderTopology) -> Tensor:
 def attention(
     gamma: Tensor, qkv_weight: Tensor, qkv_bias: Tensor, proj_weight: Tensor, proj_bias: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One linear layer in place of norm scale, to_qkv and proj.
+    """One linear layer in place of norm scale, to_qkv, the scale of the scores and proj.
 
     With n = x/‖x‖, D = diag(√C·gamma) and softmax weights P whose rows sum to one:
     `to_qkv(D n) = (W D) n + b`, and
-    `Wp (P (Wv D n + bv)) + bp = P ((Wp Wv D) n + (Wp bv + bp))`.
+    `Wp (P (Wv D n + bv)) + bp = P ((Wp Wv D) n + (Wp bv + bp))`. The scores q·k/√C are those of
+    q/√C.
 
     Args:
         gamma: [C, 1, 1]; qkv_weight: [3C, C, 1, 1]; proj_weight: [C, C, 1, 1]; biases to match.
@@ -206,8 +207,10 @@ def attention(
     """
     scale = gamma.double().flatten()
     weight = qkv_weight.double().flatten(1) * (scale * scale.numel() ** 0.5)
-    bias = qkv_bias.double()
+    bias = qkv_bias.to(torch.float64, copy=True)
     channels = weight.shape[1]
+    weight[:channels] /= channels**0.5
+    bias[:channels] /= channels**0.5
     proj = proj_weight.double().flatten(1)
     value_weight = proj @ weight[2 * channels :]
     value_bias = proj @ bias[2 * channels :] + proj_bias.double()

@@ -178,8 +178,9 @@ class ResidualBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over all H·W positions, plus the input.
 
-    The norm's scale and the output projection live in `qkv` (`fold.attention`). In channels_last
-    memory, [B, H·W, C] is a view, so no copy is made on the way in or out.
+    The norm's scale, that of the scores and the output projection live in `qkv`
+    (`fold.attention`). In channels_last memory, [B, H·W, C] is a view, so no copy is made on the
+    way in or out.
     """
 
     def __init__(self, channels: int) -> None:
@@ -191,8 +192,31 @@ class Attention(nn.Module):
         height, width = x.shape[2:]
         tokens = normalized.flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
-        y = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        y = attend(q, k, v).squeeze(1)
         return Sum(y.transpose(1, 2).unflatten(2, (height, width)), None, x)
+
+
+# Of a batch's scores: 256 MB, less than the activations of such images take.
+_MOST_SCORES = 1 << 26
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T) v of one wide head, [B, 1, N, C] each.
+
+    For more than 256 channels torch has no quick kernel on a GPU: two products, with the scores in
+    float32 between them, take a quarter of its time at 640 (`benchmarks/results/gpu`).
+    """
+    tokens = q.shape[2]
+    if (
+        q.device.type != "cuda"
+        or q.dtype not in (torch.bfloat16, torch.float16)
+        or q.shape[0] * tokens**2 > _MOST_SCORES
+        or (torch.is_grad_enabled() and q.requires_grad)  # the product has no derivative
+        or torch.compiler.is_compiling()
+    ):
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+    scores = torch.bmm(q[:, 0], k[:, 0].transpose(1, 2), out_dtype=torch.float32)
+    return torch.bmm(scores.softmax(-1).to(v.dtype), v[:, 0]).unsqueeze(1)
 
 
 class Downsample(nn.Module):
@@ -283,8 +307,8 @@ class Upsample(WinogradConv):
     """Nearest-neighbour 2x up-sampling and a 3x3 convolution: [B, C, H, W] → [B, C', 2H, 2W].
 
     Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
-    (`phase_kernels`): 16 products instead of 36. Each phase is padded for itself and written where
-    it belongs, so that no more than one is held beside the result. The kernels are made at each
+    (`phase_kernels`): 16 products instead of 36. Each phase is computed and written where it
+    belongs, so that no more than one is held beside the result. The kernels are made at each
     call, which is little work beside theirs: kept, they would be 16 weights for 9.
 
     Where Winograd's convolution pays, it takes the up-sampled image: 9 products.
@@ -292,6 +316,10 @@ class Upsample(WinogradConv):
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1) -> Tensor:
         """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one."""
+        return self.deferred(x, shortcut, factor_t).total()
+
+    def deferred(self, x: Tensor, shortcut: Tensor | None, factor_t: int) -> Sum:
+        """`forward`, of which the next kernel adds up what this one does not add for nothing."""
         if self._takes_winograd(x, scale=2):
             out = self._convolve_winograd(F.interpolate(x, scale_factor=2.0))
             if shortcut is not None:
@@ -299,7 +327,7 @@ class Upsample(WinogradConv):
                     row, column = divmod(phase, 2)
                     duplicated = duplicated_phase(shortcut, self.out_channels, factor_t, phase)
                     out[:, :, row::2, column::2] += duplicated
-            return out
+            return Sum(out)
         batch, _, height, width = x.shape
         out = torch.empty(
             (batch, self.out_channels, 2 * height, 2 * width),
@@ -307,14 +335,33 @@ class Upsample(WinogradConv):
             device=x.device,
             memory_format=torch.channels_last,
         )
+        defers = defers_bias(x)
         for phase, kernel in enumerate(phase_kernels(self.weight)):
             row, column = divmod(phase, 2)
-            padded = F.pad(x, (1 - column, column, 1 - row, row))
-            y = F.conv2d(padded, kernel, self.bias)
-            if shortcut is not None:
-                y = y + duplicated_phase(shortcut, self.out_channels, factor_t, phase)
-            out[:, :, row::2, column::2] = y
-        return out
+            if defers:  # there a pad is a copy of its own, and a row and a column more are not
+                y = F.conv2d(x, kernel, padding=1)
+                y = y[:, :, row : row + height, column : column + width]
+            else:
+                y = F.conv2d(F.pad(x, (1 - column, column, 1 - row, row)), kernel, self.bias)
+            added = (
+                None
+                if shortcut is None
+                else duplicated_phase(shortcut, self.out_channels, factor_t, phase)
+            )
+            write_sum(out[:, :, row::2, column::2], y, added)
+        return Sum(out, self.bias if defers else None)
+
+
+def write_sum(to: Tensor, x: Tensor, y: Tensor | None) -> None:
+    """`to[...] = x + y`, in one launch where torch can."""
+    if y is None:
+        to.copy_(x)
+    elif torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
+    ):
+        to.copy_(x + y)
+    else:
+        torch.add(x, y, out=to)
 
 
 def phase_kernels(weight: Tensor) -> Iterator[Tensor]:
@@ -401,4 +448,4 @@ class DecoderStage(nn.Module):
         x, y = run_blocks(self.blocks, terms)
         if self.upsample is None:
             return y
-        return Sum(self.upsample(y.total(), x if self.residual else None, self.factor_t))
+        return self.upsample.deferred(y.total(), x if self.residual else None, self.factor_t)

@@ -46,6 +46,8 @@ DECODING = [
     "decoder_480x832",
     "decoder_720x1280",
     "decoder_1024x1024",
+    "encoder_480x832_clips",
+    "encoder_720x1280_clips",
     "clips",
     "attention",
     "seam",

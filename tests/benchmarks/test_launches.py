@@ -87,7 +87,7 @@ def test_launches_of_one_frame(capsys: pytest.CaptureFixture[str]):
     with capsys.disabled():
         print(f"\n{launches.report(counted)}")
     encode, decode = counted["encode"], counted["decode"]
-    assert encode["after"].launches.total() <= 60
+    assert encode["after"].launches.total() <= 61
     # Each bias read and wrote a result, but for that of the last convolution.
     assert encode["after"].launches[launches.BIASES] == 1
     assert encode["after"].bytes.total() < 0.7 * encode["before"].bytes.total()

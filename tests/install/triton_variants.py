@@ -1,8 +1,9 @@
 """Compiles every variant of every Triton kernel that a call can ask for, without a GPU.
 
 Run in a process of its own, without TRITON_INTERPRET: prints a JSON list of kernel, variant,
-architecture and what its PTX shifts by a variable amount. Each variant is compiled for `MAIN`, and
-for each other architecture a few of each kernel; with --all, each variant for each architecture.
+architecture, what its PTX shifts by a variable amount and what it approximates. Each variant is
+compiled for `MAIN`, and for each other architecture a few of each kernel; with --all, each variant
+for each architecture.
 """
 
 from __future__ import annotations
@@ -166,12 +167,15 @@ def main() -> None:
                     raise RuntimeError(f"{name} ({text}) for sm_{arch}") from error
                 # `shr.b64 %rd1, %rd2, %r3`: the width of shifts by an amount in a register.
                 shifts = re.findall(r"\bsh[lr]\.[bsu](\d+)\s+%\w+, %\w+, %r", ptx)
+                # `div.full.f32`, `sqrt.approx.f32`: within a few units, not rounded.
+                quick = re.findall(r"\b(\w+)\.(?:approx|full)\b", ptx)
                 rows.append(
                     {
                         "kernel": name,
                         "variant": text,
                         "architecture": f"sm_{arch}",
                         "shifts": sorted({int(width) for width in shifts}),
+                        "approximated": sorted(set(quick)),
                     }
                 )
     json.dump(rows, sys.stdout)

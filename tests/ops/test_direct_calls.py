@@ -73,11 +73,12 @@ def test_dispatch_and_function_modes(layers: list[bool], device: str):
             calls.append(str(function))
             return function(*args, **(kwargs or {}))
 
+    arguments = pair(device)
     with Record():
-        ops.prepare_latents(*pair(device))
+        ops.prepare_latents(*arguments)
     assert "cosmos3.prepare_latents.default" in calls
     with torch.device(device):  # a function mode
-        ops.prepare_latents(*pair(device))
+        ops.prepare_latents(*arguments)
     assert layers == [True, True]
 
 

@@ -31,8 +31,9 @@ def test_bytes_are_packed_as_the_engines_normalise_them(
         pytest.skip("Triton's interpreter truncates where the kernel rounds")
     every_byte = torch.arange(256, dtype=torch.uint8, device=device).repeat(27).view(1, 48, 48, 3)
     for pixels in (every_byte, every_byte[:, 6:-6, ::2], every_byte.transpose(1, 2)):
-        normalised = 2.0 * (pixels.permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
-        wanted = F.pixel_unshuffle(normalised.to(dtype), patch_size)
+        # On the CPU, as the engines do: on CUDA, torch multiplies by the reciprocal of 255.
+        normalised = 2.0 * (pixels.cpu().permute(0, 3, 1, 2).to(torch.float32) / 255.0) - 1.0
+        wanted = F.pixel_unshuffle(normalised.to(dtype), patch_size).to(device)
         got = ops.pack_pixels(pixels, patch_size, dtype, backend=backend)
         assert torch.equal(got, wanted)
         assert got.is_contiguous(memory_format=torch.channels_last)

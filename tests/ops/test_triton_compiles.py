@@ -67,6 +67,12 @@ def test_frame_words_are_shifted_as_64_bits(compiled: list[dict[str, Any]]):
             assert row["shifts"] == wanted, row
 
 
+def test_quotients_and_roots_are_rounded(compiled: list[dict[str, Any]]):
+    """Of powers of two the device has an approximation only, of two units in the last place."""
+    for row in compiled:
+        assert set(row["approximated"]) <= {"ex2"}, row
+
+
 @pytest.fixture
 def on_triton(device: str) -> str:
     if (error := registry.backend_error("triton", device)) is not None:

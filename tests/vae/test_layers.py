@@ -12,6 +12,7 @@ from op_inputs import image
 from torch import Tensor
 
 from cosmos3_fast.ops import registry
+from cosmos3_fast.vae import layers
 from cosmos3_fast.vae.layers import Conv3x3, Upsample, duplicated_phase
 
 
@@ -77,10 +78,13 @@ def test_conv_takes_winograd_only_where_it_serves(conv: Conv3x3):
 
 
 @needs_library
-@pytest.mark.parametrize("winograd", [True, False])
+@pytest.mark.parametrize("route", ["winograd", "direct", "as on a GPU"])
 @pytest.mark.parametrize("factor_t", [None, 1, 2])
-def test_upsample(winograd: bool, factor_t: int | None):
+def test_upsample(route: str, factor_t: int | None, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(1)
+    winograd = route == "winograd"
+    if route == "as on a GPU":
+        monkeypatch.setattr(layers, "defers_bias", lambda x: True)
     layer = Upsample(16, 32, min_tiles=30).requires_grad_(False)
     layer.winograd = winograd
     for height, width in ((9, 11), (8, 6), (5, 7)):  # 60, 24 and 24 tiles
@@ -92,8 +96,28 @@ def test_upsample(winograd: bool, factor_t: int | None):
             for phase in range(4):
                 added = duplicated_phase(shortcut, 32, factor_t, phase)
                 wanted[:, :, phase // 2 :: 2, phase % 2 :: 2] += added
-        got = layer(x, shortcut, factor_t or 1)
+        terms = layer.deferred(x, shortcut, factor_t or 1)
+        assert (terms.bias is not None) == (route == "as on a GPU")
+        got = terms.total()
         assert got.is_contiguous(memory_format=torch.channels_last)
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max()
         assert (layer._packed is not None) == (winograd and height == 9)
         layer._packed = None
+        differentiable = layer(x.clone().requires_grad_(), shortcut, factor_t or 1)
+        torch.testing.assert_close(differentiable.detach(), got, rtol=1e-5, atol=1e-5)
+        assert differentiable.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("tokens", [1, 37, 130])
+def test_attend(tokens: int, dtype: torch.dtype, device: str):
+    """Against float64; scores of some tens, as a peaked softmax has them."""
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = torch.randn(2, 1, tokens, 3 * 320, generator=generator, dtype=torch.float64)
+    q, k, v = qkv.to(device, dtype).chunk(3, dim=-1)
+    weights = (q.double() @ k.double().transpose(2, 3)).softmax(-1)
+    error = (layers.attend(q, k, v).double() - weights @ v.double()).abs().max()
+    scores = 128 * torch.finfo(torch.float32).eps  # an exponent of tens, rounded
+    assert error <= (4 * torch.finfo(dtype).eps + scores) * v.abs().max()
+    differentiable = layers.attend(q.clone().requires_grad_(), k, v)
+    assert differentiable.requires_grad

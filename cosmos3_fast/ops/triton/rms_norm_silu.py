@@ -14,6 +14,36 @@ from cosmos3_fast.ops.rms_norm_silu import NORM_EPS, factors
 ELEMENTS = 4096
 
 
+# In float32, Triton's own `/`, `tl.sqrt` and `tl.exp` are the device's quick ones.
+@triton.jit
+def _divide(a, b):
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def _root(x):
+    if x.dtype == tl.float32:
+        return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt(x)
+
+
+@triton.jit
+def _exp(x):
+    if x.dtype == tl.float32:
+        # 2^(x log2(e)): what rounding that product loses would be |x| units of the result's last
+        # place. 1.925963e-8 is log2(e) less its float32, 0.6931472 is log(2).
+        product = x * 1.4426950216293335
+        lost = tl.fma(x, tl.full(x.shape, 1.4426950216293335, tl.float32), -product)
+        lost += x * 1.925963033500011e-08
+        return tl.exp2(product) * (1.0 + 0.6931472 * tl.where(tl.abs(lost) < 1.0, lost, 0.0))
+    else:
+        return tl.exp(x)
+
+
 @triton.jit
 def rms_norm_silu_kernel(
     activated,  # [B, H, W, C], or unused
@@ -69,18 +99,19 @@ def rms_norm_silu_kernel(
                     cell = ((b * H + row) * S + dy) * W * S + column * S + dx
                     of = cell[:, None] * (C // T) + (channel // T)[None, :]
                     average = average + tl.load(residual + of, mask=takes, other=0.0).to(COMPUTE)
-            value = value + average / (S * S)
+            value = value + _divide(average, tl.full(average.shape, S * S, COMPUTE))
     if SUM:
         tl.store(sum + to, value.to(sum.dtype.element_ty), mask=exists)
     if NORM:
-        norm = tl.sqrt(tl.sum(value * value, axis=1))
+        norm = _root(tl.sum(value * value, axis=1))
         # A bare constant would be rounded to float32 here.
-        y = value / tl.maximum(norm, tl.full((), EPS, COMPUTE))[:, None]
+        norm = tl.maximum(norm, tl.full((), EPS, COMPUTE))
+        y = _divide(value, tl.broadcast_to(norm[:, None], value.shape))
         if HAS_WEIGHT:
             scale = tl.load(weight + channel, mask=channel < C, other=0.0).to(COMPUTE) * ROOT
             y = y * scale[None, :]
         if SILU:
-            y = y / (1.0 + tl.exp(-y))
+            y = _divide(y, 1.0 + _exp(-y))
         tl.store(activated + to, y.to(activated.dtype.element_ty), mask=exists)
 
 
