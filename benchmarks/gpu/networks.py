@@ -178,7 +178,7 @@ def encoder_step(size: Size) -> Step:
     def run(context: Context) -> Iterator[Result]:
         with tuned():
             made = _encoder_paths(context, size)
-        encoder, vae, pixels, wanted = made.encoder, made.vae, made.pixels, made.wanted
+        encoder, vae, pixels = made.encoder, made.vae, made.pixels
         paths, operations = made.calls, made.operations
         if vae is None:
             yield {"vae.encode": {"skipped": "diffusers cannot be imported: see --wheels"}}
