@@ -145,7 +145,8 @@ STEPS = {
     **{f"encoder_{size.name}": networks.encoder_step(size) for size in SIZES},
     f"encoder_{SIZES[0].name}_compiled": Step(networks.compiled, 70, gpu_only=True),
     "numerics": Step(networks.numerics, 40),
-    "stage": Step(stages.stage, 80),
+    "stage": Step(stages.stage, 50),
+    "cold": Step(stages.cold_starts, 80),
 }
 DECODING = {
     "ceilings": STEPS["ceilings"],

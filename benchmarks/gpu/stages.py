@@ -136,11 +136,15 @@ def stage(context: Context) -> Iterator[Result]:
             "VAE": None if vae is None else resident_bytes(vae),
         }
     }
-    for path in ("graph", "fast", *(("engine",) if vae is not None else ())):
+
+
+def cold_starts(context: Context) -> Iterator[Result]:
+    """The first calls of a new process, by path."""
+    for path in ("graph", "fast", "engine"):
         if context.dry_run and path != "graph":
-            yield {f"cold, {path}": {"skipped": "dry run: one new process shows that they work"}}
+            yield {path: {"skipped": "dry run: one new process shows that they work"}}
         else:
-            yield {f"cold, {path}": _cold_in_new_process(context, path)}
+            yield {path: _cold_in_new_process(context, path)}
 
 
 def _cold_in_new_process(context: Context, path: str) -> Any:
