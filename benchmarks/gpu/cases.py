@@ -143,7 +143,7 @@ class Graphed:
         return result.clone()
 
     def _captured(self, static: Tensor) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor]:
-        with tuned():
+        with tuned(torch.backends.cudnn.benchmark_limit or 0):
             # As torch asks: what is captured has run before, on a stream beside the current one.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

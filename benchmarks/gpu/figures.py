@@ -154,5 +154,6 @@ DECODING = {
     **{f"encoder_{size.name}_clips": networks.whole_clip_step(size) for size in SIZES},
     "clips": Step(networks.clips, 60),
     "attention": Step(networks.attention, 30),
+    "every_plan": Step(networks.every_plan, 40),
     "seam": Step(stages.seam, 30),
 }

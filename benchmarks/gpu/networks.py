@@ -95,12 +95,14 @@ class _Convolutions(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def convolutions_alone(context: Context, encoder: nn.Module, pixels: Tensor) -> Result:
+def convolutions_alone(
+    context: Context, encoder: nn.Module, pixels: Tensor, plans: int = 10
+) -> Result:
     """Each distinct convolution of the encoder without its bias, tuned, and their sum: what fusion
-    cannot beat."""
+    cannot beat. `plans`: see `tuned`."""
     with _Convolutions() as convolutions:
         encoder(pixels)
-    with tuned():
+    with tuned(plans):
         timed = time_calls(context, convolutions.calls, seconds=2)
     counts = dict(convolutions.counts)
     if context.dry_run:
@@ -253,6 +255,24 @@ def compiled(context: Context) -> Iterator[Result]:
             call = functools.partial(wrap(encoder), made.pixels)
             made.add(f"folded, {name}, reduce-overhead", call, operations)
         yield _with_rates(context, time_calls(context, made.calls), made.operations)
+
+
+def every_plan(context: Context) -> Iterator[Result]:
+    """The encoder at the smaller size where cuDNN may try all its plans, not torch's ten.
+
+    In a process of its own, because what cuDNN has chosen for a shape stays with it.
+    """
+    encoder, pixels = make_encoder(context), frame(context, SIZES[0], SEED)
+    calls: dict[str, Call] = {"folded, fused kernels": lambda: encoder(pixels)}
+    with tuned(plans=0):
+        if not context.dry_run:
+            graphed = functools.partial(Graphed(encoder), pixels)
+            calls["folded, fused kernels, CUDA graph"] = graphed
+        for call in calls.values():
+            call()
+        yield time_calls(context, calls, seconds=1)
+        yield {"kernels": kernel_times(context, calls["folded, fused kernels"])}
+    yield {"convolutions alone": convolutions_alone(context, encoder, pixels, plans=0)}
 
 
 def decoder_step(size: Size) -> Step:

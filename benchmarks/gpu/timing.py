@@ -63,18 +63,18 @@ class Step:
 
 
 @contextmanager
-def tuned() -> Iterator[None]:
-    """Inside, cuDNN measures which algorithm serves a shape best.
+def tuned(plans: int = 10) -> Iterator[None]:
+    """Inside, cuDNN measures which of so many plans serves a shape best; 0: of all it has.
 
-    Its plans are kept per thread, whatever this switch says later: what ran untuned in a thread
+    Ten are torch's default. Its plans are kept per thread, whatever this switch says later: what ran untuned in a thread
     stays so there. Untuned figures therefore come first, or from a process of their own.
     """
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before
 
 
 def figure(seconds: Sequence[float], per_call: int = 1) -> Result:

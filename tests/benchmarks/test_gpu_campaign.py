@@ -51,6 +51,7 @@ DECODING = [
     "encoder_720x1280_clips",
     "clips",
     "attention",
+    "every_plan",
     "seam",
 ]
 COMMANDS = {
