@@ -66,8 +66,9 @@ class Step:
 def tuned(plans: int = 10) -> Iterator[None]:
     """Inside, cuDNN measures which of so many plans serves a shape best; 0: of all it has.
 
-    Ten are torch's default. Its plans are kept per thread, whatever this switch says later: what ran untuned in a thread
-    stays so there. Untuned figures therefore come first, or from a process of their own.
+    Ten are torch's default. Its plans are kept per thread, whatever this switch says later: what
+    ran untuned in a thread stays so there. Untuned figures therefore come first, or from a process
+    of their own.
     """
     before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
     torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
