@@ -170,6 +170,10 @@ def extensions() -> tuple[list[Extension], dict[str, Any]]:
     )
     # CppExtension links libtorch_python and more; the stable ABI lives in these two.
     library.libraries = [*libraries, "torch_cpu", "torch"]
+    if sys.platform == "linux":
+        # Before what the compiler adds: one that links its C++ library statically would leave this
+        # library with a copy of its own, and the first error it throws would end the process.
+        library.libraries.append(":libstdc++.so.6")
 
     facts = {
         "VERSION": VERSION,

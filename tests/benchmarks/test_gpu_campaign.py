@@ -16,8 +16,9 @@ from typing import Any
 import pytest
 import sanitizer_ops
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.gpu import campaign, cases, checks
+from benchmarks.gpu import campaign, cases, checks, timing
 from benchmarks.gpu.timing import NOT_MEASURED, Context, Skipped, Step
 from benchmarks.harness import ROOT, GateError
 from cosmos3_fast import ops
@@ -273,6 +274,18 @@ def test_tests_that_ran_are_known_though_the_run_was_ended(tmp_path: Path):
     assert "told so" in failed
     (missing,) = told["not_collected_for_want_of_a_package"]
     assert "test_broken" in missing
+
+
+@pytest.mark.parametrize("out_dtype", [None, torch.float32])
+def test_the_operations_of_a_product_are_counted(out_dtype: torch.dtype | None):
+    with FakeTensorMode():
+        a, b = (torch.empty(2, *size, dtype=torch.bfloat16, device="cuda") for size in SHAPES)
+        given = {} if out_dtype is None else {"out_dtype": out_dtype}
+        _, operations = timing.count_flops(lambda: torch.bmm(a, b, **given))
+    assert operations == 2 * 2 * 3 * 5 * 7
+
+
+SHAPES = ((3, 5), (5, 7))
 
 
 def test_the_weights_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

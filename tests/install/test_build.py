@@ -73,6 +73,21 @@ def test_an_install_without_library_passes_the_op_tests(tmp_path: Path):
     assert re.search(r"cosmos3::prepare_latents +cpu +eager +available, serves", info.stdout)
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="no readelf")
+def test_the_standard_library_is_torch_s():
+    """Of its own, which some compilers link unasked, the first error thrown would end the process
+    (seen with a g++ that adds -static-libstdc++)."""
+    if not registry.build_info():
+        pytest.skip("this install has no library")
+    library = next(Path(registry.__file__).parents[1].glob("_C*.so"))
+    read = run("readelf", "--wide", "--dynamic", "--dyn-syms", library, cwd=library.parent)
+    assert read.returncode == 0, read.stderr
+    assert "[libstdc++.so.6]" in read.stdout
+    throws = [line.split() for line in read.stdout.splitlines() if "__cxa_throw" in line]
+    assert throws
+    assert all("UND" in line for line in throws), "the library has a copy of its own"
+
+
 def test_a_library_that_does_not_load_is_reported_and_replaced(tmp_path: Path):
     if not registry.build_info():
         pytest.skip("this install has no library")
