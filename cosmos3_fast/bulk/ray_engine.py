@@ -290,7 +290,7 @@ def run_ray(
     """
     with _connected(address), _context(progress):
         on_gpu = device.type == "cuda"
-        encoders, threads, share = _plan(on_gpu, cores)
+        encoders, threads, share, small_share = _plan(on_gpu, cores)
         source = PictureSource(
             pieces,
             dataclasses.replace(reader, known=()),
@@ -299,7 +299,7 @@ def run_ray(
             2 * batch_size,
         )
         sink = ShardSink(folder, settings, shard_size)
-        read_share = 1 if on_gpu else _SMALL_SHARE
+        read_share = 1 if on_gpu else small_share
         data = ray.data.read_datasource(source, num_cpus=read_share).map_batches(
             Encode,
             batch_size=batch_size if reader.sizes.fixed else _SORTED_BATCHES * batch_size,
@@ -318,7 +318,7 @@ def run_ray(
             num_gpus=1 if on_gpu else None,
         )
         try:
-            data.write_datasink(sink, ray_remote_args={"num_cpus": _SMALL_SHARE})
+            data.write_datasink(sink, ray_remote_args={"num_cpus": small_share})
         except (ray.exceptions.RayError, UserCodeException, SystemException) as error:
             raise _cause(error) from error
     for written in sink.written:
@@ -338,18 +338,22 @@ def _cause(error: BaseException) -> Exception:
     return RuntimeError(f"the run on Ray failed: {lines[-1]}")
 
 
-def _plan(on_gpu: bool, cores: int | None) -> tuple[int, int, float]:
-    """How many encoders, the threads of each, and the CPUs that Ray is to count for it."""
+def _plan(on_gpu: bool, cores: int | None) -> tuple[int, int, float, float]:
+    """How many encoders, the threads of each, and the CPUs that Ray is to count for it and for a
+    task beside it."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if on_gpu:
-        return max(1, int(sum(node.get("GPU", 0) for node in nodes))), 1, 1
+        return max(1, int(sum(node.get("GPU", 0) for node in nodes))), 1, 1, _SMALL_SHARE
     cpus = [int(node["CPU"]) for node in nodes if node.get("CPU", 0) >= 1]
     if not cpus:
         raise ValueError("the cluster must have a node with a CPU, got none")
     cores = min(cpus) if cores is None else cores
-    # Room for one task that reads and one that writes beside it.
-    share = cores - 2 * _SMALL_SHARE
-    return max(1, sum(count // cores for count in cpus)), cores, share
+    encoders = max(1, sum(count // cores for count in cpus))
+    # Room for one task that reads and one that writes beside it. Ray keeps an idle process for each
+    # whole CPU that is free: with one free beside a single encoder, the process that read also
+    # writes. Several encoders of so small a share might be placed on one node.
+    small_share = 0.5 if encoders == 1 and cores > 1 else _SMALL_SHARE
+    return encoders, cores, cores - 2 * small_share, small_share
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ pytest.importorskip("ray", reason="the ray extra is not installed: make test-bul
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import pyarrow.parquet as pq
+import ray
 from bulk_cases import (
     SIZE,
     contents,
@@ -36,6 +37,7 @@ from bulk_cases import (
 from ray.cluster_utils import Cluster
 
 from cosmos3_fast.bulk import Summary, encode
+from cosmos3_fast.bulk.ray_engine import _plan
 
 COUNT = 60
 
@@ -104,6 +106,30 @@ def meanwhile(disturb: Callable[[], bool], run: Callable[[], Summary]) -> Summar
         watcher.join()
     assert disturbed, "the run was over before it could be disturbed"
     return summary
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cores", "wanted"),
+    [
+        ((1,), None, (1, 1, 0.5, 0.25)),
+        ((2,), None, (1, 2, 1, 0.5)),
+        ((16,), None, (1, 16, 15, 0.5)),
+        ((16, 8), None, (3, 8, 7.5, 0.25)),
+        ((2, 2), None, (2, 2, 1.5, 0.25)),
+        ((16,), 4, (4, 4, 3.5, 0.25)),
+    ],
+)
+def test_room_for_reading_and_writing(
+    monkeypatch: pytest.MonkeyPatch,
+    cpus: tuple[int, ...],
+    cores: int | None,
+    wanted: tuple[int, int, float, float],
+):
+    """Encoders, threads, and what Ray counts: a whole CPU is free beside a single encoder, for
+    which it keeps an idle process; no node has room for more encoders than are meant for it."""
+    nodes = [{"Alive": True, "Resources": {"CPU": float(count)}} for count in cpus]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    assert _plan(False, cores) == wanted
 
 
 def test_the_result_is_that_of_one_process(
