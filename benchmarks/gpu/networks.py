@@ -263,13 +263,14 @@ def every_plan(context: Context) -> Iterator[Result]:
     In a process of its own, because what cuDNN has chosen for a shape stays with it.
     """
     encoder, pixels = make_encoder(context), frame(context, SIZES[0], SEED)
-    calls: dict[str, Call] = {"folded, fused kernels": lambda: encoder(pixels)}
+    wanted = make_encoder(context, dtype=torch.float64)(pixels.double())
+    calls: dict[str, Callable[[], Tensor]] = {"folded, fused kernels": lambda: encoder(pixels)}
     with tuned(plans=0):
         if not context.dry_run:
             graphed = functools.partial(Graphed(encoder), pixels)
             calls["folded, fused kernels, CUDA graph"] = graphed
-        for call in calls.values():
-            call()
+        for name, call in calls.items():
+            check_error(name, call(), wanted)
         yield time_calls(context, calls, seconds=1)
         yield {"kernels": kernel_times(context, calls["folded, fused kernels"])}
     yield {"convolutions alone": convolutions_alone(context, encoder, pixels, plans=0)}
