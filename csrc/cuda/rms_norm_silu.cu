@@ -18,6 +18,10 @@ constexpr int kWarp = 32;
 // Channels that a thread keeps, of one pixel or of several.
 template <typename T>
 constexpr int kHeld = 128 / static_cast<int>(sizeof(Compute<T>));
+// Pixels that a warp takes at once, kVectors to a thread for each.
+template <typename T, int kVectors>
+constexpr int kAtOnce = std::min(
+    4, kHeld<T>* static_cast<int>(sizeof(T)) / (kVectors * static_cast<int>(sizeof(uint4))));
 // Blocks that a multiprocessor has the registers for; wider types need more to load at once.
 template <typename T>
 constexpr int kResident = sizeof(T) == 2   ? 4
@@ -55,7 +59,7 @@ struct Pixel {
   bool inside;
 };
 
-// A device divides 64 bits in a hundred instructions, 32 in twenty.
+// A device divides 64 bits in a function of a hundred instructions, 32 in twenty.
 template <typename Index, typename T, typename P>
 __device__ Pixel place(const Job<T, P>& job, Index pixel) {
   const Index height = static_cast<Index>(job.height), width = static_cast<Index>(job.width);
@@ -68,13 +72,13 @@ __device__ Pixel place(const Job<T, P>& job, Index pixel) {
           row < height && column < width};
 }
 
-template <typename T, typename P>
+// Of a pixel whose number is an Index, which a place that has to be looked for needs.
+template <typename Index, typename T, typename P>
 __device__ Pixel pixel_of(const Job<T, P>& job, int64_t pixel) {
   if (!job.pad && !job.averages()) {
     return {pixel * job.channels, 0, true};
   }
-  return job.pixels >> 32 ? place<int64_t>(job, pixel)
-                          : place<uint32_t>(job, static_cast<uint32_t>(pixel));
+  return place<Index>(job, static_cast<Index>(pixel));
 }
 
 // f(lane, value) for the elements of a vector that was read.
@@ -228,6 +232,8 @@ __device__ Compute<T> factor_of(const Job<T, P>& job, Compute<T> squares) {
 
 // That of every down-sampling.
 constexpr unsigned kSide = 2;
+// Vectors to a thread of a pixel with averages: their cells take four times the registers.
+constexpr int kMostAveraged = 4;
 
 // Whole 16-byte vectors on their boundaries, up to kVectors of them to a thread for each pixel. A
 // warp takes several narrow pixels at once, and no branch comes between the loads, so that enough
@@ -236,7 +242,7 @@ template <typename T, typename P, int kVectors>
 __global__ void __launch_bounds__(kThreads, kResident<T>) vectors_kernel(const Job<T, P> job) {
   using Value = Compute<T>;
   constexpr int kLanes = static_cast<int>(sizeof(uint4) / sizeof(T));
-  constexpr int kPixels = kHeld<T> / (kVectors * kLanes);
+  constexpr int kPixels = kAtOnce<T, kVectors>;
   const bool like_x = job.residual != nullptr && !job.averages();
   // Past the end of the pixels or of the channels, what is there is read once more.
   int channels[kVectors];
@@ -252,7 +258,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) vectors_kernel(const J
     Pixel at[kPixels];
 #pragma unroll
     for (int p = 0; p < kPixels; ++p) {
-      at[p] = pixel_of(job, first + p < job.pixels ? first + p : first);
+      at[p] = pixel_of<uint32_t>(job, first + p < job.pixels ? first + p : first);
       at[p].offset = at[p].inside ? at[p].offset : 0;
       at[p].cell = at[p].inside ? at[p].cell : 0;
     }
@@ -298,7 +304,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) vectors_kernel(const J
       at_each([&](Value* to, int p, int k) {
         each_lane<T>(added[p][k], [&](int lane, T value) { to[lane] += convert<Value>(value); });
       });
-    } else if (job.residual != nullptr && job.t == 1) {
+    } else if (kVectors <= kMostAveraged && job.residual != nullptr && job.t == 1) {
       at_each([&](Value* to, int p, int k) {
         Value mean[kLanes];
         average<kLanes, kSide>(mean, job, at[p], channels[k]);
@@ -307,7 +313,7 @@ __global__ void __launch_bounds__(kThreads, kResident<T>) vectors_kernel(const J
           to[lane] += mean[lane];
         }
       });
-    } else if (job.residual != nullptr) {  // t = 2
+    } else if (kVectors <= kMostAveraged && job.residual != nullptr) {  // t = 2
       at_each([&](Value* to, int p, int k) {
         Value mean[kLanes / 2];
         average<kLanes / 2, kSide>(mean, job, at[p], channels[k]);
@@ -362,7 +368,7 @@ __global__ void elements_kernel(const Job<T, P> job) {
   const int lane = threadIdx.x % kWarp;
   for (int64_t pixel = blockIdx.x * kWarps + threadIdx.x / kWarp; pixel < job.pixels;
        pixel += gridDim.x * kWarps) {
-    const Pixel at = pixel_of(job, pixel);
+    const Pixel at = pixel_of<int64_t>(job, pixel);
     Compute<T> squares = 0;
     for (int channel = lane; channel < job.channels; channel += kWarp) {
       const Compute<T> sum = sum_of(job, at, channel);
@@ -418,7 +424,7 @@ void run_with(const char* op, void (*kernel)(Job<T, P>), int64_t pixels_of_warp,
 template <int kVectors, typename T, typename P>
 void run_vectors(const char* op, const Tensor& like, const Job<T, P>& job) {
   constexpr int kLanes = static_cast<int>(sizeof(uint4) / sizeof(T));
-  constexpr int kPixels = kHeld<T> / (kVectors * kLanes);
+  constexpr int kPixels = kAtOnce<T, kVectors>;
   if constexpr (kPixels > 1) {
     if (job.channels > kVectors * kLanes * kWarp) {
       run_vectors<2 * kVectors>(op, like, job);
@@ -433,7 +439,9 @@ void run(const char* op, const Tensor& like, const Job<T, P>& job) {
   constexpr int kLanes = static_cast<int>(sizeof(uint4) / sizeof(T));
   // Of an image of padding alone there is no pixel to read past the end.
   const bool vectorized =
-      job.height * job.width > 0 && (!job.averages() || (job.s == kSide && job.t <= 2)) &&
+      job.height * job.width > 0 && job.pixels >> 32 == 0 &&
+      (!job.averages() ||
+       (job.s == kSide && job.t <= 2 && job.channels <= kMostAveraged * kLanes * kWarp)) &&
       job.channels % kLanes == 0 && job.channels <= kWarp * kHeld<T> && is_aligned(job.x) &&
       is_aligned(job.weight) && is_aligned(job.bias) && is_aligned(job.residual);
   if (vectorized) {
