@@ -15,10 +15,12 @@ namespace cosmos3 {
 namespace {
 
 // Rows that a pass takes, or makes, at a time.
-constexpr int64_t kRows = 8;
+constexpr int64_t kRows = 16;
+// Bytes of a pixel of each of them.
+constexpr int64_t kPixel = 3 * kRows;
 // Source columns that the pass along rows takes at a time, and bytes of a row that the one across
 // rows does: what they are widened to stays in the cache.
-constexpr int64_t kColumns = 384;
+constexpr int64_t kColumns = 512;
 constexpr int64_t kBlock = 64;
 constexpr double kProductsOfAStrip = 1 << 20;
 
@@ -28,11 +30,11 @@ COSMOS3_INLINE uint8_t to_byte(uint32_t sum) {
   return static_cast<uint8_t>(value < 0 ? 0 : value > 255 ? 255 : value);
 }
 
-// sums[i] = 1/2 + sum over taps of from[tap * step + i] * weights[tap], for i < length. Unsigned,
-// since the sums of a filter that is no Pillow's might wrap.
+// to[i] = the byte of 1/2 + sum over taps of from[tap * step + i] * weights[tap], for i < length.
+// Unsigned, since the sums of a filter that is no Pillow's might wrap.
 template <int64_t length>
-COSMOS3_INLINE void weighted_sums(const uint32_t* from, int64_t step, const int32_t* weights,
-                                  int64_t taps, uint32_t* __restrict__ to) {
+COSMOS3_INLINE void weighted_bytes(const uint32_t* from, int64_t step, const int32_t* weights,
+                                   int64_t taps, uint8_t* __restrict__ to) {
   uint32_t sums[length];
   for (int64_t i = 0; i < length; ++i) {
     sums[i] = kHalf;
@@ -44,49 +46,64 @@ COSMOS3_INLINE void weighted_sums(const uint32_t* from, int64_t step, const int3
     }
   }
   for (int64_t i = 0; i < length; ++i) {
-    to[i] = sums[i];
+    to[i] = to_byte(sums[i]);
   }
 }
 
-// to[2 i] = a[i] and to[2 i + 1] = b[i].
-template <typename To>
-COSMOS3_INLINE void zip(const uint8_t* a, const uint8_t* b, int64_t length, To* __restrict__ to) {
-  for (int64_t i = 0; i < length; ++i) {
-    to[2 * i] = a[i];
-    to[2 * i + 1] = b[i];
+// Units 4 i … 4 i + 3 of `to` are unit i of `a`, `b`, `c` and `d`, for i < length.
+template <typename Unit>
+COSMOS3_INLINE void zip(const uint8_t* a, const uint8_t* b, const uint8_t* c, const uint8_t* d,
+                        int64_t length, uint8_t* __restrict__ to) {
+  constexpr int64_t size = sizeof(Unit);
+  for (int64_t i = 0; i < length; ++i, to += 4 * size) {
+    std::memcpy(to, a + i * size, size);
+    std::memcpy(to + size, b + i * size, size);
+    std::memcpy(to + 2 * size, c + i * size, size);
+    std::memcpy(to + 3 * size, d + i * size, size);
   }
 }
 
+template <typename Unit>
 COSMOS3_INLINE void unzip(const uint8_t* from, int64_t length, uint8_t* __restrict__ a,
-                          uint8_t* __restrict__ b) {
-  for (int64_t i = 0; i < length; ++i) {
-    a[i] = from[2 * i];
-    b[i] = from[2 * i + 1];
+                          uint8_t* __restrict__ b, uint8_t* __restrict__ c,
+                          uint8_t* __restrict__ d) {
+  constexpr int64_t size = sizeof(Unit);
+  for (int64_t i = 0; i < length; ++i, from += 4 * size) {
+    std::memcpy(a + i * size, from, size);
+    std::memcpy(b + i * size, from + size, size);
+    std::memcpy(c + i * size, from + 2 * size, size);
+    std::memcpy(d + i * size, from + 3 * size, size);
   }
 }
 
-// lanes[i * kRows + r] = rows[r][offset + i] for i < length; `a` and `b` hold as many bytes.
-COSMOS3_INLINE void interleave(const uint8_t* const* rows, int64_t offset, int64_t length,
-                               uint8_t* a, uint8_t* b, uint32_t* lanes) {
-  static_assert(kRows == 8);
-  for (int64_t r = 0; r < 4; ++r) {
-    zip(rows[r] + offset, rows[r + 4] + offset, length, a + 2 * length * r);
+// lanes[(3 * x + c) * kRows + r] = rows[r][pitch * (first + x) + c] for x < pixels and c < 3; `a`
+// and `b` hold as many bytes, for c < pitch.
+COSMOS3_INLINE void interleave(const uint8_t* const* rows, int64_t pitch, int64_t first,
+                               int64_t pixels, uint8_t* a, uint8_t* b, uint32_t* lanes) {
+  static_assert(kRows == 16);
+  // Not what may follow the last pixel's three bytes, which may be nobody's memory.
+  const int64_t length = pitch * (pixels - 1) + 3;
+  const int64_t offset = pitch * first, quarter = 4 * length;
+  for (int64_t r = 0; r < kRows; r += 4) {
+    zip<uint8_t>(rows[r] + offset, rows[r + 1] + offset, rows[r + 2] + offset, rows[r + 3] + offset,
+                 length, a + r * length);
   }
-  for (int64_t r = 0; r < 2; ++r) {
-    zip(a + 2 * length * r, a + 2 * length * (r + 2), 2 * length, b + 4 * length * r);
+  zip<uint32_t>(a, a + quarter, a + 2 * quarter, a + 3 * quarter, length, b);
+  for (int64_t x = 0; x < pixels; ++x) {
+    for (int64_t i = 0; i < kPixel; ++i) {
+      lanes[kPixel * x + i] = b[pitch * kRows * x + i];
+    }
   }
-  zip(b, b + 4 * length, 4 * length, lanes);
 }
 
-// rows[r][offset + i] = a[i * kRows + r] for i < length; `a` is overwritten.
-COSMOS3_INLINE void deinterleave(uint8_t* a, uint8_t* b, int64_t length, uint8_t* const* rows,
+// rows[r][offset + i] = a[i * kRows + r] for i < length; `b` holds as many bytes.
+COSMOS3_INLINE void deinterleave(const uint8_t* a, uint8_t* b, int64_t length, uint8_t* const* rows,
                                  int64_t offset) {
-  unzip(a, 4 * length, b, b + 4 * length);
-  for (int64_t r = 0; r < 2; ++r) {
-    unzip(b + 4 * length * r, 2 * length, a + 2 * length * r, a + 2 * length * (r + 2));
-  }
-  for (int64_t r = 0; r < 4; ++r) {
-    unzip(a + 2 * length * r, length, rows[r] + offset, rows[r + 4] + offset);
+  const int64_t quarter = 4 * length;
+  unzip<uint32_t>(a, length, b, b + quarter, b + 2 * quarter, b + 3 * quarter);
+  for (int64_t r = 0; r < kRows; r += 4) {
+    unzip<uint8_t>(b + r * length, length, rows[r] + offset, rows[r + 1] + offset,
+                   rows[r + 2] + offset, rows[r + 3] + offset);
   }
 }
 
@@ -104,7 +121,7 @@ struct Windows {
 
 // Memory for one tile of a pass.
 struct Tile {
-  uint32_t *elements, *sums;
+  uint32_t* elements;
   uint8_t *bytes, *more_bytes;
 };
 
@@ -113,8 +130,6 @@ struct Tile {
 COSMOS3_CLONES void along_rows(const uint8_t* const* rows, const int64_t pitch,
                                const Windows columns, const int64_t tile_columns, const Tile tile,
                                uint8_t* const* to) {
-  constexpr int64_t kPixel = 3 * kRows;
-  const int64_t step = pitch * kRows;
   for (int64_t first = 0, last; first < columns.outputs; first = last) {
     last = first + 1;
     while (last < columns.outputs && last - first < tile_columns &&
@@ -122,16 +137,12 @@ COSMOS3_CLONES void along_rows(const uint8_t* const* rows, const int64_t pitch,
       ++last;
     }
     const int64_t start = columns.starts[first];
-    // Not what may follow the last pixel's three bytes, which may be nobody's memory.
-    interleave(rows, pitch * start, pitch * (columns.span(first, last) - 1) + 3, tile.bytes,
-               tile.more_bytes, tile.elements);
+    interleave(rows, pitch, start, columns.span(first, last), tile.bytes, tile.more_bytes,
+               tile.elements);
     for (int64_t x = first; x < last; ++x) {
-      weighted_sums<kPixel>(tile.elements + step * (columns.starts[x] - start), step,
-                            columns.weights + x * columns.taps, columns.taps,
-                            tile.sums + kPixel * (x - first));
-    }
-    for (int64_t i = 0; i < kPixel * (last - first); ++i) {
-      tile.bytes[i] = to_byte(tile.sums[i]);
+      weighted_bytes<kPixel>(tile.elements + kPixel * (columns.starts[x] - start), kPixel,
+                             columns.weights + x * columns.taps, columns.taps,
+                             tile.bytes + kPixel * (x - first));
     }
     deinterleave(tile.bytes, tile.more_bytes, 3 * (last - first), to, 3 * first);
   }
@@ -150,11 +161,9 @@ COSMOS3_CLONES void across_rows(const uint8_t* const* rows, const Windows window
       }
     }
     for (int64_t y = first; y < last; ++y) {
-      weighted_sums<kBlock>(tile.elements + kBlock * (windows.starts[y] - start), kBlock,
-                            windows.weights + y * windows.taps, windows.taps, tile.sums);
-      for (int64_t i = 0; i < width; ++i) {
-        to[y - first][begin + i] = to_byte(tile.sums[i]);
-      }
+      weighted_bytes<kBlock>(tile.elements + kBlock * (windows.starts[y] - start), kBlock,
+                             windows.weights + y * windows.taps, windows.taps, tile.bytes);
+      std::memcpy(to[y - first] + begin, tile.bytes, width);
     }
   }
 }
@@ -189,9 +198,8 @@ class Resize {
     auto take = [&](int64_t bytes) { return std::exchange(at, at + rounded_up(bytes, 64)); };
     const int64_t tile = pixel_pitch * kRows * tile_columns_;
     pointers_at_ = take(span_ * sizeof(const uint8_t*));
-    elements_at_ = take(std::max(tile, kBlock * span_) * sizeof(uint32_t));
-    sums_at_ = take(std::max(tile, kBlock) * sizeof(uint32_t));
-    bytes_at_ = take(tile);
+    elements_at_ = take(std::max(kPixel * tile_columns_, kBlock * span_) * sizeof(uint32_t));
+    bytes_at_ = take(std::max(tile, kBlock));
     more_bytes_at_ = take(tile);
     between_at_ = take(between_rows_ * between_length_);
     spare_at_ = take(kRows * length_);
@@ -256,12 +264,11 @@ class Resize {
   int64_t length_;                         // bytes of a row of the crop
   int64_t between_length_, between_rows_;  // what the first pass makes for the second
   // Where the parts of the scratch memory begin.
-  int64_t pointers_at_, elements_at_, sums_at_, bytes_at_, more_bytes_at_, between_at_, spare_at_;
+  int64_t pointers_at_, elements_at_, bytes_at_, more_bytes_at_, between_at_, spare_at_;
   int64_t scratch_bytes_;
 
   Tile tile(uint8_t* scratch) const {
-    return {reinterpret_cast<uint32_t*>(scratch + elements_at_),
-            reinterpret_cast<uint32_t*>(scratch + sums_at_), scratch + bytes_at_,
+    return {reinterpret_cast<uint32_t*>(scratch + elements_at_), scratch + bytes_at_,
             scratch + more_bytes_at_};
   }
 
