@@ -250,8 +250,9 @@ def test_verify(run):
         f"round trip in {dtype}" for dtype in dtypes
     ]
     assert all("PSNR" in line for line in out.splitlines()[8:])
-    status, out, err = run("verify", "--size", "32x48")
-    assert status == 0
+    # Not smaller: on six latent cells of so narrow a network, some seeds round worse than the VAE.
+    status, out, err = run("verify", "--size", "64x96")
+    assert status == 0, out
     assert "float16 is left out" in err
 
 
