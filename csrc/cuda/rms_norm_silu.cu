@@ -125,20 +125,20 @@ __device__ void store(T* to, F&& value) {
 }
 
 // What an averaged residual adds to kLanes of its own channels, of which the first is for `channel`
-// of x. kSide: rows and columns of a cell, where it is known; 0: those of the job.
-template <int kLanes, unsigned kSide, typename T, typename P>
+// of x. kKnownSide: rows and columns of a cell, where it is known; 0: those of the job.
+template <int kLanes, unsigned kKnownSide, typename T, typename P>
 __device__ void average(Compute<T>* mean, const Job<T, P>& job, const Pixel& at, unsigned channel) {
   using Value = Compute<T>;
-  const unsigned side = kSide ? kSide : job.s;
+  const unsigned side = kKnownSide ? kKnownSide : job.s;
   const int64_t channels = job.channels / job.t, pitch = job.width * side * channels;
   const T* cell = job.residual + at.cell + channel / job.t;
 #pragma unroll
   for (int lane = 0; lane < kLanes; ++lane) {
     mean[lane] = 0;
   }
-#pragma unroll kSide ? kSide : 1
+#pragma unroll kKnownSide ? kKnownSide : 1
   for (unsigned row = 0; row < side; ++row) {
-#pragma unroll kSide ? kSide : 1
+#pragma unroll kKnownSide ? kKnownSide : 1
     for (unsigned column = 0; column < side; ++column) {
       load<kLanes>(cell + row * pitch + column * channels,
                    [&](int lane, T value) { mean[lane] += convert<Value>(value); });

@@ -163,7 +163,7 @@ def test_the_dry_run_takes_every_path(dry_runs: dict[str, dict[str, Any]]):
         decoding["clips"]["result"]
     )
     for shape in decoding["attention"]["result"].values():
-        assert {"torch's choice", "two products and a softmax"} <= set(shape)
+        assert {"torch's choice", "layers.attend"} <= set(shape)
 
 
 def test_without_a_device_only_a_dry_run(
