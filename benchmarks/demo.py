@@ -14,8 +14,8 @@ from benchmarks.paths import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and
 from benchmarks.report import row_lines
 from benchmarks.suites.decoder import decoder
 from cosmos3_fast import cli
+from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.latents import LatentPreparation
-from cosmos3_fast.pixels import load_pixels
 
 HEIGHT, WIDTH, NUM_FRAMES = 480, 832, 81
 DECODED = "128x224"

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from benchmarks.harness import ROOT, gate_equal, gate_error
 from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.images.load import ImageLike, load_pixels
 from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
 from cosmos3_fast.ops.rms_norm_silu import factors, rms_norm_silu_reference
-from cosmos3_fast.pixels import ImageLike, load_pixels
-from cosmos3_fast.vae import FrameEncoder, layers
-from cosmos3_fast.vae.exact import encode_exact
+from cosmos3_fast.vae import FrameEncoder
+from cosmos3_fast.vae.live.exact import encode_exact
+from cosmos3_fast.vae.networks import layers
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
 PHOTOGRAPH = ROOT / "examples" / "falcon9_dscovr.jpg"

@@ -1,5 +1,5 @@
 import sys
 
-from cosmos3_fast.cli import main
+from cosmos3_fast.cli.main import main
 
 sys.exit(main())

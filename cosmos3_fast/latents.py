@@ -28,10 +28,10 @@ from cosmos3_fast.frames import (
     latent_frames,
     pixel_frames,
 )
-from cosmos3_fast.pictures import Color
-from cosmos3_fast.pixels import ClipLike, ImageLike, Keep, load_frames, normalize_frames
-from cosmos3_fast.vae.accelerated import Mode
-from cosmos3_fast.vae.exact import encode_exact
+from cosmos3_fast.images.decode import Color
+from cosmos3_fast.images.load import ClipLike, ImageLike, Keep, load_frames, normalize_frames
+from cosmos3_fast.vae.live.accelerated import Mode
+from cosmos3_fast.vae.live.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config, read_factors
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class LatentPreparation:
         engines do.
 
         Args:
-            image_or_clip: See `cosmos3_fast.pixels.load_pixels`.
+            image_or_clip: See `cosmos3_fast.images.load.load_pixels`.
             num_frames: Pixel frames of the video to generate, at least 1. There are
                 ``T = (num_frames - 1) // 4 + 1`` latent frames; where ``num_frames`` is not 1 + 4k
                 both SGLang and diffusers round down so, and so does this, with a warning.
@@ -145,7 +145,7 @@ class LatentPreparation:
             keep: Which end of a clip that is longer than needed: "first" or "last".
             noise_device: Where the noise is drawn; None: on the encoder's device. "cpu" gives the
                 same noise for every device.
-            background: See `cosmos3_fast.pixels.load_pixels`.
+            background: See `cosmos3_fast.images.load.load_pixels`.
 
         Returns:
             `PreparedLatents`, whose ``mode`` says what ran. B = 1 unless ``image_or_clip`` is a

@@ -11,8 +11,8 @@ from PIL import Image
 
 from cosmos3_fast import latents as latents_module
 from cosmos3_fast.frames import latent_frames, pixel_frames
+from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents
-from cosmos3_fast.pixels import load_pixels
 from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, relative_error

@@ -45,8 +45,8 @@ from benchmarks.harness import GateError
 from benchmarks.paths import SEED, unfused
 from benchmarks.suites.decoder import plain
 from cosmos3_fast.vae import FrameEncoder
-from cosmos3_fast.vae.exact import decode_sample, encode_exact
-from cosmos3_fast.vae.layers import attend
+from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
+from cosmos3_fast.vae.networks.layers import attend
 
 BF16 = torch.bfloat16
 # One image of Qwen-Image's usual size, beside the videos' sizes.

@@ -35,9 +35,9 @@ from benchmarks.gpu.timing import (
 from benchmarks.harness import ROOT, gate_equal, measure
 from benchmarks.paths import SEED, engine_stage
 from cosmos3_fast import ops
+from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.latents import LatentPreparation
-from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 
 BF16 = torch.bfloat16
 

@@ -26,8 +26,8 @@ from benchmarks.paths import OURS, PHOTOGRAPH, TINY_DIM, sides, vae_and_encoder
 from benchmarks.suites import Row, Suite, timed_rows
 from benchmarks.suites.pixels import with_grain
 from cosmos3_fast.bulk import LatentDataset, encode
-from cosmos3_fast.pixels import load_frames, load_pixels
-from cosmos3_fast.vae.exact import encode_exact
+from cosmos3_fast.images.load import load_frames, load_pixels
+from cosmos3_fast.vae.live.exact import encode_exact
 
 BARE, ON_RAY = "the encoder alone", "ours, on Ray"
 LOOP = "vae.encode over a DataLoader"

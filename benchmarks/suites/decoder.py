@@ -16,8 +16,9 @@ from benchmarks.harness import gate_error, gate_rounding, say
 from benchmarks.paths import DTYPES, OURS, SEED, TINY_DIM, sides, unfused, vae_config
 from benchmarks.suites import Row, Suite, timed_rows
 from cosmos3_fast import FrameDecoder
-from cosmos3_fast.vae import layers, synthetic
-from cosmos3_fast.vae.exact import decode_sample
+from cosmos3_fast.vae import synthetic
+from cosmos3_fast.vae.live.exact import decode_sample
+from cosmos3_fast.vae.networks import layers
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 VAE, PLAIN = "vae.decode of 1 frame", "last taps, plain"

@@ -46,7 +46,7 @@ def run_engine(engine: str, options: list[str]) -> Figures:
         return {"skipped": f"its environment is not there: {target} makes it"}
     say(f"engines: {engine} ...")
     # The root comes first on the path of `-m`: this tree is measured, not an installed copy.
-    paths = [str(ROOT / "testing"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT / "tests" / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder) / "figures.json"
         ended = subprocess.run(

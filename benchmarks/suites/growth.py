@@ -10,8 +10,8 @@ from torch import Tensor
 from benchmarks.harness import gate_error
 from benchmarks.paths import OURS, PHOTOGRAPH, TINY_DIM, all_frames, sides, vae_and_encoder
 from benchmarks.suites import Row, Suite, timed_rows
-from cosmos3_fast.pixels import load_pixels
-from cosmos3_fast.vae.exact import encode_exact
+from cosmos3_fast.images.load import load_pixels
+from cosmos3_fast.vae.live.exact import encode_exact
 
 
 @torch.no_grad()

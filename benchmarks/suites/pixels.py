@@ -18,7 +18,7 @@ from benchmarks.harness import gate_equal, say
 from benchmarks.paths import OURS, PHOTOGRAPH, sides
 from benchmarks.suites import Row, Suite, timed_rows
 from cosmos3_fast import ops
-from cosmos3_fast.pixels import load_frames
+from cosmos3_fast.images.load import load_frames
 
 PILLOW, TORCHVISION, OPENCV = "Pillow", "torchvision, bicubic", "OpenCV, area"
 DECODE, DECODE_AND_RESIZE = "Pillow's decode alone", "Pillow, decode and resize"

@@ -21,7 +21,7 @@ from benchmarks.paths import (
     vae_and_encoder,
 )
 from benchmarks.suites import Figures, Suite
-from cosmos3_fast.pixels import load_pixels
+from cosmos3_fast.images.load import load_pixels
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.bulk.reading import Failure, Sample
-from cosmos3_fast.bulk.weights import Encoder
 from cosmos3_fast.vae import FrameEncoder
+from cosmos3_fast.vae.source import Encoder
 
 BROKEN = (
     "its latents hold NaN or infinite values: the weights, or the dtype the encoder computes in, "

@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from cosmos3_fast.pixels import covering
+from cosmos3_fast.images.load import covering
 
 MEGAPIXEL = 2**20
 """Pixels in "1M": a square bucket of 1M is 1024x1024, as trainers have it."""

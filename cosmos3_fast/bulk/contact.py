@@ -12,8 +12,8 @@ import torch
 from cosmos3_fast.arguments import positive_int
 from cosmos3_fast.bulk.dataset import LatentDataset
 from cosmos3_fast.bulk.folder import FolderError
-from cosmos3_fast.bulk.weights import Weights
 from cosmos3_fast.files import replacing
+from cosmos3_fast.vae.source import Weights
 
 if TYPE_CHECKING:
     from PIL.Image import Image

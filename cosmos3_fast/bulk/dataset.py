@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from cosmos3_fast.arguments import as_int, quoted
 from cosmos3_fast.bulk.folder import Folder, FolderError
 from cosmos3_fast.bulk.manifest import read_manifest, read_names
-from cosmos3_fast.bulk.weights import Weights
+from cosmos3_fast.vae.source import Weights
 
 # Shards that are kept open; each takes a mapping of the process, not memory.
 _OPEN_SHARDS = 64

@@ -20,9 +20,9 @@ from cosmos3_fast.bulk.reading import Reader
 from cosmos3_fast.bulk.shards import ShardWriter
 from cosmos3_fast.bulk.sources import SourceLike, list_pieces
 from cosmos3_fast.bulk.summary import Summary
-from cosmos3_fast.bulk.weights import Weights
 from cosmos3_fast.frames import is_whole
-from cosmos3_fast.pictures import Color, parse_color
+from cosmos3_fast.images.decode import Color, parse_color
+from cosmos3_fast.vae.source import Weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARD_SIZE = 256

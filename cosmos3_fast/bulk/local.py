@@ -18,7 +18,7 @@ from cosmos3_fast.bulk.reading import Failure, Known, Reader, Sample
 from cosmos3_fast.bulk.shards import ShardWriter
 from cosmos3_fast.bulk.sources import Piece, read_piece
 from cosmos3_fast.bulk.summary import Summary, known_total, progress_bar
-from cosmos3_fast.bulk.weights import Encoder
+from cosmos3_fast.vae.source import Encoder
 
 _PREFETCHED = 2
 _PR_SET_PDEATHSIG = 1

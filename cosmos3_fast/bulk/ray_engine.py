@@ -31,7 +31,7 @@ from cosmos3_fast.bulk.reading import Failure, Known, Reader, Sample
 from cosmos3_fast.bulk.shards import part_name, write_shard
 from cosmos3_fast.bulk.sources import Piece, read_piece
 from cosmos3_fast.bulk.summary import Summary
-from cosmos3_fast.bulk.weights import Weights
+from cosmos3_fast.vae.source import Weights
 
 if TYPE_CHECKING:
     import pyarrow as pa

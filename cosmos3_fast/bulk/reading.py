@@ -14,10 +14,10 @@ from torch import Tensor
 
 from cosmos3_fast.bulk.buckets import Sizes, crop_box
 from cosmos3_fast.bulk.sources import Item
-from cosmos3_fast.clips import read_file
 from cosmos3_fast.frames import latent_frames, pixel_frames
-from cosmos3_fast.pictures import Color
-from cosmos3_fast.pixels import resize_to_cover
+from cosmos3_fast.images.clips import read_file
+from cosmos3_fast.images.decode import Color
+from cosmos3_fast.images.load import resize_to_cover
 
 # Pillow names the stream that it was given.
 _ADDRESS = re.compile(r" <\S+ object at 0x[0-9a-f]+>")

@@ -3,7 +3,7 @@
     accelerate(pipe, mode="fast")
     restore(pipe)
 
-All computing is the VAE's (`cosmos3_fast.vae.accelerated`). What is added here is how many latent
+All computing is the VAE's (`cosmos3_fast.vae.live`). What is added here is how many latent
 frames a Cosmos3 pipeline will use, read from the arguments of the method or block that encodes.
 The engine encodes at its own time and draws its noise in its own order.
 """
@@ -26,8 +26,8 @@ from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import guarded, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate
 from cosmos3_fast.frames import frames_wanted, latent_frames
-from cosmos3_fast.vae import accelerated
-from cosmos3_fast.vae.accelerated import (
+from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live.accelerated import (
     Encoding,
     Mode,
     check_mode,
@@ -78,7 +78,7 @@ def accelerate(target: T, mode: str = "fast") -> T:
 
     Args:
         target: a VAE or a pipeline. Changed in place.
-        mode: see `cosmos3_fast.vae.accelerated.accelerate`. In "exact" a Cosmos3 pipeline's
+        mode: see `cosmos3_fast.vae.live.accelerated.accelerate`. In "exact" a Cosmos3 pipeline's
             results equal the unpatched pipeline's, the sign of zeros apart.
 
     Returns:
@@ -132,7 +132,7 @@ def restore(target: T) -> T:
 
 
 def refresh(target: T) -> T:
-    """See `cosmos3_fast.vae.accelerated.refresh`; `target` is a VAE or a pipeline.
+    """See `cosmos3_fast.vae.live.accelerated.refresh`; `target` is a VAE or a pipeline.
 
     Returns:
         `target` itself.

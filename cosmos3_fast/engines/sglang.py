@@ -12,7 +12,7 @@ variable COSMOS3_FAST chooses the mode:
   folded from it instead; clips stay exact.
 - `off`: nothing is hooked.
 
-How: the stage's VAE is accelerated (`cosmos3_fast.vae.accelerated`) when the stage is made, and
+How: the stage's VAE is accelerated (`cosmos3_fast.vae.live`) when the stage is made, and
 around its `forward` it is announced how many latent frames the request uses. Everything that
 `forward` does is SGLang's.
 """
@@ -43,8 +43,8 @@ from cosmos3_fast.engines.common import (
 )
 from cosmos3_fast.engines.releases import Gate
 from cosmos3_fast.frames import frames_wanted, latent_frames
-from cosmos3_fast.vae import accelerated
-from cosmos3_fast.vae.accelerated import Mode, wanted_frames
+from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ process. The environment variable COSMOS3_FAST chooses the mode:
 - `fast`: single frames go through networks folded from the VAE; clips stay the engine's.
 - `off`: nothing is changed.
 
-How: the VAE of the pipeline is accelerated (`cosmos3_fast.vae.accelerated`) after the engine has
+How: the VAE of the pipeline is accelerated (`cosmos3_fast.vae.live`) after the engine has
 loaded its weights, and before 0.24 it is announced around `_prepare_latents_i2v` that one latent
 frame is used. Actions stay whole there: all latents of the clip are returned and read in each step.
 Normalising, cropping and casting stay the engine's. The base class is patched, so that pipelines
@@ -32,8 +32,8 @@ from torch import nn
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import mode_from_environment, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate, installed
-from cosmos3_fast.vae import accelerated
-from cosmos3_fast.vae.accelerated import Mode, wanted_frames
+from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.vae.exact import decode_sample, encode_mode, normalize_latents, untiled
-from cosmos3_fast.vae.returns import EncodeReturns
+from cosmos3_fast.vae.live.exact import decode_sample, encode_mode, normalize_latents, untiled
+from cosmos3_fast.vae.live.returns import EncodeReturns
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 _NO_PADDING = (0, 0, 0, 0, 0, 0)

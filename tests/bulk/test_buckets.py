@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cosmos3_fast.bulk.buckets import MEGAPIXEL, Sizes, areas_option, buckets, crop_box
-from cosmos3_fast.pixels import load_frames
+from cosmos3_fast.images.load import load_frames
 
 
 def test_a_square_bucket_is_what_trainers_call_it():

@@ -35,7 +35,7 @@ from cosmos3_fast.bulk.folder import Folder, FolderError
 from cosmos3_fast.bulk.keys import KeySet
 from cosmos3_fast.bulk.reading import key_of
 from cosmos3_fast.bulk.sources import SourceError
-from cosmos3_fast.pixels import load_frames
+from cosmos3_fast.images.load import load_frames
 from cosmos3_fast.vae.synthetic import synthetic_state_dict
 
 

@@ -15,10 +15,11 @@ pytest.importorskip("tqdm", reason="the bulk extra is not installed")
 from bulk_cases import close, tiny_checkpoint, write_pictures
 from PIL import Image
 
-from cosmos3_fast import FrameDecoder, FrameEncoder, cli
+from cosmos3_fast import FrameDecoder, FrameEncoder
 from cosmos3_fast.bulk import LatentDataset
 from cosmos3_fast.bulk.contact import contact_sheet
-from cosmos3_fast.pixels import load_frames
+from cosmos3_fast.cli import main as cli
+from cosmos3_fast.images.load import load_frames
 
 Run = Callable[..., tuple[int, str, str]]
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cosmos3_fast import FrameEncoder, ops
-from cosmos3_fast.pixels import load_frames
+from cosmos3_fast.images.load import load_frames
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 
 Array = np.ndarray[Any, Any]

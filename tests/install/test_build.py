@@ -133,8 +133,8 @@ def test_import_needs_only_torch(tmp_path: Path):
         "noise, cond = torch.randn(1, 2, 3, 4, 4), torch.randn(1, 2, 1, 4, 4)\n"
         "torch.ops.cosmos3.prepare_latents(cond, noise)\n"
         "cosmos3_fast.prepare_latents(cond, noise)\n"
-        "import cosmos3_fast.info\n"
-        "print(cosmos3_fast.info.format_info())\n"
+        "import cosmos3_fast.cli.info\n"
+        "print(cosmos3_fast.cli.info.format_info())\n"
     )
     result = run(sys.executable, "-c", script, cwd=tmp_path)
     assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos3_fast.ops import registry
 from cosmos3_fast.ops.winograd import same_bits
-from cosmos3_fast.vae.layers import Conv3x3
+from cosmos3_fast.vae.networks.layers import Conv3x3
 
 pytestmark = pytest.mark.skipif(
     ("winograd_conv3x3", "cpu") not in registry.LIBRARY_KERNELS, reason="no compiled library"

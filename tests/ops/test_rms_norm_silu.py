@@ -18,7 +18,7 @@ from cosmos3_fast.ops.rms_norm_silu import (
     add_rms_norm_silu_reference,
     rms_norm_silu_reference,
 )
-from cosmos3_fast.vae.layers import average_shortcut
+from cosmos3_fast.vae.networks.layers import average_shortcut
 
 OPS = torch.ops.cosmos3
 

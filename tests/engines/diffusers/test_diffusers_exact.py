@@ -21,7 +21,7 @@ from tiny_pipeline import (
 )
 
 from cosmos3_fast.engines.diffusers import accelerate, last_encoding, restore
-from cosmos3_fast.vae.exact import encode_exact
+from cosmos3_fast.vae.live.exact import encode_exact
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -12,7 +12,7 @@ from tiny_pipeline import generate, make_inputs, make_modular, make_pipe
 
 from cosmos3_fast.engines import diffusers as engine
 from cosmos3_fast.engines import releases
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 
 
 @pytest.fixture(autouse=True)

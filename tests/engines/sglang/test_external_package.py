@@ -16,7 +16,7 @@ from sglang_engine import HAS_PLUGINS, HOOKED, UPDATES, Cosmos3LatentPreparation
 
 PACKAGE = "cosmos3_fast.engines.sglang_package"
 VARIABLE = "SGLANG_EXTERNAL_MODEL_PACKAGE"
-TESTING = Path(__file__).parents[3] / "testing"
+TESTING = Path(__file__).parents[2] / "support"
 PROCESS = """
 import sglang_engine, torch
 from sglang.multimodal_gen import registry

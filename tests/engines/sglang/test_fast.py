@@ -33,8 +33,8 @@ from sglang_engine import (
 from torch import Tensor
 
 from cosmos3_fast.engines import sglang as engine
-from cosmos3_fast.vae import accelerated
-from cosmos3_fast.vae.encoder import PosteriorEncoder
+from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.networks.encoder import PosteriorEncoder
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 

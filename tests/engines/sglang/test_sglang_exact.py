@@ -25,7 +25,7 @@ from sglang_engine import (
 from torch import Tensor
 
 from cosmos3_fast.frames import latent_frames, pixel_frames
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 
 ACTION = {"data_type": DataType.ACTION, "domain_id": 3, "raw_action_dim": 5}
 

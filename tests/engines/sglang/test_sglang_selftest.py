@@ -10,7 +10,7 @@ from sglang_engine import Cosmos3LatentPreparationStage, make_stage, make_vae, p
 
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import sglang as engine
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 
 
 @pytest.fixture

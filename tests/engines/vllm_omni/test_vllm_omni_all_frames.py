@@ -24,7 +24,7 @@ from torch import Tensor
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.frames import latent_frames, pixel_frames
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error
 
 pytestmark = pytest.mark.skipif(

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.models.cosmos3 import pipeline_cosmos3
 
 from cosmos3_fast.engines import vllm_omni as adapter
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error, rms
 
 FOLDED = [name for name, case in CASES.items() if case.folded]

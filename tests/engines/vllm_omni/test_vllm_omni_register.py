@@ -25,7 +25,7 @@ from vllm_omni import plugins
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.engines.common import MODE_VARIABLE
-from cosmos3_fast.vae import accelerated
+from cosmos3_fast.vae.live import accelerated
 
 GROUP = "vllm_omni.general_plugins"
 ARCHITECTURES = ["Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"]

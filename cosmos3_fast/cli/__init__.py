@@ -1,0 +1,1 @@
+"""The command line, `python -m cosmos3_fast`: one file per command."""

@@ -1,0 +1,134 @@
+"""`python -m cosmos3_fast encode`: a dataset of pictures to a folder of latents."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from cosmos3_fast.bulk.buckets import areas_option
+from cosmos3_fast.bulk.contact import write_contact_sheet
+from cosmos3_fast.bulk.job import SHARD_SIZE, encode
+from cosmos3_fast.cli.options import (
+    DTYPES,
+    UserError,
+    VaeSource,
+    device_option,
+    dtype_option,
+    size_option,
+)
+
+
+def add_encode(commands: Any) -> None:
+    """Register the command with argparse's subparsers."""
+    parser = commands.add_parser(
+        "encode",
+        help="a dataset of pictures or clips to latents",
+        description="Encode every picture or clip of a source once, to safetensors shards and a "
+        "Parquet manifest. Run it again after it was stopped: it goes on where it was. Exit status "
+        "0 also where pictures are broken (they are listed in errors.parquet), 1 with --strict.",
+    )
+    parser.add_argument(
+        "source",
+        nargs="+",
+        metavar="SOURCE",
+        help="a folder, a quoted pattern, a text file of paths, a Parquet file with a column of "
+        "bytes, a WebDataset tar or a picture; a path or an fsspec URL",
+    )
+    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--vae",
+        metavar="DIR_OR_REPO",
+        help="a Cosmos3 checkpoint, as for `prepare` (default: random weights, for a trial)",
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument(
+        "--size", type=size_option, metavar="HxW", help="of every sample (default 480x832)"
+    )
+    size.add_argument(
+        "--bucket",
+        type=areas_option,
+        default=(),
+        metavar="AREA[,...]",
+        help="areas such as 0.25M,1M (1M is 1024x1024): each picture gets the size next to its "
+        "own aspect ratio",
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="default 8")
+    parser.add_argument(
+        "--workers", type=int, help="processes that read pictures (default: by the cores)"
+    )
+    parser.add_argument(
+        "--dtype", type=dtype_option, default="bfloat16", help="of the latents (default bfloat16)"
+    )
+    parser.add_argument(
+        "--vae-dtype",
+        type=dtype_option,
+        help="dtype the network computes in (default float32 on cpu, bfloat16 elsewhere)",
+    )
+    parser.add_argument("--device", type=device_option, default="cpu", help="default cpu")
+    parser.add_argument(
+        "--clips",
+        type=int,
+        default=1,
+        metavar="FRAMES",
+        help="take the first so many frames, 1 + 4k, of a video or animation (default 1)",
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=SHARD_SIZE, help=f"samples (default {SHARD_SIZE})"
+    )
+    parser.add_argument("--column", help="of a Parquet file, the one with the bytes")
+    parser.add_argument(
+        "--background",
+        metavar="COLOR",
+        help="paint it behind transparent pixels (default: alpha is dropped, as in the engines)",
+    )
+    parser.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="encode on a Ray cluster, at ADDRESS or started here",
+    )
+    parser.add_argument(
+        "--cores", type=int, help="with --ray on CPUs, of each encoder (default: a whole node)"
+    )
+    parser.add_argument(
+        "--preview", type=int, metavar="N", help="also draw N samples, decoded, to preview.png"
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="exit status 1 if a picture could not be encoded"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    vae = VaeSource(args.vae)
+    vae.warn()
+    vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else None
+    try:
+        summary = encode(
+            args.source,
+            args.out,
+            vae=args.vae,
+            size=args.size,
+            buckets=args.bucket,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            dtype=DTYPES[args.dtype],
+            vae_dtype=vae_dtype,
+            device=args.device,
+            clips=args.clips,
+            shard_size=args.shard_size,
+            column=args.column,
+            background=args.background,
+            ray=args.ray,
+            cores=args.cores,
+            progress=sys.stderr.isatty(),
+        )
+        if args.preview is not None:
+            picture = write_contact_sheet(args.out, args.preview, args.vae, vae_dtype, args.device)
+            print(f"{picture}: {args.preview} samples at most, decoded")
+    except ImportError as error:
+        raise UserError(str(error)) from error
+    print("\n".join(summary.lines()))
+    return 1 if args.strict and summary.failures else 0

@@ -1,0 +1,1 @@
+"""Pictures and clips in any form to pixels, and latents drawn as pictures."""

@@ -1,0 +1,160 @@
+"""The frames of a file: one picture, or those of an animation, a multi-page TIFF or a video."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cosmos3_fast.images.decode import Color, as_stream, head, is_heif, source_name, to_rgb
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# Not MPO: the second picture of a camera's file is a preview or a depth map, no next frame.
+_ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv")
+
+
+def read_file(
+    source: Any,
+    name: str,
+    *,
+    max_frames: int | None = None,
+    keep: str = "first",
+    background: Color | None = None,
+) -> tuple[list[Image], bool]:
+    """The frames of a picture or clip, upright and in RGB.
+
+    Args:
+        source: a path, bytes, an open binary file, or a PIL image. A PIL image that was opened
+            from an animation stands for the whole of it.
+        name: what messages call it.
+        max_frames: read no more than so many frames; None: all.
+        keep: "first" or "last": which ones, of a longer clip.
+        background: see `pictures.to_rgb`.
+
+    Returns:
+        The frames, at least one, and whether they are a clip (of perhaps one frame).
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: see `pictures.as_stream` and `pictures.to_rgb`.
+    """
+    import PIL.Image
+
+    label = source_name(source, name)
+    if isinstance(source, PIL.Image.Image):
+        if not is_animation(source):
+            return [to_rgb(source, label, background)], False
+        position = source.tell()
+        try:
+            return _limited(_pages(source, label, background), max_frames, keep), True
+        finally:
+            source.seek(position)
+    stream = as_stream(source, name)
+    start = head(stream)
+    try:
+        opened = PIL.Image.open(stream)
+    except Exception as error:
+        if _is_video(start, stream):
+            return _limited(_video_frames(stream, label), max_frames, keep), True
+        hint = (
+            "; it is HEIC: `pip install pillow-heif` and call `pillow_heif.register_heif_opener()`"
+            if is_heif(start)
+            else ""
+        )
+        raise ValueError(f"{label} cannot be read as an image: {error}{hint}") from error
+    with opened:
+        if not is_animation(opened):
+            return [to_rgb(opened, label, background)], False
+        if opened.format == "TIFF" and len(sizes := _page_sizes(opened, label)) > 1:
+            warnings.warn(
+                f"{label} has pages of different sizes ({', '.join(sizes)}): the first one is "
+                "taken, as a picture",
+                stacklevel=4,
+            )
+            opened.seek(0)
+            return [to_rgb(opened, label, background)], False
+        return _limited(_pages(opened, label, background), max_frames, keep), True
+
+
+def is_animation(image: Image) -> bool:
+    """Whether a PIL image is the open file of a clip."""
+    try:
+        several = getattr(image, "is_animated", False)
+    except Exception:  # a broken file: reading its picture says what is wrong
+        return False
+    return bool(several) and getattr(image, "format", None) in _ANIMATED_FORMATS
+
+
+def _page_sizes(image: Image, label: str) -> list[str]:
+    sizes: dict[str, None] = {}
+    try:
+        for page in range(getattr(image, "n_frames", 1)):
+            image.seek(page)
+            sizes[f"{image.width}x{image.height}"] = None
+        image.seek(0)
+    except Exception as error:
+        raise ValueError(f"{label} cannot be read as an image: {error}") from error
+    return list(sizes)
+
+
+def _pages(image: Image, label: str, background: Color | None) -> Iterator[Image]:
+    page = 0
+    while True:
+        try:
+            image.seek(page)
+            # A copy: the open file is the same object at every page, and keeps its own mode.
+            shown = image.copy()
+        except EOFError:
+            return
+        except Exception as error:
+            raise ValueError(f"frame {page} of {label} cannot be read: {error}") from error
+        yield to_rgb(shown, f"frame {page} of {label}" if page else label, background)
+        page += 1
+
+
+def _limited(frames: Iterator[Image], max_frames: int | None, keep: str) -> list[Image]:
+    if max_frames is not None and keep == "last":
+        return list(deque(frames, maxlen=max_frames))
+    found = []
+    for frame in frames:
+        found.append(frame)
+        if len(found) == max_frames:
+            break
+    return found
+
+
+def _is_video(start: bytes, stream: Any) -> bool:
+    """Whether PyAV may read what Pillow does not: by its first bytes, or its name."""
+    if start[4:8] == b"ftyp" and not is_heif(start):
+        return True
+    if start[:4] in (b"\x1aE\xdf\xa3", b"OggS", b"\x00\x00\x01\xba") or start[8:12] == b"AVI ":
+        return True
+    return isinstance(stream, Path) and stream.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _video_frames(stream: Any, label: str) -> Iterator[Image]:
+    try:
+        import av
+    except ImportError as error:
+        raise ValueError(
+            f"{label} looks like a video, and PyAV cannot be imported ({error}): "
+            "pip install 'cosmos3-fast[video]'"
+        ) from None
+    found = False
+    try:
+        if not isinstance(stream, Path):
+            stream.seek(0)
+        with av.open(str(stream) if isinstance(stream, Path) else stream) as container:
+            for frame in container.decode(video=0):
+                found = True
+                picture = frame.to_image()
+                turn = getattr(frame, "rotation", 0)
+                yield picture.rotate(turn, expand=True) if turn else picture
+    except Exception as error:
+        raise ValueError(f"{label} cannot be read as a video: {error}") from error
+    if not found:
+        raise ValueError(f"{label} is a video without frames")

@@ -1,0 +1,1 @@
+"""The VAE's encoder and decoder as networks of 2-D convolutions."""
