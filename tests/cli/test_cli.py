@@ -16,7 +16,7 @@ from cosmos3_fast.images import preview
 from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.vae import FrameEncoder, synthetic
 
-PHOTOGRAPH = Path(__file__).parent.parent / "examples" / "falcon9_dscovr.jpg"
+PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "falcon9_dscovr.jpg"
 SMALL = {**synthetic.COSMOS3_VAE_CONFIG, "base_dim": 8, "decoder_base_dim": 8}
 
 

@@ -17,7 +17,7 @@ from cosmos3_fast.cli import main as cli
 from cosmos3_fast.images import preview
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_state_dict
 
-PHOTOGRAPH = Path(__file__).parent.parent / "examples" / "falcon9_dscovr.jpg"
+PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "falcon9_dscovr.jpg"
 
 
 @pytest.fixture(scope="module")

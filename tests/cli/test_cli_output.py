@@ -121,7 +121,7 @@ sys.exit(cli.main([]))
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent.parent,
+        cwd=Path(__file__).parents[2],
     )
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
