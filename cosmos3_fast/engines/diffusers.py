@@ -35,7 +35,7 @@ from cosmos3_fast.vae.live.accelerated import (
     uncompiled,
     wanted_frames,
 )
-from cosmos3_fast.vae.topology import UnsupportedVAEError
+from cosmos3_fast.vae.config import UnsupportedVAEError
 
 __all__ = ["Encoding", "accelerate", "last_encoding", "refresh", "restore"]
 

@@ -3,6 +3,6 @@
 from cosmos3_fast.vae.networks.clip import ClipEncoder
 from cosmos3_fast.vae.networks.decoder import FrameDecoder
 from cosmos3_fast.vae.networks.encoder import FrameEncoder
-from cosmos3_fast.vae.topology import UnsupportedVAEError
+from cosmos3_fast.vae.config import UnsupportedVAEError
 
 __all__ = ["ClipEncoder", "FrameDecoder", "FrameEncoder", "UnsupportedVAEError"]

@@ -1,39 +1,94 @@
-"""The algebra that turns the 3-D VAE encoder into 2-D networks, and what the decoder's shares.
+"""The algebra that turns a 3-D VAE into networks of 2-D convolutions.
 
-`fold_encoder` is for one frame, `fold_clip` adds what later frames need; the decoder's fold is
-`decoder_fold`. Every fold is computed in fp64 on the CPU and rounded once, to the target dtype;
-tensors that only move keep their bits. `read(name)` returns a tensor of the 3-D state dict; a
-reader may return only the part that is used (the last temporal slice, the mean half of
-`quant_conv`).
+`fold` makes the state dict of any of them. Everything is computed in float64 on the CPU and rounded
+once, to the target dtype; tensors that only move keep their bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cosmos3_fast.vae.topology import EncoderTopology
+from cosmos3_fast.ops.cook_toom import cook_toom_tensors
+from cosmos3_fast.vae.config import UnsupportedVAEError
+from cosmos3_fast.vae.networks.causal import TAPS, CausalConv, Temporal
+from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Topology
 
-Read = Callable[[str], Tensor]
+FLOAT16_MOST = 64000.0
+"""What a product in float16 may be at most: the largest float16, 65504, less what rounding of a
+kernel, of a transformed frame and of their sum can add."""
+FLOAT16_LOSS = 2.0**-10
+"""What a kernel may lose when it is rounded to float16, rms, as a part of its own rms: twice the
+largest rounding error of a normal number, so that few of its values are subnormal."""
+
+
+class Taps:
+    """The tensors of one part of a VAE's 3-D state dict, read as far as they act.
+
+    Args:
+        tensors: tensors, or slices of an open safetensors file, by name.
+        topology: of the part.
+    """
+
+    def __init__(self, tensors: Mapping[str, Any], topology: Topology) -> None:
+        self._tensors = tensors
+        self._topology = topology
+
+    def last(self, name: str) -> Tensor:
+        """What acts on a single frame, on the CPU.
+
+        A causal convolution computes `y[0] = Σ_τ W[τ] x[τ - (kT-1)]`. Frames before the first are
+        zeros, so of a kernel [Cout, Cin, kT, kH, kW] only τ = kT-1 remains: [Cout, Cin, kH, kW].
+        Of anything else it is all, and of both the rows that the topology names.
+        """
+        part, rows = self._tensors[name], self._topology.rows(name)
+        if self._rank(part) == 5:
+            return self._finite(name, part[rows, :, -1:])[:, :, 0]
+        return self._finite(name, part[rows])
+
+    def all(self, name: str) -> Tensor:
+        """All temporal taps of a 3-D convolution, [Cout, Cin, kT, kH, kW], on the CPU."""
+        return self._finite(name, self._tensors[name][:])
+
+    def _rank(self, part: Any) -> int:
+        return part.dim() if isinstance(part, Tensor) else len(part.get_shape())
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().cpu()
+        if not bool(tensor.isfinite().all()):
+            raise UnsupportedVAEError(f"{name} must be finite, got NaN or infinite values")
+        return tensor
+
+
+Change = Callable[[Tensor], Tensor]
+
+
+def _unchanged(kernel: Tensor) -> Tensor:
+    return kernel
 
 
 class Fold:
-    """Collects a folded state dict, and folds the blocks that both networks have.
+    """Collects a folded state dict.
 
     Args:
-        read: see the module.
+        network: whose state dict it is, also on the meta device: its modules say what they take.
+        taps: of the VAE.
         dtype: of the result.
 
     Attributes:
         tensors: the state dict so far.
-        read: as given.
+        read: `taps.last`.
     """
 
-    def __init__(self, read: Read, dtype: torch.dtype) -> None:
+    def __init__(self, network: nn.Module, taps: Taps, dtype: torch.dtype) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.read = read
+        self.read = taps.last
+        self._taps = taps
+        self._modules = dict(network.named_modules())
         self._dtype = dtype
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -41,20 +96,53 @@ class Fold:
         self.tensors[name] = tensor.to(self._dtype, copy=True, memory_format=layout)
 
     def conv(self, source: str, target: str) -> None:
-        """A causal or 2-D convolution."""
-        self.put(f"{target}.weight", spatial_taps(self.read(f"{source}.weight")))
+        """A convolution in two dimensions."""
+        self.put(f"{target}.weight", self.read(f"{source}.weight"))
         self.put(f"{target}.bias", self.read(f"{source}.bias"))
+
+    def norm(self, source: str, target: str) -> Tensor:
+        """The norm's scale, which the convolution after it is given."""
+        gamma = self.read(f"{source}.gamma").flatten()
+        self.put(f"{target}.weight", gamma)
+        return gamma
+
+    def causal(
+        self, source: str, target: str, gamma: Tensor | None = None, change: Change = _unchanged
+    ) -> None:
+        """The kernels of a `CausalConv`.
+
+        Args:
+            gamma: of the norm in front of it, if there is one.
+            change: of the taps, [Cout, Cin, 3, 3] of the last or [Cout, Cin, 3, 3, 3] of all.
+        """
+        conv = self._modules[target]
+        assert isinstance(conv, CausalConv)
+        self.put(f"{target}.weight", change(self.read(f"{source}.weight")))
+        if conv.temporal is not None:
+            kernels = change(self._taps.all(f"{source}.weight"))
+            try:
+                earlier, exponents = fitted(kernels, conv.temporal, gamma, self._dtype)
+            except UnsupportedVAEError as error:
+                raise UnsupportedVAEError(f"{source}.weight: {error}") from None
+            self.tensors[f"{target}.earlier"] = earlier
+            self.tensors[f"{target}.exponents"] = exponents
+
+    def time_conv(self, source: str, target: str) -> None:
+        """A convolution along time alone, as one on three frames side by side."""
+        if target in self._modules:
+            self.put(f"{target}.weight", side_by_side(self._taps.all(f"{source}.weight")))
+            self.put(f"{target}.bias", self.read(f"{source}.bias"))
 
     def residual_block(self, source: str, target: str, has_shortcut: bool = False) -> None:
         """To a `layers.ResidualBlock`; the bias of a shortcut goes into that of `conv2`."""
-        for norm in ("norm1", "norm2"):
-            self.put(f"{target}.{norm}.weight", self.read(f"{source}.{norm}.gamma").flatten())
-        self.conv(f"{source}.conv1", f"{target}.conv1")
-        self.put(f"{target}.conv2.weight", spatial_taps(self.read(f"{source}.conv2.weight")))
+        gamma = self.norm(f"{source}.norm1", f"{target}.norm1")
+        self.causal(f"{source}.conv1", f"{target}.conv1", gamma)
+        self.put(f"{target}.conv1.bias", self.read(f"{source}.conv1.bias"))
+        gamma = self.norm(f"{source}.norm2", f"{target}.norm2")
+        self.causal(f"{source}.conv2", f"{target}.conv2", gamma)
         bias = self.read(f"{source}.conv2.bias")
         if has_shortcut:
-            weight = spatial_taps(self.read(f"{source}.conv_shortcut.weight"))
-            self.put(f"{target}.shortcut.weight", weight)
+            self.put(f"{target}.shortcut.weight", self.read(f"{source}.conv_shortcut.weight"))
             bias = bias.double() + self.read(f"{source}.conv_shortcut.bias").double()
         self.put(f"{target}.conv2.bias", bias)
 
@@ -77,11 +165,32 @@ class Fold:
         self.residual_block(f"{part}.mid_block.resnets.1", "middle.2")
 
 
-def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The state dict of `FrameEncoder(topology)`, on the CPU, in `dtype`."""
-    fold = Fold(read, dtype)
-    fold.put("conv_in.weight", packed_order(spatial_taps(read("encoder.conv_in.weight")), topology))
-    fold.put("conv_in.bias", read("encoder.conv_in.bias"))
+def fold(network: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state dict of an encoder or decoder, on the CPU.
+
+    Args:
+        network: has a `topology` and a `folded_dtype`; may be on the meta device.
+        tensors: see `Taps`.
+
+    Raises:
+        UnsupportedVAEError: a tensor is not finite, as it is or once folded.
+    """
+    topology = network.topology
+    made = Fold(network, Taps(tensors, topology), network.folded_dtype)
+    with torch.device("cpu"):  # whatever the default device is
+        if isinstance(topology, EncoderTopology):
+            _fold_encoder(made, topology)
+        else:
+            _fold_decoder(made, topology)
+    for name, tensor in made.tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise UnsupportedVAEError(f"{name}, once folded, is not finite in {tensor.dtype}")
+    return made.tensors
+
+
+def _fold_encoder(fold: Fold, topology: EncoderTopology) -> None:
+    fold.causal("encoder.conv_in", "conv_in", None, lambda w: packed_order(w, topology))
+    fold.put("conv_in.bias", fold.read("encoder.conv_in.bias"))
     for i, (stage, (blocks, downsampler)) in enumerate(
         zip(topology.stages, topology.block_names(), strict=True)
     ):
@@ -94,79 +203,110 @@ def fold_encoder(topology: EncoderTopology, read: Read, dtype: torch.dtype) -> d
                 fold.residual_block(source, target, j == 0 and changes_width)
         if downsampler is not None:
             fold.conv(f"{downsampler}.resample.1", f"stages.{i}.downsample.conv")
+            fold.time_conv(f"{downsampler}.time_conv", f"stages.{i}.time_conv")
     fold.middle("encoder")
-    fold.put("norm_out.weight", read("encoder.norm_out.gamma").flatten())
-    weight, bias = head(
-        read("encoder.conv_out.weight"),
-        read("encoder.conv_out.bias"),
-        read("quant_conv.weight"),
-        read("quant_conv.bias"),
-        *topology.output_statistics,
+    gamma = fold.norm("encoder.norm_out", "norm_out")
+    quant, (mean, std) = fold.read("quant_conv.weight"), topology.output_statistics
+    fold.causal("encoder.conv_out", "conv_out", gamma, lambda w: head_weight(w, quant, std))
+    bias = head_bias(
+        fold.read("encoder.conv_out.bias"), quant, fold.read("quant_conv.bias"), mean, std
     )
-    fold.put("conv_out.weight", weight)
     fold.put("conv_out.bias", bias)
-    return fold.tensors
 
 
-def fold_clip(
-    topology: EncoderTopology, read: Read, read_earlier: Read, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    """The state dict of `ClipEncoder(topology)`, on the CPU, in `dtype`.
-
-    Args:
-        topology: the structure.
-        read: as for `fold_encoder`.
-        read_earlier: the temporal taps before the last one, [Cout, Cin, kT-1, kH, kW], of a 3-D
-            convolution.
-        dtype: of the result.
-    """
-    fold = Fold(read, dtype)
-
-    def earlier(target: str, weight: Tensor) -> None:
-        for i, tap in enumerate(weight.unbind(2)):
-            fold.put(f"{target}.earlier.{i}.weight", tap)
-
-    def residual_block(source: str, target: str) -> None:
-        for conv in ("conv1", "conv2"):
-            earlier(f"{target}.{conv}", read_earlier(f"{source}.{conv}.weight"))
-
-    earlier("conv_in", packed_order(read_earlier("encoder.conv_in.weight"), topology))
-    for i, (stage, (blocks, downsampler)) in enumerate(
+def _fold_decoder(fold: Fold, topology: DecoderTopology) -> None:
+    weight, bias = denormalize(
+        fold.read("post_quant_conv.weight"),
+        fold.read("post_quant_conv.bias"),
+        topology.latents_mean,
+        topology.latents_std,
+    )
+    fold.put("denormalize.weight", weight)
+    fold.put("denormalize.bias", bias)
+    fold.conv("post_quant_conv", "post_quant")
+    fold.causal("decoder.conv_in", "conv_in")
+    fold.put("conv_in.bias", fold.read("decoder.conv_in.bias"))
+    fold.middle("decoder")
+    for i, (stage, (blocks, upsampler)) in enumerate(
         zip(topology.stages, topology.block_names(), strict=True)
     ):
-        for j, source in enumerate(blocks[:: 2 if stage.attention else 1]):
-            residual_block(source, f"stages.{i}.blocks.{j}")
-        if stage.factor_t == 2:
-            name = f"{downsampler}.time_conv"
-            taps = torch.cat([read_earlier(f"{name}.weight"), read(f"{name}.weight")[:, :, -1:]], 2)
-            fold.put(f"stages.{i}.time_conv.weight", side_by_side(taps))
-            fold.put(f"stages.{i}.time_conv.bias", read(f"{name}.bias"))
-    for j in range(2):
-        residual_block(f"encoder.mid_block.resnets.{j}", f"middle.{j}")
-    weight = read_earlier("encoder.conv_out.weight")
-    earlier("conv_out", head_weight(weight, read("quant_conv.weight"), topology.latents_std))
-    first = fold_encoder(topology, read, dtype)
-    return {**{f"first.{name}": tensor for name, tensor in first.items()}, **fold.tensors}
+        changes_width = stage.in_channels != stage.out_channels
+        for j, source in enumerate(blocks):
+            fold.residual_block(source, f"stages.{i}.blocks.{j}", j == 0 and changes_width)
+        if upsampler is not None:
+            fold.conv(f"{upsampler}.resample.1", f"stages.{i}.upsample")
+            fold.time_conv(f"{upsampler}.time_conv", f"stages.{i}.time_conv")
+    gamma = fold.norm("decoder.norm_out", "norm_out")
+    fold.causal(
+        "decoder.conv_out", "conv_out", gamma, lambda w: shuffle_order(w, topology.patch_size)
+    )
+    bias = shuffle_order(fold.read("decoder.conv_out.bias"), topology.patch_size)
+    fold.put("conv_out.bias", bias)
+
+
+def fitted(
+    taps: Tensor, temporal: Temporal, gamma: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The kernels before the last one of a `CausalConv`, and the exponents of all.
+
+    With a block of m frames they are `G taps` of F(m, 3) (`ops.cook_toom`), times a power of two
+    where they are held in float16, so that no product overflows, whatever the latents: what the
+    convolution reads are RMS-normalised frames, whose vector over C channels is at most
+    √C·max|gamma| long (SiLU makes it no longer), a transformed one at most the sum of |B^T|'s row
+    times that. So a product is at most that, times the sum over the nine taps of a kernel's length
+    over its input channels.
+
+    A convolution whose kernels or frames float16 does not hold (`FLOAT16_LOSS`, `FLOAT16_MOST`)
+    keeps them in the network's dtype.
+
+    Args:
+        taps: [Cout, Cin, 3, 3, 3].
+        temporal: how frames are taken.
+        gamma: [Cin], of the norm in front; None: there is none.
+        dtype: of the network.
+
+    Returns:
+        [m + 1, Cout, Cin, 3, 3] (two taps where m is 1), each kernel in channels_last memory; and
+        m + 2 integers (three).
+
+    Raises:
+        UnsupportedVAEError: float16 does not hold them, and the network's dtype is float16.
+    """
+    kernels = taps.double().movedim(2, 0)  # the taps
+    count = temporal.kernels
+    exponents = [0] * count
+    held = temporal.dtype
+    if temporal.block > 1:
+        _, kernel, inputs = cook_toom_tensors(temporal.block, kernels)
+        kernels = torch.einsum("jk,k...->j...", kernel, kernels)
+        if held == torch.float16:
+            assert gamma is not None
+            longest = gamma.numel() ** 0.5 * gamma.double().abs().max().item()
+            frames = [row.abs().sum().item() * longest for row in inputs]
+            lengths = kernels.norm(dim=2).sum((2, 3)).amax(1).tolist()
+            exponents = [
+                math.floor(math.log2(FLOAT16_MOST / (a * b))) if a * b else 0
+                for a, b in zip(frames, lengths, strict=True)
+            ]
+            if dtype == torch.float16:
+                exponents[-1] = min(exponents[-1], 0)  # its last tap is held unscaled
+            scaled = [k * 2.0**e for k, e in zip(kernels, exponents, strict=True)]
+            lost = [(k - k.half().double()).norm() > FLOAT16_LOSS * k.norm() for k in scaled]
+            if max(frames) > FLOAT16_MOST or any(lost):
+                if dtype == torch.float16:
+                    raise UnsupportedVAEError(
+                        "float16 does not hold its kernels along time: take bfloat16 or float32"
+                    )
+                held, exponents = dtype, [0] * count
+            else:
+                kernels = torch.stack(scaled)
+    earlier = kernels[: count - 1].movedim(2, -1).to(held).contiguous().movedim(-1, 2)
+    return earlier, torch.tensor(exponents, dtype=torch.int64)
 
 
 def float64(values: tuple[float, ...]) -> Tensor:
     """On the CPU, whatever the default device."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def spatial_taps(weight: Tensor) -> Tensor:
-    """The 2-D kernel that a causal 3-D kernel is on the first frame.
-
-    A causal convolution computes `y[0] = Σ_τ W[τ] * x[τ - (kT-1)]`. Frames before the first are
-    zeros, so only τ = kT-1 remains: `y[0] = W[kT-1] * x[0]`.
-
-    Args:
-        weight: [Cout, Cin, kT, kH, kW]; a 2-D kernel [Cout, Cin, kH, kW] is returned as it is.
-
-    Returns:
-        [Cout, Cin, kH, kW], a view.
-    """
-    return weight[:, :, -1] if weight.dim() == 5 else weight
 
 
 def unshuffle_order(weight: Tensor, patch_size: int) -> Tensor:
@@ -203,7 +343,7 @@ def attention(
         gamma: [C, 1, 1]; qkv_weight: [3C, C, 1, 1]; proj_weight: [C, C, 1, 1]; biases to match.
 
     Returns:
-        Weight [3C, C] and bias [3C] in fp64.
+        Weight [3C, C] and bias [3C] in float64.
     """
     scale = gamma.double().flatten()
     weight = qkv_weight.double().flatten(1) * (scale * scale.numel() ** 0.5)
@@ -220,35 +360,31 @@ def attention(
     )
 
 
-def head(
-    conv_weight: Tensor,
+def head_bias(
     conv_bias: Tensor,
     quant_weight: Tensor,
     quant_bias: Tensor,
     mean: tuple[float, ...],
     std: tuple[float, ...],
-) -> tuple[Tensor, Tensor]:
-    """`conv_out`, the mean half of `quant_conv`, and `(z - mean) / std` as one convolution.
+) -> Tensor:
+    """The bias of `conv_out`, the mean half of `quant_conv`, and `(z - mean) / std` as one.
 
-    With Wq, bq the first `z_dim` rows of the 1x1x1 `quant_conv` and W, b the last temporal tap of
-    `conv_out`: weight `diag(1/std) Wq W`, bias `(Wq b + bq - mean) / std`. Exact at the borders
-    too: `conv_out` pads its input, which comes before all of this.
+    With Wq, bq the first `z_dim` rows of the 1x1x1 `quant_conv` and W, b a tap of `conv_out`:
+    weight `diag(1/std) Wq W` (`head_weight`), bias `(Wq b + bq - mean) / std`. Exact at the
+    borders too: `conv_out` pads its input, which comes before all of this.
 
     Args:
-        conv_weight: [2z, C, kT, 3, 3]; conv_bias: [2z].
-        quant_weight: [2z or z, 2z, 1, 1, 1]; quant_bias: [2z or z].
+        conv_bias: [2z].
+        quant_weight: [2z or z, 2z, 1, 1]; quant_bias: [2z or z].
         mean, std: z values each.
 
     Returns:
-        Weight [z, C, 3, 3] and bias [z] in fp64.
+        [z] in float64.
     """
     channels = len(mean)
-    mean64 = float64(mean)
-    std64 = float64(std)
     quant = quant_weight[:channels].double().flatten(1)
-    weight = head_weight(spatial_taps(conv_weight), quant_weight, std)
-    bias = (quant @ conv_bias.double() + quant_bias[:channels].double() - mean64) / std64
-    return weight, bias
+    shift = quant @ conv_bias.double() + quant_bias[:channels].double()
+    return (shift - float64(mean)) / float64(std)
 
 
 def head_weight(taps: Tensor, quant_weight: Tensor, std: tuple[float, ...]) -> Tensor:
@@ -256,11 +392,11 @@ def head_weight(taps: Tensor, quant_weight: Tensor, std: tuple[float, ...]) -> T
 
     Args:
         taps: [2z, C, 3, 3] or [2z, C, kT, 3, 3].
-        quant_weight: [2z or z, 2z, 1, 1, 1].
+        quant_weight: [2z or z, 2z, 1, 1].
         std: z values.
 
     Returns:
-        `taps`' shape with z instead of 2z, in fp64.
+        `taps`' shape with z instead of 2z, in float64.
     """
     quant = quant_weight[: len(std)].double().flatten(1)
     scale = quant / float64(std)[:, None]
@@ -279,3 +415,37 @@ def side_by_side(weight: Tensor) -> Tensor:
         [Cout, kT·Cin, kH, kW].
     """
     return weight.transpose(1, 2).flatten(1, 2)
+
+
+def denormalize(
+    weight: Tensor, bias: Tensor, mean: tuple[float, ...], std: tuple[float, ...]
+) -> tuple[Tensor, Tensor]:
+    """`z·std + mean` and `post_quant_conv` as one 1x1 convolution.
+
+    Weight `W diag(std)`, bias `W mean + b`. It goes no further: `conv_in` pads its input with
+    zeros, and a bias folded through it would be added outside the image too.
+
+    Args:
+        weight: [z, z, 1, 1]; bias: [z].
+        mean, std: z values each.
+
+    Returns:
+        Weight [z, z, 1, 1] and bias [z] in float64.
+    """
+    matrix = weight.double()
+    return (
+        matrix * float64(std).view(-1, 1, 1),
+        matrix.flatten(1) @ float64(mean) + bias.double(),
+    )
+
+
+def shuffle_order(tensor: Tensor, patch_size: int) -> Tensor:
+    """Reorder output channels for `torch.nn.functional.pixel_shuffle`.
+
+    The VAE's patches are laid out (channel, column, row), pixel_shuffle's (channel, row, column).
+
+    Args:
+        tensor: [C·p², …], a weight or a bias.
+    """
+    cells = tensor.unflatten(0, (-1, patch_size, patch_size))
+    return cells.transpose(1, 2).flatten(0, 2)

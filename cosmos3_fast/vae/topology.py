@@ -1,12 +1,16 @@
-"""The structure of a Wan-family VAE's encoder, and what it shares with that of the decoder.
+"""The structure of a Wan-family VAE's encoder and decoder.
 
-`Topology` is the shared part: names and shapes of blocks, and the check that a state dict has
+`Topology` is what the two share: names and shapes of blocks, and the check that a state dict has
 exactly the tensors that its configuration describes. Three families share the tensor names used
 here (those of diffusers, SGLang and vLLM-Omni):
 
 - Wan2.2, which Cosmos3 uses: `is_residual=True`, `patch_size=2`; one `down_blocks.i` per stage.
 - Wan2.1: `is_residual=False`, no patches; `down_blocks` is a flat list of blocks.
 - Qwen-Image: as Wan2.1, its configuration calls the input channels `input_channels`.
+
+The decoder mirrors the encoder: the lowest resolution first, one block more per stage, `up_blocks`
+of one stage each in every family. Wan2.1 and Qwen-Image halve the width where they up-sample;
+Wan2.2 has a shortcut around each up-sampling stage, which duplicates its input.
 """
 
 from __future__ import annotations
@@ -14,136 +18,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from cosmos3_fast.arguments import quoted
+from cosmos3_fast.vae.config import ConfigValues, UnsupportedVAEError, positive_int, read_config
 
 if TYPE_CHECKING:
     from typing import Self
 
-from cosmos3_fast.arguments import LARGEST, as_int, quoted
-from cosmos3_fast.frames import TEMPORAL_FACTOR
-
 Shape = tuple[int, ...]
-
-# The class defaults of AutoencoderKLWan in diffusers 0.42, for keys a configuration leaves out.
-# The latent statistics have no default here: guessed statistics are wrong latents.
-_CONFIG_DEFAULTS: dict[str, Any] = {
-    "base_dim": 96,
-    "z_dim": 16,
-    "dim_mult": (1, 2, 4, 4),
-    "num_res_blocks": 2,
-    "attn_scales": (),
-    "temperal_downsample": (False, True, True),
-    "is_residual": False,
-    "patch_size": None,
-}
 
 _LISTED = 4
 _NAME = 120
-# Far beyond every VAE of the family, and little enough to be listed at once.
-_MOST_STAGES = 16
-_MOST_BLOCKS = 64
-# Smaller deviations make latents that no 16-bit number holds.
-_LEAST_STD = 1e-6
-
-
-class UnsupportedVAEError(ValueError):
-    """The VAE is not one that the 2-D networks reproduce; the message names what differs."""
-
-
-def read_config(config: Any, name: str, default: Any = None) -> Any:
-    """`config[name]` of a mapping or `config.name` of any other object, else `default`."""
-    if isinstance(config, Mapping):
-        return config.get(name, default)
-    return getattr(config, name, default)
-
-
-def read_factors(config: Any) -> tuple[int, int]:
-    """Pixels per latent cell and pixel frames per latent frame, as the structure makes them.
-
-    Configurations also state them (`scale_factor_spatial`), but not all do, and a class default may
-    be another family's. What is stated counts only where there is no structure.
-    """
-    multipliers = read_config(config, "dim_mult")
-    if multipliers is None:
-        return (
-            int(read_config(config, "scale_factor_spatial", 16)),
-            int(read_config(config, "scale_factor_temporal", TEMPORAL_FACTOR)),
-        )
-    default = _CONFIG_DEFAULTS["temperal_downsample"]
-    halvings = len(multipliers) - 1
-    temporal = list(read_config(config, "temperal_downsample") or default)[:halvings]
-    patch_size = read_config(config, "patch_size") or 1
-    return int(patch_size) * 2**halvings, 2 ** sum(map(bool, temporal))
-
-
-@dataclass(frozen=True)
-class ConfigValues:
-    """The values of a VAE configuration that describe its networks, checked one by one.
-
-    Attributes:
-        base_dim: width of the encoder.
-        multipliers: of the width, per stage of the encoder.
-        num_blocks: residual blocks per stage of the encoder.
-        temporal: per stage but the last, whether the encoder halves time there.
-        attention_scales: resolutions of the encoder with attention, 1 for the first stage.
-        z_dim, patch_size, residual, latents_mean, latents_std: see `Topology`.
-    """
-
-    base_dim: int
-    multipliers: tuple[int, ...]
-    num_blocks: int
-    temporal: tuple[bool, ...]
-    attention_scales: tuple[Any, ...]
-    z_dim: int
-    patch_size: int
-    residual: bool
-    latents_mean: tuple[float, ...]
-    latents_std: tuple[float, ...]
-
-    @classmethod
-    def read(cls, config: Any) -> ConfigValues:
-        """Take them from a mapping, or from an object with the same names as attributes.
-
-        Raises:
-            UnsupportedVAEError: a value is missing or cannot be used.
-        """
-        values = {key: read_config(config, key, value) for key, value in _CONFIG_DEFAULTS.items()}
-        z_dim = positive_int("z_dim", values["z_dim"])
-        patch_size = values["patch_size"]
-        multipliers = _sequence("dim_mult", values["dim_mult"])
-        if not multipliers:
-            raise UnsupportedVAEError("config: dim_mult is empty")
-        if len(multipliers) > _MOST_STAGES:
-            raise UnsupportedVAEError(
-                f"config: dim_mult has {len(multipliers)} values, wanted at most {_MOST_STAGES}"
-            )
-        temporal = _sequence("temperal_downsample", values["temperal_downsample"])
-        if len(temporal) < len(multipliers) - 1:
-            raise UnsupportedVAEError(
-                f"config: temperal_downsample has {len(temporal)} values for "
-                f"{len(multipliers)} stages, wanted at least {len(multipliers) - 1}"
-            )
-        return cls(
-            base_dim=positive_int("base_dim", values["base_dim"]),
-            multipliers=tuple(positive_int("dim_mult", m) for m in multipliers),
-            num_blocks=positive_int("num_res_blocks", values["num_res_blocks"], _MOST_BLOCKS),
-            temporal=tuple(_flag("temperal_downsample", each) for each in temporal),
-            attention_scales=_sequence("attn_scales", values["attn_scales"]),
-            z_dim=z_dim,
-            patch_size=1 if patch_size is None else positive_int("patch_size", patch_size),
-            residual=_flag("is_residual", values["is_residual"]),
-            latents_mean=_statistics(config, "latents_mean", z_dim),
-            latents_std=_statistics(config, "latents_std", z_dim),
-        )
-
-    def pixel_channels(self, config: Any, name: str) -> int:
-        """`config[name]` (Qwen-Image: `input_channels`), which must be the colors of a patch."""
-        channels = read_config(config, name, read_config(config, "input_channels", 3))
-        if positive_int(name, channels) != 3 * self.patch_size**2:
-            raise UnsupportedVAEError(
-                f"config: {name}={channels}, wanted 3·patch_size² = {3 * self.patch_size**2}"
-            )
-        return int(channels)
 
 
 @dataclass(frozen=True)
@@ -193,6 +80,11 @@ class Topology:
     def rows(self, name: str) -> slice:
         """The output channels of a tensor that act on the result."""
         return slice(None)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Pixel frames per latent frame after the first."""
+        return math.prod(self.resamplers().values())
 
     @classmethod
     def from_state_dict(cls, shapes: Mapping[str, Shape], config: Any) -> Self:
@@ -262,6 +154,8 @@ class EncoderTopology(Topology):
         in_channels: channels after patches are folded in (12 for Cosmos3).
         stages: from the highest resolution to the lowest; with `residual`, each has an
             average-pooling shortcut.
+        posterior: the result has all `2 z_dim` channels, mean and log-variance, on the VAE's own
+            scale; otherwise the mean alone, normalised.
     """
 
     part = "encoder"
@@ -269,6 +163,7 @@ class EncoderTopology(Topology):
 
     in_channels: int
     stages: tuple[Stage, ...]
+    posterior: bool = False
 
     @property
     def spatial_factor(self) -> int:
@@ -281,11 +176,6 @@ class EncoderTopology(Topology):
         """`in_channels`, and zeros to whole vectors of 16 bytes in 16 bits, which a GPU's
         convolution would make for itself. Plain colors are left as they are."""
         return self.in_channels if self.patch_size == 1 else -(-self.in_channels // 8) * 8
-
-    @property
-    def temporal_factor(self) -> int:
-        """Pixel frames per latent frame after the first."""
-        return math.prod(stage.factor_t for stage in self.stages)
 
     @classmethod
     def from_config(cls, config: Any) -> EncoderTopology:
@@ -345,11 +235,14 @@ class EncoderTopology(Topology):
 
     def rows(self, name: str) -> slice:
         # Of the mean and the log-variance, the mean is the latent.
-        return slice(0, self.z_dim if name.startswith("quant_conv.") else None)
+        mean_only = not self.posterior and name.startswith("quant_conv.")
+        return slice(0, self.z_dim if mean_only else None)
 
     @property
     def output_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation that the network's output channels are normalised with."""
+        if self.posterior:
+            return (0.0,) * (2 * self.z_dim), (1.0,) * (2 * self.z_dim)
         return self.latents_mean, self.latents_std
 
     def tensor_shapes(self) -> dict[str, Shape]:
@@ -381,15 +274,119 @@ class EncoderTopology(Topology):
 
 
 @dataclass(frozen=True)
-class PosteriorTopology(EncoderTopology):
-    """The encoder with all `2 z_dim` channels of its posterior, on the VAE's own scale."""
+class UpStage:
+    """One resolution of the decoder.
 
-    def rows(self, name: str) -> slice:
-        return slice(None)
+    Attributes:
+        in_channels, out_channels: widths of its residual blocks at entry and exit.
+        num_blocks: residual blocks; the first one changes the width.
+        up_channels: width after the up-sampling that ends the stage; None where nothing does.
+        factor_t: 2 where the up-sampling also doubles time (a `time_conv` is present). On one
+            frame this changes nothing but the duplicating shortcut of the residual family.
+    """
+
+    in_channels: int
+    out_channels: int
+    num_blocks: int
+    up_channels: int | None
+    factor_t: int
+
+
+@dataclass(frozen=True)
+class DecoderTopology(Topology):
+    """All that is needed to build the 2-D decoder, and the constants that denormalise latents.
+
+    Attributes:
+        out_channels: channels before patches are unfolded (12 for Cosmos3).
+        stages: from the lowest resolution to the highest; with `residual`, each that up-samples
+            has a duplicating shortcut.
+    """
+
+    part = "decoder"
+    outer_conv = "post_quant_conv"
+
+    out_channels: int
+    stages: tuple[UpStage, ...]
 
     @property
-    def output_statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return (0.0,) * (2 * self.z_dim), (1.0,) * (2 * self.z_dim)
+    def spatial_factor(self) -> int:
+        """Pixels per latent cell, along height and along width."""
+        upsamplings = sum(stage.up_channels is not None for stage in self.stages)
+        return int(self.patch_size * 2**upsamplings)
+
+    @classmethod
+    def from_config(cls, config: Any) -> DecoderTopology:
+        values = ConfigValues.read(config)
+        out_channels = values.pixel_channels(config, "out_channels")
+        base_dim = read_config(config, "decoder_base_dim")
+        base_dim = (
+            values.base_dim if base_dim is None else positive_int("decoder_base_dim", base_dim)
+        )
+        multipliers = values.multipliers[::-1]
+        widths = [base_dim * m for m in (multipliers[0], *multipliers)]
+        temporal = values.temporal[::-1]
+        stages: list[UpStage] = []
+        for i, (entry, width) in enumerate(pairwise(widths)):
+            upsamples = i != len(multipliers) - 1
+            stage = UpStage(
+                in_channels=entry if values.residual or i == 0 else entry // 2,
+                out_channels=width,
+                num_blocks=values.num_blocks + 1,
+                up_channels=(width if values.residual else width // 2) if upsamples else None,
+                factor_t=2 if upsamples and temporal[i] else 1,
+            )
+            if values.residual and upsamples and 4 * stage.factor_t * width % stage.in_channels:
+                raise UnsupportedVAEError(
+                    f"config: the duplicating shortcut of stage {i} cannot spread "
+                    f"{stage.in_channels} channels over {width}x{4 * stage.factor_t} values"
+                )
+            stages.append(stage)
+        return cls(
+            out_channels=out_channels,
+            patch_size=values.patch_size,
+            z_dim=values.z_dim,
+            residual=values.residual,
+            stages=tuple(stages),
+            latents_mean=values.latents_mean,
+            latents_std=values.latents_std,
+        )
+
+    def block_names(self) -> list[tuple[list[str], str | None]]:
+        """Per stage, the 3-D names of its blocks in order and of its up-sampler."""
+        names: list[tuple[list[str], str | None]] = []
+        for i, stage in enumerate(self.stages):
+            root = f"decoder.up_blocks.{i}"
+            blocks = [f"{root}.resnets.{j}" for j in range(stage.num_blocks)]
+            upsampler = f"{root}.upsampler" if self.residual else f"{root}.upsamplers.0"
+            names.append((blocks, None if stage.up_channels is None else upsampler))
+        return names
+
+    def resamplers(self) -> dict[str, int]:
+        pairs = zip(self.block_names(), self.stages, strict=True)
+        return {name: stage.factor_t for (_, name), stage in pairs if name is not None}
+
+    def tensor_shapes(self) -> dict[str, Shape]:
+        shapes = dict(conv_shapes("post_quant_conv", self.z_dim, self.z_dim, 1))
+        width = self.stages[0].in_channels
+        shapes.update(conv_shapes("decoder.conv_in", self.z_dim, width, 3))
+        shapes.update(residual_block_shapes("decoder.mid_block.resnets.0", width, width))
+        shapes.update(attention_shapes("decoder.mid_block.attentions.0", width))
+        shapes.update(residual_block_shapes("decoder.mid_block.resnets.1", width, width))
+        for stage, (blocks, upsampler) in zip(self.stages, self.block_names(), strict=True):
+            width = stage.in_channels
+            for name in blocks:
+                shapes.update(residual_block_shapes(name, width, stage.out_channels))
+                width = stage.out_channels
+            if upsampler is not None and stage.up_channels is not None:
+                shapes[f"{upsampler}.resample.1.weight"] = (stage.up_channels, width, 3, 3)
+                shapes[f"{upsampler}.resample.1.bias"] = (stage.up_channels,)
+                if stage.factor_t == 2:
+                    shapes[f"{upsampler}.time_conv.weight"] = (2 * width, width, 3, 1, 1)
+                    shapes[f"{upsampler}.time_conv.bias"] = (2 * width,)
+        width = self.stages[-1].out_channels
+        shapes["decoder.norm_out.gamma"] = (width, 1, 1, 1)
+        shapes.update(conv_shapes("decoder.conv_out", width, self.out_channels, 3))
+        return shapes
 
 
 def conv_shapes(
@@ -417,50 +414,3 @@ def attention_shapes(name: str, channels: int) -> Iterator[tuple[str, Shape]]:
     yield f"{name}.to_qkv.bias", (3 * channels,)
     yield f"{name}.proj.weight", (channels, channels, 1, 1)
     yield f"{name}.proj.bias", (channels,)
-
-
-def positive_int(name: str, value: Any, most: int = LARGEST) -> int:
-    number = as_int(value)
-    if number is None or not 1 <= number <= most:
-        limit = "" if most == LARGEST else f" of at most {most}"
-        raise UnsupportedVAEError(
-            f"config: {name}={quoted(value)}, wanted a positive integer{limit}"
-        )
-    return number
-
-
-def _flag(name: str, value: Any) -> bool:
-    if value is True or value is False or as_int(value) in (0, 1):
-        return bool(value)
-    raise UnsupportedVAEError(f"config: {name} holds {quoted(value)}, wanted true or false")
-
-
-def _sequence(name: str, value: Any) -> tuple[Any, ...]:
-    if not isinstance(value, list | tuple):
-        raise UnsupportedVAEError(f"config: {name}={quoted(value)}, wanted a list")
-    return tuple(value)
-
-
-def _statistics(config: Any, name: str, z_dim: int) -> tuple[float, ...]:
-    value = read_config(config, name)
-    if value is None:
-        raise UnsupportedVAEError(f"config: {name} is missing, wanted {z_dim} numbers")
-    if not isinstance(value, list | tuple) or len(value) != z_dim:
-        size = f"{len(value)} values" if isinstance(value, list | tuple) else quoted(value)
-        raise UnsupportedVAEError(f"config: {name} has {size}, wanted z_dim={z_dim} numbers")
-    numbers = tuple(map(_finite, value))
-    for i, number in enumerate(numbers):
-        if number is None or (name == "latents_std" and number <= _LEAST_STD):
-            wanted = f", wanted more than {_LEAST_STD:g}" if name == "latents_std" else ""
-            raise UnsupportedVAEError(
-                f"config: {name}[{i}]={quoted(value[i])} is not a usable number{wanted}"
-            )
-    return tuple(number for number in numbers if number is not None)
-
-
-def _finite(value: Any) -> float | None:
-    try:
-        number = float(value) if isinstance(value, int | float) else math.nan
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None

@@ -9,13 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from cosmos3_fast.vae.checkpoint.files import CheckpointError, find_checkpoint, open_slices
 from cosmos3_fast.vae.checkpoint.names import family_config
 from cosmos3_fast.vae.topology import Shape, Topology, UnsupportedVAEError
-
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
@@ -30,28 +26,13 @@ class Checkpoint:
         location: the folder or file where it lies.
         config: the contents of `config.json`, or of its family where there is none.
         topology: of the part that is read.
+        tensors: slices of its tensors by name (`fold.Taps` reads what acts).
     """
 
     location: Path
     config: dict[str, Any]
     topology: Topology
-    _slices: Mapping[str, Any]
-
-    def read(self, name: str) -> Tensor:
-        """The part of a tensor that acts on one frame.
-
-        The last temporal tap of a 3-D convolution ([Cout, Cin, 1, kH, kW]), all of anything else;
-        of both, the rows that the topology names.
-        """
-        part = self._slices[name]
-        rows = self.topology.rows(name)
-        if len(part.get_shape()) == 5:
-            return part[rows, :, -1:]
-        return part[rows]
-
-    def read_earlier(self, name: str) -> Tensor:
-        """The temporal taps of a 3-D convolution that `read` leaves out, for later frames."""
-        return self._slices[name][:, :, :-1]
+    tensors: Mapping[str, Any]
 
 
 @contextmanager

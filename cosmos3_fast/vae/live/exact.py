@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import is_whole, latent_frames
-from cosmos3_fast.vae.topology import read_config, read_factors
+from cosmos3_fast.vae.config import read_config, read_factors
 
 
 def encode_mode(vae: Any, pixels: Tensor) -> Tensor:

@@ -1,18 +1,19 @@
-"""`FoldedNetwork`: what all 2-D networks folded from a 3-D VAE have in common."""
+"""`FoldedNetwork`: what all networks of 2-D convolutions, folded from a 3-D VAE, have in common."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.frames import TEMPORAL_FACTOR
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.compatibility import check_modules
-from cosmos3_fast.vae.fold import Read
-from cosmos3_fast.vae.networks.layers import WinogradConv
+from cosmos3_fast.vae.fold import fold
+from cosmos3_fast.vae.networks.causal import CausalConv, Temporal, WinogradConv
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 if TYPE_CHECKING:
@@ -30,25 +31,68 @@ class FoldedNetwork(nn.Module):
 
     Args:
         topology: the structure.
-        dtype: of the parameters and of the result; fp32, bf16, fp16 or fp64.
+        dtype: of the parameters and of the result: float32, bfloat16, float16 or float64.
+        temporal: how frames after a clip's first are taken; None: a network for single frames.
 
     Attributes:
         topology: as given, a `topology_type`.
         z_dim: latent channels.
         spatial_factor: pixels per latent cell along height and width.
         takes_clips: whether it takes more than one frame.
+        folded_dtype: `dtype` as given, whatever the parameters were converted to since.
+
+    Raises:
+        UnsupportedVAEError: a network for clips, and a temporal factor other than 4.
     """
 
     topology_type: ClassVar[type[Topology]]
     takes_clips: ClassVar[bool] = False
 
-    def __init__(self, topology: Any, dtype: torch.dtype) -> None:
+    def __init__(self, topology: Any, dtype: torch.dtype, temporal: Temporal | None = None) -> None:
         super().__init__()
         if dtype not in _DTYPES:
-            raise ValueError(f"dtype is {dtype}, wanted one of {[str(d) for d in _DTYPES]}")
+            raise ValueError(f"dtype must be one of {[str(d) for d in _DTYPES]}, got {dtype}")
+        if temporal is not None and topology.temporal_factor != TEMPORAL_FACTOR:
+            raise UnsupportedVAEError(
+                f"the temporal factor must be {TEMPORAL_FACTOR}, got {topology.temporal_factor} "
+                "(config: temperal_downsample)"
+            )
         self.topology = topology
         self.z_dim: int = topology.z_dim
         self.spatial_factor: int = topology.spatial_factor
+        self.folded_dtype = dtype
+        self._temporal = temporal
+        self._complete = False
+
+    def _finish(self) -> None:
+        """The end of a constructor: parameters of their dtypes and layouts, without gradients."""
+        self.to(self.folded_dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in self.modules():
+            if isinstance(module, CausalConv):
+                module.hold_kernels()
+        self.requires_grad_(False)
+        self._complete = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if self._complete and self._temporal is not None:
+            weight = self.get_submodule("conv_in").get_parameter("weight")
+            to = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+            if to != weight.dtype:
+                raise TypeError(
+                    f"a {type(self).__name__} must be folded in its dtype, got a conversion of "
+                    f"{weight.dtype} to {to}: its kernels along time are rounded once, from float64"
+                )
+        return super()._apply(fn, recurse)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters and of the result."""
+        return self.get_submodule("conv_in").get_parameter("weight").dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters and of the result."""
+        return self.get_submodule("conv_in").get_parameter("weight").device
 
     @classmethod
     def from_vae(
@@ -58,6 +102,7 @@ class FoldedNetwork(nn.Module):
         device: torch.device | str | int | None = None,
         probe: bool = True,
         winograd: bool = True,
+        **options: Any,
     ) -> Self:
         """Fold a part of a live VAE: diffusers', SGLang's or vLLM-Omni's, read by structure.
 
@@ -74,6 +119,7 @@ class FoldedNetwork(nn.Module):
                 take a Winograd convolution, whose largest error is up to 37 eps of its largest
                 value at 640 channels, against 2 of a direct one, and in which one NaN spoils its
                 whole tile.
+            options: those of the constructor.
 
         Raises:
             UnsupportedVAEError: the structure, a tensor, a module's setting or the probe differs
@@ -90,7 +136,7 @@ class FoldedNetwork(nn.Module):
         tensors = vae.state_dict()
         topology = cls._checked_topology(tensors, vae.config)
         check_modules(vae, topology, cls.takes_clips)
-        network = cls._from_tensors(topology, tensors, dtype, device, winograd)
+        network = cls._from_tensors(topology, tensors, dtype, device, winograd, options)
         if probe:
             network._probe(vae)
         return network
@@ -109,6 +155,7 @@ class FoldedNetwork(nn.Module):
         cache_dir: str | os.PathLike[str] | None = None,
         local_files_only: bool = False,
         winograd: bool = True,
+        **options: Any,
     ) -> Self:
         """Fold a part of a checkpoint, reading only the tensors and temporal taps it needs.
 
@@ -123,7 +170,7 @@ class FoldedNetwork(nn.Module):
             device: of the parameters; default: the CPU.
             variant: "fp16" takes `diffusion_pytorch_model.fp16.safetensors`, or its shards.
             revision, token, cache_dir, local_files_only: as huggingface_hub takes them.
-            winograd: as for `from_vae`.
+            winograd, options: as for `from_vae`.
 
         Raises:
             CheckpointError: a file is missing, unreadable or truncated.
@@ -139,13 +186,13 @@ class FoldedNetwork(nn.Module):
         with open_checkpoint(
             path_or_repo, subfolder or "", cls.topology_type, variant, hub
         ) as checkpoint:
-            return cls._from_fold(
+            return cls._folded(
                 checkpoint.topology,
-                checkpoint.read,
-                checkpoint.read_earlier,
+                checkpoint.tensors,
                 dtype,
                 "cpu" if device is None else device,
                 winograd,
+                options,
             )
 
     @classmethod
@@ -156,6 +203,7 @@ class FoldedNetwork(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | int | None = None,
         winograd: bool = True,
+        **options: Any,
     ) -> Self:
         """Fold a 3-D VAE's state dict (not this module's own: that is `load_state_dict`).
 
@@ -163,14 +211,14 @@ class FoldedNetwork(nn.Module):
             tensors: names as in diffusers; entries of other parts of the VAE are ignored.
             config: the VAE's configuration, a mapping or an object.
             dtype, device: default: those of the first convolution's weight.
-            winograd: as for `from_vae`.
+            winograd, options: as for `from_vae`.
 
         Raises:
             UnsupportedVAEError: see `Topology.from_state_dict`; or a tensor has no values, has
                 another dtype, or is not finite in `dtype`.
         """
         topology = cls._checked_topology(tensors, config)
-        return cls._from_tensors(topology, tensors, dtype, device, winograd)
+        return cls._from_tensors(topology, tensors, dtype, device, winograd, options)
 
     @classmethod
     def _checked_topology(cls, tensors: Mapping[str, Tensor], config: Any) -> Any:
@@ -195,62 +243,51 @@ class FoldedNetwork(nn.Module):
         dtype: torch.dtype | None,
         device: torch.device | str | int | None,
         winograd: bool,
+        options: Mapping[str, Any],
     ) -> Self:
-        def last(name: str) -> Tensor:
-            tensor = tensors[name].detach()
-            return (tensor[:, :, -1:] if tensor.dim() == 5 else tensor)[topology.rows(name)].cpu()
-
-        def earlier(name: str) -> Tensor:
-            return tensors[name].detach()[:, :, :-1].cpu()
-
         weight = tensors[f"{topology.part}.conv_in.weight"]
-        return cls._from_fold(
+        return cls._folded(
             topology,
-            last,
-            earlier,
+            tensors,
             weight.dtype if dtype is None else dtype,
             weight.device if device is None else device,
             winograd,
+            options,
         )
 
     @classmethod
-    def _from_fold(
+    def _folded(
         cls,
         topology: Any,
-        read: Read,
-        read_earlier: Read,
+        tensors: Mapping[str, Any],
         dtype: torch.dtype,
         device: torch.device | str | int,
         winograd: bool,
+        options: Mapping[str, Any],
     ) -> Self:
-        """Fold what the readers give (those of `fold.fold_clip`), all of which must be finite."""
-
-        def finite(reader: Read) -> Read:
-            def read_finite(name: str) -> Tensor:
-                tensor = reader(name)
-                if not bool(tensor.isfinite().all()):
-                    raise UnsupportedVAEError(f"{name} holds values that are not finite")
-                return tensor
-
-            return read_finite
-
-        network = cls(topology, dtype, device="meta")  # type: ignore[call-arg]
+        """The network of these tensors, or slices of a file (`fold.Taps`)."""
+        network = cls(topology, dtype, "meta", **options)  # type: ignore[call-arg]
         for module in network.modules():
             if isinstance(module, WinogradConv):
                 module.winograd = winograd
-        with torch.device("cpu"):  # whatever the default device is
-            folded = network._fold(finite(read), finite(read_earlier))
-        for name, tensor in folded.items():
-            if not bool(tensor.isfinite().all()):
-                raise UnsupportedVAEError(f"{name}, once folded, is not finite in {dtype}")
-        network.load_state_dict(folded, assign=True)
+        network.load_state_dict(fold(network, tensors), assign=True)
         network.requires_grad_(False)
         return network.to(device)
-
-    def _fold(self, read: Read, read_earlier: Read) -> dict[str, Tensor]:
-        """The state dict of this network; the readers are those of `fold.fold_clip`."""
-        raise NotImplementedError
 
     def _probe(self, vae: Any) -> None:
         """Raises UnsupportedVAEError unless a tiny input gives what the VAE gives."""
         raise NotImplementedError
+
+
+def temporal_form(dtype: torch.dtype, products: torch.dtype | None, direct: bool) -> Temporal:
+    """How a network of `dtype` takes the frames after the first; see `ClipDecoder`.
+
+    Raises:
+        ValueError: products of another dtype than float16 or the network's.
+    """
+    if products is None:
+        products = torch.float16 if dtype == torch.bfloat16 and not direct else dtype
+    if products not in (dtype, torch.float16) or (direct and products != dtype):
+        also = "" if direct else " or torch.float16"
+        raise ValueError(f"products must be the network's dtype, {dtype}{also}, got {products}")
+    return Temporal(1 if direct else 4, products)

@@ -1,25 +1,26 @@
-"""`FrameDecoder`: normalised latents of one frame to pixels, as a 2-D network."""
+"""`FrameDecoder` and `ClipDecoder`: normalised latents to pixels, with 2-D convolutions."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.frames import pixel_frames
 from cosmos3_fast.ops import unpack_pixels
 from cosmos3_fast.vae.compatibility import probe_decoder
-from cosmos3_fast.vae.decoder_fold import fold_decoder
-from cosmos3_fast.vae.decoder_topology import DecoderTopology
-from cosmos3_fast.vae.fold import Read
-from cosmos3_fast.vae.networks.base import FoldedNetwork
+from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form
+from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Sum, Temporal, Terms
 from cosmos3_fast.vae.networks.layers import (
     Attention,
-    Conv3x3,
     DecoderStage,
-    NormSiLU,
     ResidualBlock,
+    frames_at_once,
+    run,
 )
+from cosmos3_fast.vae.topology import DecoderTopology
 
 _OUTPUTS = ("float", "uint8")
 
@@ -27,12 +28,126 @@ _OUTPUTS = ("float", "uint8")
 # it leaves out the 10 convolutions of the lowest resolution, whose packed weights would be 1.5 GB.
 _WINOGRAD_TILES = 64
 
+# Latent frames that go through the lowest level together, at most.
+_LATENT_FRAMES = 16
+# Pixel frames that `ClipDecoder.frames` gives at once, at most.
+_PIXEL_FRAMES = 16
 
-class FrameDecoder(FoldedNetwork):
+
+class _Decoder(FoldedNetwork):
+    """The decoder as one tree of layers, for single frames and, with `temporal`, for clips."""
+
+    topology_type = DecoderTopology
+
+    def __init__(
+        self,
+        topology: DecoderTopology,
+        dtype: torch.dtype,
+        device: torch.device | str | int | None,
+        temporal: Temporal | None = None,
+    ) -> None:
+        super().__init__(topology, dtype, temporal)
+        of_stream = None if temporal is None else Temporal(1, dtype)
+        with torch.device(torch.get_default_device() if device is None else device):
+            z_dim, width = topology.z_dim, topology.stages[0].in_channels
+            # Two ways in, for latents with and without normalisation.
+            self.denormalize = nn.Conv2d(z_dim, z_dim, 1)
+            self.post_quant = nn.Conv2d(z_dim, z_dim, 1)
+            self.conv_in = CausalConv(z_dim, width, None, of_stream)
+            self.middle = nn.ModuleList(
+                [
+                    ResidualBlock(width, width, None, temporal),
+                    Attention(width),
+                    ResidualBlock(width, width, None, temporal),
+                ]
+            )
+            self.stages = nn.ModuleList(
+                DecoderStage(stage, topology.residual, _WINOGRAD_TILES, temporal)
+                for stage in topology.stages
+            )
+            width = topology.stages[-1].out_channels
+            self.norm_out = NormSiLU(width)
+            self.conv_out = CausalConv(width, topology.out_channels, None, temporal)
+        self._finish()
+
+    def _decode_frames(
+        self, entry: nn.Conv2d, latents: Tensor, as_bytes: bool, memory: Memory | None = None
+    ) -> Iterator[Tensor]:
+        """Single latent frames, or those of a clip that come next, to pixels.
+
+        What is done when: the lowest level takes all frames. What it gives goes on in parts of
+        `frames_at_once`, one after the other through all levels above (depth first), so that of
+        the largest level no more than one part is held.
+
+        Args:
+            entry: `denormalize` or `post_quant`.
+            latents: [F·B, z, h, w] on the decoder's device.
+            as_bytes: see `unpack_pixels`.
+            memory: of the clip.
+
+        Yields:
+            [n·B, 3, H, W], or bytes [n·B, H, W, 3].
+        """
+        x = latents.to(self.dtype, memory_format=torch.channels_last)
+        _, terms = self.conv_in.after(None, Sum(entry(x)), memory)
+        terms = run(self.middle, terms, memory)
+        yield from self._rest(0, terms, as_bytes, memory)
+
+    def _rest(
+        self, level: int, terms: Terms, as_bytes: bool, memory: Memory | None
+    ) -> Iterator[Tensor]:
+        """The stages from `level` on."""
+        if level == len(self.stages):
+            x = self.conv_out.after(self.norm_out, terms, memory)[1].total()
+            yield unpack_pixels(x, self.topology.patch_size, as_bytes)
+            return
+        terms = self.stages[level](terms, memory)
+        if memory is None or memory.first:
+            yield from self._rest(level + 1, terms, as_bytes, memory)
+            return
+        batch = memory.batch
+        frames = terms.total()
+        size = batch * frames_at_once(batch * frames.shape[2] * frames.shape[3])
+        if frames.shape[0] <= size:
+            yield from self._rest(level + 1, terms, as_bytes, memory)
+            return
+        del terms
+        for part in frames.split(size):
+            yield from self._rest(level + 1, Sum(part), as_bytes, memory)
+
+    def _check_output(self, output: str) -> bool:
+        """Whether it is bytes."""
+        if output not in _OUTPUTS:
+            raise ValueError(f"output must be one of {list(_OUTPUTS)}, got {output!r}")
+        return output == "uint8"
+
+    def _checked_latents(self, latents: Tensor, frames: str = "T") -> Tensor:
+        """[B, z_dim, T, h, w], floating point; `frames` is how messages call T."""
+        shape = list(latents.shape)
+        if latents.dim() not in (4, 5):
+            raise ValueError(
+                f"latents must have shape [B, {self.z_dim}, h, w] or "
+                f"[B, {self.z_dim}, {frames}, h, w], got {shape}"
+            )
+        if shape[1] != self.z_dim:
+            raise ValueError(f"latents must have {self.z_dim} channels, got shape {shape}")
+        if latents.dim() == 4:
+            latents = latents.unsqueeze(2)
+        if min(shape[-2:]) < 1:
+            raise ValueError(f"latents must have height and width of at least 1, got shape {shape}")
+        if not latents.is_floating_point():
+            raise ValueError(f"latents must be floating point, got {latents.dtype}")
+        if latents.device != self.device:
+            raise ValueError(
+                f"latents must be on the decoder's device, {self.device}, got {latents.device}"
+            )
+        return latents
+
+class FrameDecoder(_Decoder):
     """The decoder of a Wan-family VAE (the one of Cosmos3) for single frames.
 
     `decoder(latents)` equals `vae.decode(latents * latents_std + latents_mean)` for one latent
-    frame, computed without 3-D convolutions (`cosmos3_fast.vae.decoder_fold` has the algebra). The
+    frame, computed without 3-D convolutions (`cosmos3_fast.vae.fold` has the algebra). The
     result is that of the *untiled* VAE: a VAE's tiling switch, which changes results at tile
     borders, is ignored.
 
@@ -41,13 +156,13 @@ class FrameDecoder(FoldedNetwork):
 
     Parameters do not require gradients; gradients to the latents flow.
 
-    Memory, for the VAE of Cosmos3: 197 M parameters (395 MB in bf16, 790 MB in fp32), where the
+    Memory, for the VAE of Cosmos3: 197 M parameters (395 MB in bfloat16, 790 MB in float32), where the
     VAE's decoder has 555 M. In fp32 on the CPU, large images add transformed weights of 4 times
     the size of their kernels and a copy of these (`layers.WinogradConv`): 1.6 GB at 256x448.
 
     Args:
         topology: the structure.
-        dtype: of the parameters and of the pixels; fp32, bf16, fp16 or fp64.
+        dtype: of the parameters and of the pixels: float32, bfloat16, float16 or float64.
         device: of the parameters.
 
     Attributes:
@@ -56,42 +171,13 @@ class FrameDecoder(FoldedNetwork):
         spatial_factor: pixels per latent cell along height and width.
     """
 
-    topology_type = DecoderTopology
-
     def __init__(
         self,
         topology: DecoderTopology,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | int | None = None,
     ) -> None:
-        super().__init__(topology, dtype)
-        with torch.device(torch.get_default_device() if device is None else device):
-            z_dim, width = topology.z_dim, topology.stages[0].in_channels
-            # Two ways in, for latents with and without normalisation.
-            self.denormalize = nn.Conv2d(z_dim, z_dim, 1)
-            self.post_quant = nn.Conv2d(z_dim, z_dim, 1)
-            self.conv_in = Conv3x3(z_dim, width)
-            self.middle = nn.Sequential(
-                ResidualBlock(width, width), Attention(width), ResidualBlock(width, width)
-            )
-            self.stages = nn.ModuleList(
-                DecoderStage(stage, topology.residual, _WINOGRAD_TILES) for stage in topology.stages
-            )
-            width = topology.stages[-1].out_channels
-            self.norm_out = NormSiLU(width)
-            self.conv_out = Conv3x3(width, topology.out_channels)
-        self.to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.requires_grad_(False)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the parameters and of the pixels."""
-        return self.conv_in.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Of the parameters and of the pixels."""
-        return self.conv_in.weight.device
+        super().__init__(topology, dtype, device)
 
     def forward(self, latents: Tensor, output: str = "float") -> Tensor:
         """Decode one latent frame per batch entry.
@@ -116,49 +202,241 @@ class FrameDecoder(FoldedNetwork):
         return self._decode(self.post_quant, latents, output)
 
     def _decode(self, entry: nn.Conv2d, latents: Tensor, output: str) -> Tensor:
-        if output not in _OUTPUTS:
-            raise ValueError(f"output must be one of {list(_OUTPUTS)}, got {output!r}")
-        frame = self._checked_frame(latents)
-        as_bytes = output == "uint8"
+        as_bytes = self._check_output(output)
+        clip = self._checked_latents(latents, frames="1")
+        if clip.shape[2] != 1:
+            raise ValueError(
+                f"latents must have 1 frame, got {clip.shape[2]} in shape {list(latents.shape)}"
+            )
+        frame = clip[:, :, 0]
         if frame.shape[0] == 0:
             height, width = (size * self.spatial_factor for size in frame.shape[2:])
             shape = (0, height, width, 3) if as_bytes else (0, 3, 1, height, width)
             dtype = torch.uint8 if as_bytes else self.dtype
             return torch.empty(shape, dtype=dtype, device=frame.device)
-        x = frame.to(self.dtype, memory_format=torch.channels_last)
-        terms = self.middle(self.conv_in.deferred(entry(x)))
-        for stage in self.stages:
-            terms = stage(terms)
-        x = self.conv_out(self.norm_out(*terms))
-        pixels = unpack_pixels(x, self.topology.patch_size, as_bytes)
+        (pixels,) = self._decode_frames(entry, frame, as_bytes)
         return pixels if as_bytes else pixels.unsqueeze(2)
-
-    def _checked_frame(self, latents: Tensor) -> Tensor:
-        """[B, z_dim, h, w], floating point."""
-        shape = list(latents.shape)
-        if latents.dim() not in (4, 5):
-            raise ValueError(
-                f"latents must have shape [B, {self.z_dim}, h, w] or [B, {self.z_dim}, 1, h, w], "
-                f"got {shape}"
-            )
-        if shape[1] != self.z_dim:
-            raise ValueError(f"latents must have {self.z_dim} channels, got shape {shape}")
-        if latents.dim() == 5:
-            if shape[2] != 1:
-                raise ValueError(f"latents must have 1 frame, got {shape[2]} in shape {shape}")
-            latents = latents[:, :, 0]
-        if min(shape[-2:]) < 1:
-            raise ValueError(f"latents must have height and width of at least 1, got shape {shape}")
-        if not latents.is_floating_point():
-            raise ValueError(f"latents must be floating point, got {latents.dtype}")
-        if latents.device != self.device:
-            raise ValueError(
-                f"latents must be on the decoder's device, {self.device}, got {latents.device}"
-            )
-        return latents
-
-    def _fold(self, read: Read, read_earlier: Read) -> dict[str, Tensor]:
-        return fold_decoder(self.topology, read, self.dtype)
 
     def _probe(self, vae: Any) -> None:
         probe_decoder(vae, self)
+
+
+class ClipDecoder(_Decoder):
+    """The decoder of a Wan-family VAE (the one of Cosmos3) for clips.
+
+    `decoder(latents)` equals `vae.decode(latents * latents_std + latents_mean)` for T latent
+    frames, which are 1 + 4(T - 1) pixel frames. The first frame is that of a `FrameDecoder`, bit
+    for bit. The frames after it are taken in blocks of four along time: six 2-D convolutions give
+    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`). The
+    result is that of the *untiled* VAE.
+
+    Three ways to decode: `decoder(latents)` gives all frames; `decoder.frames(latents)` gives them
+    as they come, in memory that does not grow with T; `decoder.stream()` takes latents one after
+    the other.
+
+    In a bfloat16 network the products and what they are made of are float16 (eight times finer),
+    scaled so that none can overflow (`cosmos3_fast.vae.fold.fitted`); frames between layers are
+    bfloat16. The error against float64 of the same weights is then no larger than the VAE's own.
+
+    Memory, for the VAE of Cosmos3: 1.1 G parameters, of which 197 M are the last taps that
+    `FrameDecoder` has too (2.2 GB in bfloat16, 4.4 GB in float32); with `direct` 555 M.
+
+    Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
+    initial weights, to receive a `state_dict()` of the same topology. Parameters do not require
+    gradients; gradients to the latents flow. Calls share no state.
+
+    Args:
+        topology: the structure; its temporal factor must be 4.
+        dtype: of the parameters and of the pixels: float32, bfloat16, float16 or float64.
+        device: of the parameters.
+        products: dtype of the products along time: `dtype` or float16. Default: float16 in a
+            bfloat16 network, else `dtype`. float16 in a float32 network halves its time on a GPU,
+            for an error of about a bfloat16 VAE's seventh.
+        direct: the three taps instead of blocks: half the memory, twice the products.
+
+    Attributes:
+        topology: the `DecoderTopology`.
+        z_dim: latent channels.
+        spatial_factor: pixels per latent cell along height and width.
+
+    Raises:
+        UnsupportedVAEError: another temporal factor, or float16 kernels that lose their values.
+    """
+
+    takes_clips = True
+
+    def __init__(
+        self,
+        topology: DecoderTopology,
+        dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | int | None = None,
+        *,
+        products: torch.dtype | None = None,
+        direct: bool = False,
+    ) -> None:
+        super().__init__(topology, dtype, device, temporal_form(dtype, products, direct))
+
+    def forward(self, latents: Tensor, output: str = "float") -> Tensor:
+        """Decode a clip per batch entry.
+
+        Args:
+            latents: normalised, [B, z_dim, T, h, w] with T >= 1, or [B, z_dim, h, w] of one frame;
+                floating point (cast to `dtype`), any strides; on the decoder's device. B may be 0,
+                h and w may not.
+            output: "float" or "uint8".
+
+        Returns:
+            With H, W = h, w times `spatial_factor` and F = 1 + 4(T - 1), "float":
+            [B, 3, F, H, W], clamped to [-1, 1] as the VAE does, contiguous, in `dtype`. "uint8":
+            [B, F, H, W, 3], the same pixels as `round(255 (x / 2 + 1/2))`, computed in float32;
+            without gradient.
+
+        Raises:
+            ValueError: wrong rank, channels, frames, size, dtype or device, or unknown output.
+        """
+        return self._decode(self.denormalize, latents, output)
+
+    def decode_unnormalized(self, latents: Tensor, output: str = "float") -> Tensor:
+        """`forward` for latents on the VAE's own scale, as `vae.decode` takes them."""
+        return self._decode(self.post_quant, latents, output)
+
+    def frames(self, latents: Tensor, output: str = "float") -> Iterator[Tensor]:
+        """The frames of `forward` as they come.
+
+        Arguments and errors are those of `forward`; errors come with the call, not with the first
+        frame. What a clip's frames are made of is held by the iterator alone, and goes with it.
+
+        Yields:
+            The first frame by itself, then up to 16 at a time: [B, 3, n, H, W] or bytes
+            [B, n, H, W, 3].
+        """
+        as_bytes = self._check_output(output)
+        clip = self._checked_clip(latents)
+        return self._frames(self.denormalize, clip, as_bytes)
+
+    def stream(self, output: str = "float") -> ClipStream:
+        """A decoder of one clip whose latent frames come one after the other.
+
+        Args:
+            output: "float" or "uint8".
+
+        Raises:
+            ValueError: unknown output.
+        """
+        return ClipStream(self, self._check_output(output))
+
+    def _decode(self, entry: nn.Conv2d, latents: Tensor, output: str) -> Tensor:
+        as_bytes = self._check_output(output)
+        clip = self._checked_clip(latents)
+        batch, _, count, *cells = clip.shape
+        height, width = (size * self.spatial_factor for size in cells)
+        frames = pixel_frames(count)
+        shape = (batch, frames, height, width, 3) if as_bytes else (batch, 3, frames, height, width)
+        parts = self._frames(entry, clip, as_bytes)
+        if torch.is_grad_enabled() and clip.requires_grad and not as_bytes:
+            return torch.cat(list(parts), 2)
+        dtype = torch.uint8 if as_bytes else self.dtype
+        pixels = torch.empty(shape, dtype=dtype, device=clip.device)
+        done, time = 0, 1 if as_bytes else 2
+        for part in parts:
+            size = part.shape[time]
+            pixels.narrow(time, done, size).copy_(part)
+            done += size
+        return pixels
+
+    def _frames(self, entry: nn.Conv2d, clip: Tensor, as_bytes: bool) -> Iterator[Tensor]:
+        memory = Memory(clip.shape[0])
+        for latents in (clip[:, :, :1], *clip[:, :, 1:].split(_LATENT_FRAMES, 2)):
+            if latents.shape[2]:
+                yield from self._next(entry, latents, as_bytes, memory)
+
+    def _next(
+        self, entry: nn.Conv2d, latents: Tensor, as_bytes: bool, memory: Memory
+    ) -> Iterator[Tensor]:
+        """[B, z, n, h, w], the clip's first frame alone → [B, 3, n', H, W] or [B, n', H, W, 3]."""
+        if latents.shape[0] == 0:
+            height, width = (size * self.spatial_factor for size in latents.shape[3:])
+            count = latents.shape[2] * (1 if memory.first else 4)
+            shape = (0, count, height, width, 3) if as_bytes else (0, 3, count, height, width)
+            memory.first = False
+            dtype = torch.uint8 if as_bytes else self.dtype
+            yield torch.empty(shape, dtype=dtype, device=latents.device)
+            return
+        frames = latents.movedim(2, 0).flatten(0, 1)
+        for pixels in self._decode_frames(entry, frames, as_bytes, memory):
+            for part in memory.by_frame(pixels).split(_PIXEL_FRAMES):
+                yield part.movedim(0, 1 if as_bytes else 2)
+        memory.first = False
+
+    def _checked_clip(self, latents: Tensor) -> Tensor:
+        clip = self._checked_latents(latents)
+        if clip.shape[2] < 1:
+            raise ValueError(f"latents must have at least 1 frame, got shape {list(clip.shape)}")
+        return clip
+
+    def _probe(self, vae: Any) -> None:
+        # Four frames reach every state there is: from the third on, each convolution looks back
+        # on two frames.
+        probe_decoder(vae, self, frames=4)
+
+
+class ClipStream:
+    """The latent frames of one clip to pixels, as they come; see `ClipDecoder.stream`.
+
+    It holds what the clip's next frames look back on. After an exception it is at its end: what it
+    held has been dropped.
+
+    Args:
+        decoder: that decodes.
+        as_bytes: "uint8" output.
+    """
+
+    def __init__(self, decoder: ClipDecoder, as_bytes: bool) -> None:
+        self._decoder = decoder
+        self._as_bytes = as_bytes
+        self._memory: Memory | None = None
+        self._ended = False
+
+    def push(self, latents: Tensor) -> Tensor:
+        """The pixels of the clip's next latent frames.
+
+        Args:
+            latents: [B, z_dim, n, h, w] with n >= 1, or [B, z_dim, h, w] of one frame, as
+                `ClipDecoder` takes them. B, h and w are those of the first call.
+
+        Returns:
+            [B, 3, F, H, W], or bytes [B, F, H, W, 3]: 4 frames for each latent one, 1 for the
+            clip's first.
+
+        Raises:
+            ValueError: as `ClipDecoder`, or another batch or size than before.
+            RuntimeError: the stream is at its end.
+        """
+        if self._ended:
+            raise RuntimeError("the stream must not have ended, got one that failed or was closed")
+        decoder = self._decoder
+        clip = decoder._checked_clip(latents)
+        shape = (clip.shape[0], *clip.shape[3:])
+        if self._memory is None:
+            self._memory, self._shape = Memory(clip.shape[0]), shape
+        elif shape != self._shape:
+            raise ValueError(
+                f"latents must have batch, height and width {self._shape} as before, got {shape}"
+            )
+        memory, time = self._memory, 1 if self._as_bytes else 2
+        parts = []
+        try:
+            pieces = clip.split(_LATENT_FRAMES, 2)
+            if memory.first:
+                pieces = (clip[:, :, :1], *clip[:, :, 1:].split(_LATENT_FRAMES, 2))
+            for piece in pieces:
+                if piece.shape[2]:
+                    parts += decoder._next(decoder.denormalize, piece, self._as_bytes, memory)
+        except BaseException:
+            self.close()
+            raise
+        return torch.cat(parts, time)
+
+    def close(self) -> None:
+        """Drop what is held; the stream is at its end."""
+        self._ended, self._memory = True, None

@@ -1,30 +1,32 @@
-"""The layers of the 2-D networks. Activations are [B, C, H, W] in channels_last memory.
+"""The layers of the networks: what they make of the next frames, of a clip or single ones.
 
-On a GPU, torch adds a convolution's bias in a launch of its own, which reads and writes the whole
-result. So between layers an activation is a `Sum`, whose terms the kernel adds up that reads it.
+A layer takes an activation as terms (`causal.Sum`, `causal.Products`) and, of a clip, the `Memory`
+of what came before; layers without a view of other frames ignore it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.ops import (
-    add_pad,
-    add_rms_norm_silu,
-    rms_norm_silu,
-    takes_winograd,
-    winograd_conv3x3,
-    winograd_pack,
+from cosmos3_fast.vae.networks.causal import (
+    TAPS,
+    CausalConv,
+    Memory,
+    NormSiLU,
+    Sum,
+    Temporal,
+    Terms,
+    WinogradConv,
+    defers_bias,
+    deferred,
 )
-from cosmos3_fast.ops.winograd import same_bits
-from cosmos3_fast.vae.decoder_topology import UpStage
-from cosmos3_fast.vae.topology import Stage
+from cosmos3_fast.vae.topology import Stage, UpStage
 
 # Of an up-sampling, Winograd saves less than of another convolution, and needs as much memory.
 _UPSAMPLE_TILES = 1024
@@ -32,147 +34,42 @@ _UPSAMPLE_TILES = 1024
 NO_TILES = sys.maxsize
 
 
-class Sum(NamedTuple):
-    """`x + bias + residual`, in the order of the ops' arguments (see `ops.rms_norm_silu`)."""
-
-    x: Tensor
-    bias: Tensor | None = None
-    residual: Tensor | None = None
-
-    def total(self, pad: bool = False) -> Tensor:
-        """The sum; with `pad`, a row of zeros below and a column of them to the right."""
-        if not pad and self.bias is None and self.residual is None:
-            return self.x
-        return add_pad(self.x, self.bias, self.residual, pad)
-
-
-def defers_bias(x: Tensor) -> bool:
-    """Whether convolving `x` leaves the bias to the next kernel: a CPU adds it for nothing."""
-    return x.device.type == "cuda"
-
-
-def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
-    """`conv(x) + residual`."""
-    if defers_bias(x):
-        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-        return Sum(y, conv.bias, residual)
-    return Sum(conv(x), None, residual)
-
-
-class WinogradConv(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1 that `cosmos3::winograd_conv3x3` may compute.
-
-    In float32 on the CPU, large images go through that op; the transformed weights are made at the
-    first such call and again whenever the weights differ from those they were made of. Every call
-    compares the bits, which takes about a hundredth of the convolution: version counters do not
-    see a write through `.data` or to an inference tensor.
-
-    Args:
-        in_channels, out_channels: widths.
-        min_tiles: see `takes_winograd`.
-
-    Attributes:
-        winograd: whether that route may be taken; False gives direct convolutions everywhere.
-    """
-
-    winograd = True
-
-    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-        self._min_tiles = min_tiles
-        # A copy of the weight and what was packed from that copy, which no thread sees apart.
-        self._packed: tuple[Tensor, Tensor] | None = None
-
-    def _takes_winograd(self, x: Tensor, scale: int = 1) -> bool:
-        return self.winograd and takes_winograd(x, self.weight, self._min_tiles, scale)
-
-    def _convolve_winograd(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        # `.to()` in another thread changes what the parameter holds, not this.
-        weight = self.weight.detach()
-        packed = self._packed
-        if packed is None or not same_bits(packed[0], weight):
-            copy = weight.clone()
-            packed = self._packed = copy, winograd_pack(copy)
-        return winograd_conv3x3(x, packed[1], self.bias, residual)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WinogradConv:
-        self._packed = None
-        return super()._apply(fn, recurse)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": None}
-
-
-class Conv3x3(WinogradConv):
-    """3x3 convolution of stride 1 and padding 1, plus an optional residual."""
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self._takes_winograd(x):
-            return self._convolve_winograd(x, residual)
-        y = super().forward(x)
-        return y if residual is None else y + residual
-
-    def deferred(self, x: Tensor, residual: Tensor | None = None) -> Sum:
-        """`forward`, of which the next kernel adds up what this one does not add for nothing."""
-        if self._takes_winograd(x):
-            return Sum(self(x, residual))
-        return deferred(self, x, residual)
-
-
-class NormSiLU(nn.Module):
-    """RMS norm over channels, then SiLU, of a `Sum`: [B, C, H, W] → the same."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(channels))
-
-    def forward(
-        self, x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
-    ) -> Tensor:
-        return rms_norm_silu(x, self.weight, True, bias, residual)
-
-    def with_sum(self, terms: Sum) -> tuple[Tensor, Tensor]:
-        """The sum too, first."""
-        return sum_and_norm(terms, self.weight, silu=True)
-
-
-def sum_and_norm(terms: Sum, weight: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
-    """`add_rms_norm_silu`, where there is something to add."""
-    x, bias, residual = terms
-    if bias is None and residual is None:
-        return x, rms_norm_silu(x, weight, silu)
-    return add_rms_norm_silu(x, weight, silu, bias, residual)
-
-
 class ResidualBlock(nn.Module):
-    """norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input: [B, Cin, H, W] → [B, Cout, H, W].
+    """norm, SiLU, 3x3, norm, SiLU, 3x3, plus the input: [N, Cin, H, W] → [N, Cout, H, W].
 
     A shortcut convolution has no bias of its own: it is part of `conv2`'s.
 
     Args:
         in_channels, out_channels: widths.
-        min_tiles: see `takes_winograd`.
+        min_tiles, temporal: see `CausalConv`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        min_tiles: int | None = None,
+        temporal: Temporal | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = NormSiLU(in_channels)
-        self.conv1 = Conv3x3(in_channels, out_channels, min_tiles)
+        self.conv1 = CausalConv(in_channels, out_channels, min_tiles, temporal)
         self.norm2 = NormSiLU(out_channels)
-        self.conv2 = Conv3x3(out_channels, out_channels, min_tiles)
+        self.conv2 = CausalConv(out_channels, out_channels, min_tiles, temporal)
         self.shortcut = (
             nn.Conv2d(in_channels, out_channels, 1, bias=False)
             if in_channels != out_channels
             else None
         )
 
-    def forward(self, terms: Sum) -> Sum:
-        return self.after_norm(*self.norm1.with_sum(terms))
+    def forward(self, terms: Terms, memory: Memory | None = None) -> Terms:
+        return self.with_sum(terms, memory)[1]
 
-    def after_norm(self, x: Tensor, activated: Tensor) -> Sum:
-        """The rest, given the block's input and its first norm."""
-        y = self.norm2(*self.conv1.deferred(activated))
-        return self.conv2.deferred(y, x if self.shortcut is None else self.shortcut(x))
+    def with_sum(self, terms: Terms, memory: Memory | None = None) -> tuple[Tensor, Terms]:
+        """The block's input as a sum, and its result."""
+        x, y = self.conv1.after(self.norm1, terms, memory, keep_sum=True)
+        shortcut = x if self.shortcut is None else self.shortcut(x)
+        return x, self.conv2.after(self.norm2, y, memory, shortcut)[1]
 
 
 class Attention(nn.Module):
@@ -187,8 +84,8 @@ class Attention(nn.Module):
         super().__init__()
         self.qkv = nn.Linear(channels, 3 * channels)
 
-    def forward(self, terms: Sum) -> Sum:
-        x, normalized = sum_and_norm(terms, None, silu=False)
+    def forward(self, terms: Terms, memory: Memory | None = None) -> Sum:
+        x, normalized = terms.with_normalized(None, silu=False)
         height, width = x.shape[2:]
         tokens = normalized.flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unsqueeze(1).chunk(3, dim=-1)
@@ -227,7 +124,7 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
-    def forward(self, terms: Sum) -> Sum:
+    def forward(self, terms: Terms) -> Sum:
         return deferred(self.conv, terms.total(pad=True))
 
 
@@ -251,7 +148,7 @@ def average_shortcut(x: Tensor, out_channels: int, factor_t: int, factor_s: int)
     return cells.flatten(1, 2).unflatten(1, (out_channels, -1)).mean(2)
 
 
-def add_average_shortcut(terms: Sum, x: Tensor, factor_t: int, factor_s: int) -> Sum:
+def add_average_shortcut(terms: Terms, x: Tensor, factor_t: int, factor_s: int) -> Sum:
     """`terms` and `average_shortcut(x)`.
 
     Where a group is exactly one cell (every stage of Cosmos3), the average is a pooling, and the
@@ -259,7 +156,7 @@ def add_average_shortcut(terms: Sum, x: Tensor, factor_t: int, factor_s: int) ->
     `c·factor_t + factor_t - 1`, and nothing is added to the others. That is what the ops make of
     a residual of this shape.
     """
-    if terms.residual is not None:
+    if terms.residual is not None or not isinstance(terms, Sum):
         terms = Sum(terms.total())
     y, bias, _ = terms
     if y.shape[1] != x.shape[1] * factor_t:
@@ -267,41 +164,143 @@ def add_average_shortcut(terms: Sum, x: Tensor, factor_t: int, factor_s: int) ->
     return Sum(y, bias, x)
 
 
-class EncoderStage(nn.Module):
-    """The residual (and attention) blocks of one resolution, its down-sampling and shortcut."""
+def add_pair_average(y: Tensor, first: Tensor, second: Tensor, factor_s: int) -> Tensor:
+    """`y` plus the VAE's `AvgDown3D` of pairs of frames; may write into `y`.
 
-    def __init__(self, stage: Stage, residual: bool) -> None:
+    As `average_shortcut`, with a frame in each place. Where a group is one frame of a cell (every
+    stage of Cosmos3), it is a pooling, and output channels 2c and 2c + 1 receive the first and the
+    second frame of channel c.
+
+    Args:
+        y: [N, Cout, H/factor_s, W/factor_s].
+        first, second: [N, C, H, W]; Cout divides 2·C·factor_s².
+        factor_s: 1 or 2.
+    """
+    channels = first.shape[1]
+    if y.shape[1] == 2 * channels:
+        for i, x in enumerate((first, second)):
+            y[:, i::2] += F.avg_pool2d(x, factor_s) if factor_s > 1 else x
+        return y
+    cells = [F.pixel_unshuffle(x, factor_s).unflatten(1, (channels, -1)) for x in (first, second)]
+    listed = torch.stack(cells, 2).flatten(1, 3)
+    return y + listed.unflatten(1, (y.shape[1], -1)).mean(2)
+
+
+def side_by_side(frames: Tensor, step: int) -> Tensor:
+    """Windows of three frames as one frame of three times the channels.
+
+    Args:
+        frames: [T, B, C, H, W], channels last in memory.
+        step: frames from one window to the next.
+
+    Returns:
+        [n·B, 3·C, H, W] with n = 1 + (T - 3) // step, channels-last.
+    """
+    count = 1 + (frames.shape[0] - TAPS) // step
+    last = frames.movedim(2, -1)
+    taps = [last[tap : tap + step * (count - 1) + 1 : step] for tap in range(TAPS)]
+    return torch.cat(taps, -1).flatten(0, 1).movedim(-1, 1)
+
+
+class EncoderStage(nn.Module):
+    """The residual (and attention) blocks of one resolution, its down-sampling and shortcut.
+
+    A temporal down-sampling leaves a clip's first frame as it is. From then on it takes two frames
+    for each one it gives, and convolves them and the one before with a kernel of three frames.
+
+    Args:
+        stage, residual: its structure.
+        temporal: see `CausalConv`.
+    """
+
+    def __init__(self, stage: Stage, residual: bool, temporal: Temporal | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         width = stage.in_channels
         for _ in range(stage.num_blocks):
-            self.blocks.append(ResidualBlock(width, stage.out_channels))
+            self.blocks.append(ResidualBlock(width, stage.out_channels, None, temporal))
             if stage.attention:
                 self.blocks.append(Attention(stage.out_channels))
             width = stage.out_channels
         self.downsample = Downsample(width) if stage.downsample else None
+        halves_time = temporal is not None and stage.factor_t == 2
+        # On the window of three frames, side by side.
+        self.time_conv = nn.Conv2d(TAPS * width, width, 1) if halves_time else None
         self.residual = residual
         self.factor_t = stage.factor_t
         self.factor_s = 2 if stage.downsample else 1
 
-    def forward(self, terms: Sum) -> Sum:
-        x, y = run_blocks(self.blocks, terms)
+    def forward(self, terms: Terms, memory: Memory | None = None) -> Terms:
+        x, y = run_blocks(self.blocks, terms, memory)
         if self.downsample is not None:
             y = self.downsample(y)
+        if self.time_conv is not None and memory is not None:
+            frames = memory.by_frame(y.total())
+            past = memory.past(self.time_conv)
+            memory.keep(self.time_conv, frames[-1:].clone())
+            if past is not None:
+                window = torch.cat([past.movedim(2, -1), frames.movedim(2, -1)]).movedim(-1, 2)
+                return self._halve_time(window, memory.by_frame(x))
         if self.residual:
             y = add_average_shortcut(y, x, self.factor_t, self.factor_s)
         return y
 
+    def _halve_time(self, window: Tensor, x: Tensor) -> Sum:
+        assert self.time_conv is not None
+        y = self.time_conv(side_by_side(window, step=2))
+        if self.residual:
+            first, second = x[0::2].flatten(0, 1), x[1::2].flatten(0, 1)
+            y = add_pair_average(y, first, second, self.factor_s)
+        return Sum(y)
 
-def run_blocks(blocks: nn.ModuleList, terms: Sum) -> tuple[Tensor, Sum]:
+
+def run_blocks(
+    blocks: nn.ModuleList, terms: Terms, memory: Memory | None
+) -> tuple[Tensor, Terms]:
     """The sum, which the first block needs, and what the blocks make of it."""
     first, *rest = blocks
     assert isinstance(first, ResidualBlock)
-    x, activated = first.norm1.with_sum(terms)
-    y = first.after_norm(x, activated)
-    for block in rest:
-        y = block(y)
-    return x, y
+    x, y = first.with_sum(terms, memory)
+    return x, run(rest, y, memory)
+
+
+def run(layers: Iterable[Callable[..., Terms]], terms: Terms, memory: Memory | None) -> Terms:
+    """One layer after the other."""
+    for layer in layers:
+        terms = layer(terms, memory)
+    return terms
+
+
+# Of a level, how many pixels go through it at once: enough to fill a GPU, few enough to hold.
+_PIXELS_AT_ONCE = 1 << 18
+# The most frames of any block (`Temporal.block`), and what halving them twice leaves whole.
+_BLOCK = 4
+
+
+def frames_at_once(pixels: int) -> int:
+    """How many frames of a clip go through a level together, whole blocks of them.
+
+    Args:
+        pixels: of one frame at that level, batch included.
+    """
+    return _BLOCK * max(1, _PIXELS_AT_ONCE // (_BLOCK * pixels))
+
+
+def in_chunks(
+    layers: Iterable[Callable[..., Terms]], terms: Sum, memory: Memory | None, pixels: int
+) -> Terms:
+    """The layers of a level, on no more frames of a clip at once than `frames_at_once`.
+
+    Args:
+        pixels: of one frame at that level.
+    """
+    layers = list(layers)
+    if memory is not None and not memory.first:
+        size = memory.batch * frames_at_once(memory.batch * pixels)
+        if terms.x.shape[0] > size:
+            made = [run(layers, Sum(x), memory).total() for x in terms.total().split(size)]
+            return Sum(torch.cat(made))
+    return run(layers, terms, memory)
 
 
 class Upsample(WinogradConv):
@@ -315,41 +314,71 @@ class Upsample(WinogradConv):
     Where Winograd's convolution pays, it takes the up-sampled image: 9 products.
     """
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None, factor_t: int = 1) -> Tensor:
-        """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one."""
-        return self.deferred(x, shortcut, factor_t).total()
+    def forward(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None = None,
+        factor_t: int = 1,
+        memory: Memory | None = None,
+    ) -> Sum:
+        """As the class says, plus the VAE's `DupUp3D` of `shortcut` where there is one.
 
-    def deferred(self, x: Tensor, shortcut: Tensor | None, factor_t: int) -> Sum:
-        """`forward`, of which the next kernel adds up what this one does not add for nothing."""
-        if self._takes_winograd(x, scale=2):
-            out = self._convolve_winograd(F.interpolate(x, scale_factor=2.0))
-            if shortcut is not None:
-                for phase in range(4):
-                    row, column = divmod(phase, 2)
-                    duplicated = duplicated_phase(shortcut, self.out_channels, factor_t, phase)
-                    out[:, :, row::2, column::2] += duplicated
+        The result's bias is left to the next kernel where it is not added for nothing.
+
+        Args:
+            x: [F·n·B, C, H, W]. Each of F frames has become n: `factor_t`, or one, the last of
+                them, of a clip's first frame.
+            shortcut: [F·B, Cin, H, W], or None.
+            factor_t: of the `DupUp3D`.
+            memory: of the clip.
+        """
+        times = range(factor_t - 1, factor_t)
+        batch = x.shape[0]
+        if memory is not None:
+            batch = memory.batch
+            if not memory.first:
+                times = range(factor_t)
+        by_time = (-1, len(times), batch)  # of each F·n·B
+        copies: list[list[Tensor]] = []
+        if shortcut is not None:
+            copies = [
+                [duplicated_phase(shortcut, self.out_channels, factor_t, t, p) for t in times]
+                for p in range(4)
+            ]
+        if self._takes_winograd(x, self.weight, scale=2):
+            image = F.interpolate(x, scale_factor=2.0)
+            out = self._convolve_winograd(image, self.weight, self.bias)
+            for phase, copies_of_phase in enumerate(copies):
+                row, column = divmod(phase, 2)
+                place = out[:, :, row::2, column::2].unflatten(0, by_time)
+                for i, copy in enumerate(copies_of_phase):
+                    place[:, i] += copy.unflatten(0, (-1, batch))
             return Sum(out)
-        batch, _, height, width = x.shape
+        height, width = x.shape[2:]
         out = torch.empty(
-            (batch, self.out_channels, 2 * height, 2 * width),
+            (x.shape[0], self.out_channels, 2 * height, 2 * width),
             dtype=x.dtype,
             device=x.device,
             memory_format=torch.channels_last,
         )
         defers = defers_bias(x)
-        for phase, kernel in enumerate(phase_kernels(self.weight)):
+        kernels: Iterable[Tensor] = phase_kernels(self.weight)
+        if memory is not None:
+            kernels = memory.once(self, lambda: list(phase_kernels(self.weight)))
+        for phase, kernel in enumerate(kernels):
             row, column = divmod(phase, 2)
             if defers:  # there a pad is a copy of its own, and a row and a column more are not
                 y = F.conv2d(x, kernel, padding=1)
                 y = y[:, :, row : row + height, column : column + width]
             else:
                 y = F.conv2d(F.pad(x, (1 - column, column, 1 - row, row)), kernel, self.bias)
-            added = (
-                None
-                if shortcut is None
-                else duplicated_phase(shortcut, self.out_channels, factor_t, phase)
-            )
-            write_sum(out[:, :, row::2, column::2], y, added)
+            place = out[:, :, row::2, column::2]
+            if not copies:
+                write_sum(place, y, None)
+                continue
+            places, parts = place.unflatten(0, by_time), y.unflatten(0, by_time)
+            for i, copy in enumerate(copies[phase]):
+                write_sum(places[:, i], parts[:, i], copy.unflatten(0, (-1, batch)))
         return Sum(out, self.bias if defers else None)
 
 
@@ -397,26 +426,29 @@ def _phase_sums(
     return (first, middle + last), (first + middle, last)
 
 
-def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, phase: int) -> Tensor:
-    """One phase of the VAE's `DupUp3D` on one frame, at the resolution of `x`.
+def duplicated_phase(
+    x: Tensor, out_channels: int, factor_t: int, time: int, phase: int
+) -> Tensor:
+    """One time and phase of the VAE's `DupUp3D`, at the resolution of `x`.
 
     The 3-D layer repeats each input channel so often that output channels of `4·factor_t` values
     (a cell: time, then row, then column) can be cut from the list. On the first chunk only the
     last time of each cell is kept.
 
     Args:
-        x: [B, C, H, W]; C divides `4·factor_t·out_channels`.
+        x: [N, C, H, W]; C divides `4·factor_t·out_channels`.
         out_channels: of the result.
         factor_t: 1 or 2.
+        time: below `factor_t`.
         phase: 2 row + column.
 
     Returns:
-        [B, out_channels, H, W]; a view where a cell is a whole number of repetitions (every stage
+        [N, out_channels, H, W]; a view where a cell is a whole number of repetitions (every stage
         of Cosmos3).
     """
     cell = 4 * factor_t
     repeats = cell * out_channels // x.shape[1]
-    value = cell - 4 + phase
+    value = 4 * time + phase
     if cell % repeats == 0:
         return x[:, value // repeats :: cell // repeats]
     return x.repeat_interleave(repeats, 1)[:, value::cell]
@@ -425,18 +457,31 @@ def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, phase: int) ->
 class DecoderStage(nn.Module):
     """The residual blocks of one resolution, its up-sampling and shortcut.
 
+    A temporal up-sampling leaves a clip's first frame as it is and does not remember it. From then
+    on a convolution along time, of a frame and the two before, gives two frames for each.
+
     Args:
         stage, residual: its structure.
         min_tiles: see `takes_winograd`.
+        temporal: see `CausalConv`.
     """
 
-    def __init__(self, stage: UpStage, residual: bool, min_tiles: int | None = None) -> None:
+    def __init__(
+        self,
+        stage: UpStage,
+        residual: bool,
+        min_tiles: int | None = None,
+        temporal: Temporal | None = None,
+    ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         width = stage.in_channels
         for _ in range(stage.num_blocks):
-            self.blocks.append(ResidualBlock(width, stage.out_channels, min_tiles))
+            self.blocks.append(ResidualBlock(width, stage.out_channels, min_tiles, temporal))
             width = stage.out_channels
+        doubles_time = temporal is not None and stage.factor_t == 2
+        # On the window of three frames, side by side.
+        self.time_conv = nn.Conv2d(TAPS * width, 2 * width, 1) if doubles_time else None
         self.upsample = (
             None
             if stage.up_channels is None
@@ -445,8 +490,23 @@ class DecoderStage(nn.Module):
         self.residual = residual
         self.factor_t = stage.factor_t
 
-    def forward(self, terms: Sum) -> Sum:
-        x, y = run_blocks(self.blocks, terms)
+    def forward(self, terms: Terms, memory: Memory | None = None) -> Terms:
+        x, y = run_blocks(self.blocks, terms, memory)
         if self.upsample is None:
             return y
-        return self.upsample.deferred(y.total(), x if self.residual else None, self.factor_t)
+        frames = y.total()
+        if self.time_conv is not None and memory is not None and not memory.first:
+            frames = self._double_time(memory.by_frame(frames), memory)
+        return self.upsample(frames, x if self.residual else None, self.factor_t, memory)
+
+    def _double_time(self, frames: Tensor, memory: Memory) -> Tensor:
+        """[F, B, C, H, W] → [2F·B, C, H, W]."""
+        assert self.time_conv is not None
+        past = memory.past(self.time_conv)
+        if past is None:
+            past = torch.zeros_like(frames[:1]).expand(2, *frames.shape[1:])
+        window = torch.cat([past.movedim(2, -1), frames.movedim(2, -1)]).movedim(-1, 2)
+        memory.keep(self.time_conv, window[-2:].clone())
+        pairs = memory.by_frame(self.time_conv(side_by_side(window, step=1)))
+        halves = pairs.movedim(2, -1).unflatten(-1, (2, -1)).movedim(-2, 1)
+        return halves.flatten(0, 2).movedim(-1, 1)

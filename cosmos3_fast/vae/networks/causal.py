@@ -1,0 +1,417 @@
+"""A causal 3x3x3 convolution as convolutions in two dimensions, and what it remembers.
+
+On the frames x of a clip it computes `y[t] = W2 x[t] + W1 x[t-1] + W0 x[t-2] + b`, zeros in place
+of frames before the first. Of the first frame only the last tap W2 acts: one 2-D convolution, all
+that a network for single frames has. The frames after it are taken in blocks of m by Winograd's
+F(m, 3) *along time*: `y = A^T [(G W) * (B^T x)]`, m + 2 convolutions where 3m taps act
+(`ops.cook_toom` has the matrices and their source), so six give four frames. The last row of G is
+W2 itself. With m = 1 the taps are three convolutions.
+
+Between two such convolutions one kernel does the rest (`ops.transform_frames`): from the products
+to the frames, bias, residual, RMS norm, SiLU, and the next transformed frames.
+
+Activations are [N, C, H, W] in channels_last memory; of a clip of B videos side by side, frame t of
+video b stands at t·B + b.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cosmos3_fast.ops import (
+    add_pad,
+    add_rms_norm_silu,
+    rms_norm_silu,
+    takes_winograd,
+    transform_frames,
+    winograd_conv3x3,
+    winograd_pack,
+)
+from cosmos3_fast.ops.winograd import same_bits
+
+TAPS = 3
+# Of the last kernel, which is the only one of a network for frames.
+_LAST = -1
+
+
+class Memory:
+    """What the layers of a network remember of a clip while it goes through them.
+
+    It belongs to one call: two calls share nothing, and what it holds goes with it.
+
+    Args:
+        batch: videos side by side.
+
+    Attributes:
+        batch: as given.
+        first: the frame under way is the clip's first.
+    """
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+        self.first = True
+        self._past: dict[nn.Module, Tensor] = {}
+        self._made: dict[nn.Module, Any] = {}
+
+    def past(self, layer: nn.Module) -> Tensor | None:
+        """What `layer` kept, [frames, B, C, H, W]; None: nothing yet."""
+        return self._past.get(layer)
+
+    def keep(self, layer: nn.Module, frames: Tensor) -> None:
+        self._past[layer] = frames
+
+    def once(self, layer: nn.Module, make: Callable[[], Any]) -> Any:
+        """What `make` gives for `layer`, made at the first call."""
+        if layer not in self._made:
+            self._made[layer] = make()
+        return self._made[layer]
+
+    def by_frame(self, x: Tensor) -> Tensor:
+        """[frames·B, C, H, W] as [frames, B, C, H, W]."""
+        return x.unflatten(0, (x.shape[0] // self.batch, self.batch))
+
+
+class Sum(NamedTuple):
+    """`x + bias + residual`, in the order of the ops' arguments (see `ops.rms_norm_silu`).
+
+    On a GPU, torch adds a convolution's bias in a launch of its own, which reads and writes the
+    whole result. So between layers an activation is a sum, whose terms the kernel adds up that
+    reads it.
+    """
+
+    x: Tensor
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+
+    def total(self, pad: bool = False) -> Tensor:
+        """The sum; with `pad`, a row of zeros below and a column of them to the right."""
+        if not pad and self.bias is None and self.residual is None:
+            return self.x
+        return add_pad(self.x, self.bias, self.residual, pad)
+
+    def normalized(self, weight: Tensor | None, silu: bool) -> Tensor:
+        """`rms_norm_silu` of the sum."""
+        return rms_norm_silu(self.x, weight, silu, self.bias, self.residual)
+
+    def with_normalized(self, weight: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+        """The sum, and its norm."""
+        if self.bias is None and self.residual is None:
+            return self.x, rms_norm_silu(self.x, weight, silu)
+        return add_rms_norm_silu(self.x, weight, silu, self.bias, self.residual)
+
+    def products(self, memory: Memory) -> Products:
+        """The same as the plain form of `transform_frames`."""
+        x, bias, residual = self
+        if residual is not None and residual.shape != x.shape:  # an average shortcut's
+            x, bias, residual = self.total(), None, None
+        frames = x.shape[0] // memory.batch
+        return Products([x], frames, memory.batch, x.dtype, None, bias, residual)
+
+
+class Products(NamedTuple):
+    """The frames that a convolution's products stand for, `+ bias + residual`.
+
+    Attributes:
+        parts: as `transform_frames` takes them.
+        frames: how many there are, of each video.
+        batch: videos side by side.
+        dtype: of the frames.
+        scales: of the parts, or None.
+        bias: [C], or None.
+        residual: [frames·B, C, H, W], or None.
+    """
+
+    parts: list[Tensor]
+    frames: int
+    batch: int
+    dtype: torch.dtype
+    scales: list[float] | None
+    bias: Tensor | None
+    residual: Tensor | None
+
+    def transformed(
+        self,
+        to: int,
+        weight: Tensor | None,
+        past: Tensor | None,
+        dtype: torch.dtype | None,
+        keep_sum: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`transform_frames`; the sum as [frames·B, C, H, W]."""
+        residual = self.residual
+        if residual is not None:
+            residual = residual.unflatten(0, (self.frames, self.batch))
+        if len(self.parts) == 1 and self.bias is None and residual is None:
+            keep, whole = False, self.parts[0]  # is the sum already
+        else:
+            keep, whole = keep_sum, None
+        total, frames, past = transform_frames(
+            self.parts,
+            self.frames,
+            to=to,
+            bias=self.bias,
+            residual=residual,
+            weight=weight,
+            past=past,
+            scales=self.scales,
+            keep_sum=keep,
+            sum_dtype=self.dtype,
+            frames_dtype=dtype,
+        )
+        return whole if whole is not None else total.flatten(0, 1), frames, past
+
+    def total(self, pad: bool = False) -> Tensor:
+        """As `Sum.total`."""
+        total, _, _ = self.transformed(0, None, None, None, True)
+        return add_pad(total) if pad else total
+
+    def with_normalized(self, weight: Tensor | None, silu: bool) -> tuple[Tensor, Tensor]:
+        """As `Sum.with_normalized`."""
+        return Sum(self.total()).with_normalized(weight, silu)
+
+
+Terms = Sum | Products
+"""An activation between two layers."""
+
+
+def defers_bias(x: Tensor) -> bool:
+    """Whether convolving `x` leaves the bias to the next kernel: a CPU adds it for nothing."""
+    return x.device.type == "cuda"
+
+
+def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
+    """`conv(x) + residual`."""
+    if defers_bias(x):
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        return Sum(y, conv.bias, residual)
+    return Sum(conv(x), None, residual)
+
+
+class NormSiLU(nn.Module):
+    """RMS norm over channels, then SiLU: [N, C, H, W] → the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def forward(self, terms: Sum) -> Tensor:
+        return terms.normalized(self.weight, silu=True)
+
+    def with_sum(self, terms: Sum) -> tuple[Tensor, Tensor]:
+        """The sum too, first."""
+        return terms.with_normalized(self.weight, silu=True)
+
+
+class WinogradConv(nn.Conv2d):
+    """A 3x3 convolution of stride 1 and padding 1 that `cosmos3::winograd_conv3x3` may compute.
+
+    In float32 on the CPU, large images go through that op; the transformed weights are made at the
+    first such call and again whenever the weights differ from those they were made of. Every call
+    compares the bits, which takes about a hundredth of the convolution: version counters do not
+    see a write through `.data` or to an inference tensor.
+
+    Args:
+        in_channels, out_channels: widths.
+        min_tiles: see `takes_winograd`.
+
+    Attributes:
+        winograd: whether that route may be taken; False gives direct convolutions everywhere.
+    """
+
+    winograd = True
+
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self._min_tiles = min_tiles
+        # By kernel, a copy of it and what was packed from that copy, which no thread sees apart.
+        self._packed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _takes_winograd(self, x: Tensor, kernel: Tensor, scale: int = 1) -> bool:
+        return self.winograd and takes_winograd(x, kernel, self._min_tiles, scale)
+
+    def _convolve_winograd(
+        self,
+        x: Tensor,
+        kernel: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None = None,
+        index: int = _LAST,
+    ) -> Tensor:
+        """`index` tells the kernels of a convolution apart."""
+        # `.to()` in another thread changes what the parameter holds, not this.
+        weight = kernel.detach()
+        packed = self._packed.get(index)
+        if packed is None or not same_bits(packed[0], weight):
+            copy = weight.clone()
+            packed = self._packed[index] = copy, winograd_pack(copy)
+        return winograd_conv3x3(x, packed[1], bias, residual)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WinogradConv:
+        self._packed = {}
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_packed": {}}
+
+
+class Temporal(NamedTuple):
+    """How causal convolutions take the frames after the first.
+
+    Attributes:
+        block: m, the frames of a block: 4 or 2; 1: direct taps.
+        dtype: of the earlier kernels, the transformed frames and the products.
+    """
+
+    block: int
+    dtype: torch.dtype
+
+    @property
+    def kernels(self) -> int:
+        """Of a convolution, the last tap among them."""
+        return TAPS if self.block == 1 else self.block + TAPS - 1
+
+
+class CausalConv(WinogradConv):
+    """A causal 3x3x3 convolution of stride 1, with zero padding in space.
+
+    Args:
+        in_channels, out_channels: widths.
+        min_tiles: see `takes_winograd`.
+        temporal: how frames after the first are taken; None: there are none.
+
+    Attributes:
+        weight: [Cout, Cin, 3, 3], the last tap, which is the last kernel too.
+        earlier: with `temporal`, the kernels before it, [m + 1, Cout, Cin, 3, 3] (two taps where m
+            is 1), each times two to the power of its exponent.
+        exponents: with `temporal`, by kernel; not 0 only in float16 (`fold.fitted`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        min_tiles: int | None = None,
+        temporal: Temporal | None = None,
+    ) -> None:
+        super().__init__(in_channels, out_channels, min_tiles)
+        self.temporal = temporal
+        self._exponents: list[int] = []
+        if temporal is not None:
+            shape = (temporal.kernels - 1, out_channels, 3, 3, in_channels)
+            stack = torch.zeros(shape, dtype=temporal.dtype).permute(0, 1, 4, 2, 3)
+            self.earlier = nn.Parameter(stack, requires_grad=False)
+            self.register_buffer("exponents", torch.zeros(temporal.kernels, dtype=torch.int64))
+            self._exponents = [0] * temporal.kernels
+
+    def hold_kernels(self) -> None:
+        """Undo what a conversion of the whole network did to the dtype of `earlier`."""
+        if self.temporal is not None:
+            self.earlier.data = self.earlier.data.to(self.temporal.dtype)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.temporal is not None and f"{prefix}earlier" in state_dict:
+            # A convolution whose kernels float16 does not hold has them in the network's dtype.
+            dtype = state_dict[f"{prefix}earlier"].dtype
+            if dtype != self.earlier.dtype:
+                self.temporal = Temporal(self.temporal.block, dtype)
+                self.earlier = nn.Parameter(self.earlier.to(dtype), requires_grad=False)
+            if f"{prefix}exponents" in state_dict:
+                self._exponents = state_dict[f"{prefix}exponents"].tolist()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Of one frame, [N, Cin, H, W] → [N, Cout, H, W]."""
+        if self._takes_winograd(x, self.weight):
+            return self._convolve_winograd(x, self.weight, self.bias, residual)
+        y = super().forward(x)
+        return y if residual is None else y + residual
+
+    def deferred(self, x: Tensor, residual: Tensor | None = None) -> Sum:
+        """`forward`, of which the next kernel adds up what this one does not add for nothing."""
+        if self._takes_winograd(x, self.weight):
+            return Sum(self(x, residual))
+        return deferred(self, x, residual)
+
+    def after(
+        self,
+        norm: NormSiLU | None,
+        terms: Terms,
+        memory: Memory | None = None,
+        residual: Tensor | None = None,
+        keep_sum: bool = False,
+    ) -> tuple[Tensor, Terms]:
+        """`norm`, if any, and this convolution, of the next frames.
+
+        Args:
+            norm: None: the frames are convolved as they are.
+            terms: the frames [frames·B, Cin, H, W].
+            memory: of the clip they are of; None: they are single frames.
+            residual: [frames·B, Cout, H, W], added to the result.
+            keep_sum: the sum of `terms` is wanted too.
+
+        Returns:
+            That sum, of no use without `keep_sum`, and the result.
+        """
+        if memory is not None and not memory.first:
+            return self._after_first(norm, terms, memory, residual, keep_sum)
+        assert isinstance(terms, Sum)
+        total = terms.x
+        if norm is None:
+            total = activated = terms.total()
+        elif keep_sum:
+            total, activated = norm.with_sum(terms)
+        else:
+            activated = norm(terms)
+        if memory is not None:
+            frame = activated.to(self.earlier.dtype)
+            memory.keep(self, torch.stack([torch.zeros_like(frame), frame]))
+        return total, self.deferred(activated, residual)
+
+    def _after_first(
+        self,
+        norm: NormSiLU | None,
+        terms: Terms,
+        memory: Memory,
+        residual: Tensor | None,
+        keep_sum: bool,
+    ) -> tuple[Tensor, Products]:
+        """`after` for frames that look back on others."""
+        temporal = self.temporal
+        assert temporal is not None
+        given = terms.products(memory) if isinstance(terms, Sum) else terms
+        weight = None if norm is None else norm.weight
+        total, frames, past = given.transformed(
+            temporal.block, weight, memory.past(self), temporal.dtype, keep_sum
+        )
+        memory.keep(self, past)
+        if temporal.block == 1:
+            inputs = [frames[tap : tap + given.frames] for tap in range(TAPS)]
+        else:
+            inputs = list(frames)
+        parts = [self._product(x.flatten(0, 1), i) for i, x in enumerate(inputs)]
+        scales = [2.0**-e for e in self._exponents] if any(self._exponents) else None
+        made = Products(
+            parts, given.frames, memory.batch, self.weight.dtype, scales, self.bias, residual
+        )
+        return total, made
+
+    def _product(self, x: Tensor, index: int) -> Tensor:
+        if index == len(self._exponents) - 1:
+            kernel, index = self._last_kernel(), _LAST
+        else:
+            kernel = self.earlier[index]
+        if self._takes_winograd(x, kernel):
+            return self._convolve_winograd(x, kernel, None, index=index)
+        return F.conv2d(x, kernel, padding=1)
+
+    def _last_kernel(self) -> Tensor:
+        """The last tap as `earlier` has the others."""
+        exponent, dtype = self._exponents[-1], self.earlier.dtype
+        if self.weight.dtype == dtype and exponent == 0:
+            return self.weight
+        return (self.weight * 2.0**exponent).to(dtype)
