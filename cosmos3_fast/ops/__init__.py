@@ -9,6 +9,7 @@ from cosmos3_fast.ops.prepare_latents import prepare_latents, prepare_latents_
 from cosmos3_fast.ops.registry import BackendUnavailableError, default_backend
 from cosmos3_fast.ops.resize_crop import resize_crop
 from cosmos3_fast.ops.rms_norm_silu import add_pad, add_rms_norm_silu, rms_norm_silu
+from cosmos3_fast.ops.transform_frames import transform_frames
 from cosmos3_fast.ops.unpack_pixels import unpack_pixels
 from cosmos3_fast.ops.winograd import takes_winograd, winograd_conv3x3, winograd_pack
 
@@ -23,6 +24,7 @@ __all__ = [
     "resize_crop",
     "rms_norm_silu",
     "takes_winograd",
+    "transform_frames",
     "unpack_pixels",
     "winograd_conv3x3",
     "winograd_pack",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,12 @@ def _overload(op: str) -> Any:
     return getattr(getattr(torch.ops.cosmos3, name), overload or "default")
 
 
+def _is_defined(op: str) -> bool:
+    name, _, overload = op.partition(".")
+    schemas = torch._C._jit_get_schemas_for_operator(f"cosmos3::{name}")
+    return any(schema.overload_name == overload for schema in schemas)
+
+
 _python_kernels: dict[tuple[str, str], Kernel] = {}
 
 
@@ -109,7 +115,7 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
             `cosmos3_fast.ops.triton`, imported at the first call, or None if there is none.
     """
     op = schema.split("(", maxsplit=1)[0]
-    if LIBRARY_ERROR:
+    if not _is_defined(op):  # no library, or one that was built before the op came
         _definitions.define(schema)
     SCHEMAS.append(schema)
     OPS.append(op)
@@ -153,12 +159,20 @@ def register_kernel(op: str, kernel: Kernel, key: str) -> None:
     _definitions.impl(op, kernel, key)
 
 
+def _tensors_of(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an op, and those of its lists of tensors."""
+    for x in args:
+        if isinstance(x, torch.Tensor):
+            yield x
+        elif isinstance(x, list) and x and isinstance(x[0], torch.Tensor):
+            yield from x
+
+
 def has_tangent(*args: Any) -> bool:
     """Whether forward-mode AD follows one of `args`."""
     if forward_ad._current_level < 0:
         return False
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in _tensors_of(args))
 
 
 def register_autograd(op: str, backward: Kernel, setup_context: Kernel, reference: Kernel) -> None:
@@ -234,12 +248,9 @@ def _needs_all_layers(args: tuple[Any, ...]) -> bool:
     ):
         return True
     tracks = torch.is_grad_enabled()
-    for x in args:
-        if isinstance(x, torch.Tensor) and (
-            type(x) not in PLAIN_TENSORS or (tracks and x.requires_grad)
-        ):
-            return True
-    return False
+    return any(
+        type(x) not in PLAIN_TENSORS or (tracks and x.requires_grad) for x in _tensors_of(args)
+    )
 
 
 def call(op: str, *args: Any) -> Any:

@@ -118,7 +118,8 @@ def add_up(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     return total
 
 
-def _normalized(y: Tensor, weight: Tensor | None, silu: bool) -> Tensor:
+def normalized(y: Tensor, weight: Tensor | None, silu: bool) -> Tensor:
+    """`act(y / max(‖y‖₂, 1e-12) * (√C * weight))` over dim 1 of `y`, in its own dtype."""
     statistics = torch.promote_types(y.dtype, torch.float32)
     norm = torch.linalg.vector_norm(y, dim=1, keepdim=True, dtype=statistics)
     y = y / norm.clamp_min(NORM_EPS)
@@ -146,7 +147,7 @@ def rms_norm_silu_reference(
     float64) and rounded once; √C stays out of the stored weight because rounding their product to
     bfloat16 would cost as much accuracy as rounding the result. Without `weight`, no √C either.
     """
-    return _rounded(_normalized(add_up(x, bias, residual), weight, silu), x)
+    return _rounded(normalized(add_up(x, bias, residual), weight, silu), x)
 
 
 def add_rms_norm_silu_reference(
@@ -158,7 +159,7 @@ def add_rms_norm_silu_reference(
 ) -> tuple[Tensor, Tensor]:
     """The sum, rounded once, and `rms_norm_silu_reference`."""
     total = add_up(x, bias, residual)
-    return _rounded(total, x), _rounded(_normalized(total, weight, silu), x)
+    return _rounded(total, x), _rounded(normalized(total, weight, silu), x)
 
 
 def add_pad_reference(
@@ -169,16 +170,20 @@ def add_pad_reference(
     return _rounded(F.pad(total, (0, 1, 0, 1)) if pad else total, x)
 
 
-def _check_channels(op: str, argument: str, parameter: Tensor | None, x: Tensor) -> None:
+def check_channels(
+    op: str, argument: str, parameter: Tensor | None, x: Tensor, name: str = "x"
+) -> None:
+    """Raises RuntimeError unless `parameter` is None or has an element for each channel of `x`,
+    which the op calls `name`."""
     if parameter is None:
         return
     check_rank(op, argument, parameter, 1, "[C]")
     check_dtype(op, argument, parameter.dtype)
-    check_device(op, argument, parameter, "x", x)
+    check_device(op, argument, parameter, name, x)
     torch._check(
         parameter.shape[0] == x.shape[1],
         lambda: (
-            f"{op}: {argument} must have the C = {x.shape[1]} elements of x, "
+            f"{op}: {argument} must have the C = {x.shape[1]} elements of {name}, "
             f"got {parameter.shape[0]}"
         ),
     )
@@ -189,8 +194,8 @@ def _check(
 ) -> None:
     check_rank(op, "x", x, 4, "[B, C, H, W]")
     check_dtype(op, "x", x.dtype)
-    _check_channels(op, "weight", weight, x)
-    _check_channels(op, "bias", bias, x)
+    check_channels(op, "weight", weight, x)
+    check_channels(op, "bias", bias, x)
     if residual is None:
         return
     check_rank(op, "residual", residual, 4, "[B, C/t, s·H, s·W]")

@@ -1,6 +1,6 @@
 """`cosmos3::winograd_conv3x3`: 3x3 convolution in float32 with a quarter of the products.
 
-Winograd's F(4x4, 3x3): Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015).
+Winograd's F(4x4, 3x3), of the matrices in `ops/cook_toom.py` along both dimensions.
 Kernel: `csrc/cpu/winograd.cpp`.
 """
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_float32, check_rank
+from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.ops.registry import (
     LIBRARY_KERNELS,
     PLAIN_TENSORS,
@@ -120,38 +121,10 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return _memcmp()(a.data_ptr(), b.data_ptr(), a.numel() * a.element_size()) == 0
 
 
-def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T [4, 6], G [6, 3] and B^T [6, 6] of F(4, 3) on the points 0, ±a, ±b, ∞, in float64."""
-    a, b = 0.75, 1.5
-    points = [0.0, a, -a, b, -b]
-    inverse = [[p**i for p in points] + [float(i == 3)] for i in range(4)]
-    kernel = []
-    for p in points:
-        scale = 1.0
-        for other in points:
-            scale *= p - other if other != p else 1.0
-        kernel.append([1 / scale, p / scale, p * p / scale])
-    kernel.append([0.0, 0.0, 1.0])
-    aa, bb = a * a, b * b
-    inputs = [
-        [aa * bb, 0, -aa - bb, 0, 1, 0],
-        [0, -a * bb, -bb, a, 1, 0],
-        [0, a * bb, -bb, -a, 1, 0],
-        [0, -b * aa, -aa, b, 1, 0],
-        [0, b * aa, -aa, -b, 1, 0],
-        [0, aa * bb, 0, -aa - bb, 0, 1],
-    ]
-
-    def make(rows: list[list[float]]) -> Tensor:
-        return torch.tensor(rows, dtype=torch.float64, device=like.device)
-
-    return make(inverse), make(kernel), make(inputs)
-
-
 def winograd_pack_reference(weight: Tensor) -> Tensor:
     """`G g G^T` of every 3x3 kernel g of [Cout, Cin, 3, 3], as [36, Cout/32, Cin, 32]."""
     in_channels = weight.shape[1]
-    _, kernel, _ = _winograd_matrices(weight)
+    _, kernel, _ = cook_toom_tensors(4, weight)
     points = (kernel @ weight.double() @ kernel.T).to(weight.dtype).flatten(2)
     return points.permute(2, 1, 0).reshape(36, in_channels, -1, 32).transpose(1, 2).contiguous()
 
@@ -168,7 +141,7 @@ def winograd_conv3x3_reference(
     out_channels = packed_weight.shape[1] * 32
     if batch * height * width * out_channels == 0:
         return x.new_empty(batch, out_channels, height, width)
-    inverse, _, inputs = (m.to(x.dtype) for m in _winograd_matrices(x))
+    inverse, _, inputs = (m.to(x.dtype) for m in cook_toom_tensors(4, x))
     tall, wide = -(-height // 4), -(-width // 4)
     padded = torch.nn.functional.pad(x, (1, 4 * wide - width + 1, 1, 4 * tall - height + 1))
     tiles = padded.unfold(2, 6, 4).unfold(3, 6, 4)  # [B, C, tall, wide, 6, 6]
