@@ -41,10 +41,9 @@ from benchmarks.harness import ROOT
 from benchmarks.paths import unfused
 from cosmos3_fast.ops import rms_norm_silu
 from cosmos3_fast.vae import FrameDecoder, FrameEncoder
-from cosmos3_fast.vae.topology import DecoderTopology
 from cosmos3_fast.vae.networks.layers import attend
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config
-from cosmos3_fast.vae.topology import EncoderTopology
+from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology
 
 RESULTS = ROOT / "benchmarks" / "results" / "launches.md"
 HEIGHT, WIDTH = 480, 832

@@ -26,6 +26,7 @@ from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import guarded, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate
 from cosmos3_fast.frames import frames_wanted, latent_frames
+from cosmos3_fast.vae.config import UnsupportedVAEError
 from cosmos3_fast.vae.live import accelerated
 from cosmos3_fast.vae.live.accelerated import (
     Encoding,
@@ -35,7 +36,6 @@ from cosmos3_fast.vae.live.accelerated import (
     uncompiled,
     wanted_frames,
 )
-from cosmos3_fast.vae.config import UnsupportedVAEError
 
 __all__ = ["Encoding", "accelerate", "last_encoding", "refresh", "restore"]
 

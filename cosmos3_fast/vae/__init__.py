@@ -1,8 +1,7 @@
-"""The VAE of Cosmos3 as 2-D networks, and the exact path through the VAE itself."""
+"""The VAE of Cosmos3 as networks of 2-D convolutions, and the exact path through the VAE itself."""
 
-from cosmos3_fast.vae.networks.clip import ClipEncoder
-from cosmos3_fast.vae.networks.decoder import FrameDecoder
-from cosmos3_fast.vae.networks.encoder import FrameEncoder
 from cosmos3_fast.vae.config import UnsupportedVAEError
+from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
+from cosmos3_fast.vae.networks.encoder import ClipEncoder, FrameEncoder
 
-__all__ = ["ClipEncoder", "FrameDecoder", "FrameEncoder", "UnsupportedVAEError"]
+__all__ = ["ClipDecoder", "ClipEncoder", "FrameDecoder", "FrameEncoder", "UnsupportedVAEError"]

@@ -39,8 +39,10 @@ def check_modules(vae: Any, topology: Topology, clips: bool = False) -> None:
     for name, module in [*modules, (topology.outer_conv, getattr(vae, topology.outer_conv))]:
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             if name.endswith(".time_conv"):
-                if clips:
+                if clips and part == "encoder":
                     _check_conv(name, module, (2, 1, 1), pads_time=False)
+                elif clips:
+                    _check_conv(name, module, (1, 1, 1))
             elif name.removesuffix(".resample.1") not in resamplers:
                 _check_conv(name, module, (1,) * len(module.kernel_size))
             elif part == "encoder":
@@ -193,8 +195,8 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
     _compare_probe("encoder", "latents", got - wanted, wanted.std(), weight.dtype, encoder.dtype)
 
 
-def probe_posterior(vae: Any, encoder: Any) -> EncodeReturns:
-    """`probe_encoder` for a `PosteriorEncoder`: all that `vae.encode` returns is compared.
+def probe_posterior(vae: Any, encoder: Any, frames: int = 1) -> EncodeReturns:
+    """`probe_encoder` for an encoder of posteriors: all that `vae.encode` returns is compared.
 
     Returns:
         The form of what `vae.encode` returns.
@@ -204,14 +206,13 @@ def probe_posterior(vae: Any, encoder: Any) -> EncodeReturns:
     """
     weight = vae.encoder.conv_in.weight
     edge = 2 * encoder.spatial_factor
-    pixels = _uniform((1, 3, 1, edge, edge)).to(weight.device, weight.dtype)
+    pixels = _uniform((1, 3, frames, edge, edge)).to(weight.device, weight.dtype)
     try:
         with torch.no_grad(), untiled(vae):
             returns, wanted = EncodeReturns.of(vae.encode(pixels))
     except Exception as error:
-        raise UnsupportedVAEError(
-            f"vae.encode failed on one {edge}x{edge} frame: {error}"
-        ) from error
+        what = f"one {edge}x{edge} frame" if frames == 1 else f"{frames} {edge}x{edge} frames"
+        raise UnsupportedVAEError(f"vae.encode failed on {what}: {error}") from error
     got = encoder(pixels.to(encoder.device)).double().cpu()
     wanted = wanted.double().cpu()
     z_dim = encoder.z_dim
@@ -236,19 +237,20 @@ def probe_posterior(vae: Any, encoder: Any) -> EncodeReturns:
     return returns
 
 
-def probe_decoder(vae: Any, decoder: Any) -> None:
-    """Decode one random frame of 2x2 latent cells with both and compare.
+def probe_decoder(vae: Any, decoder: Any, frames: int = 1) -> None:
+    """Decode random frames of 2x2 latent cells with both and compare.
 
     Args:
         vae: see `exact.decode_sample`; tiling is switched off meanwhile.
-        decoder: the `FrameDecoder` folded from it.
+        decoder: the `FrameDecoder` or `ClipDecoder` folded from it.
+        frames: latent frames.
 
     Raises:
         UnsupportedVAEError: the VAE cannot decode the frame, or the pixels differ by more than
             rounding explains.
     """
     weight = vae.decoder.conv_in.weight
-    latents = _uniform((1, decoder.z_dim, 1, 2, 2)).to(weight.device, weight.dtype)
+    latents = _uniform((1, decoder.z_dim, frames, 2, 2)).to(weight.device, weight.dtype)
     try:
         with untiled(vae):
             wanted = decode_sample(vae, latents).double().cpu()

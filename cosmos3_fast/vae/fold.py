@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.vae.config import UnsupportedVAEError
-from cosmos3_fast.vae.networks.causal import TAPS, CausalConv, Temporal
+from cosmos3_fast.vae.networks.causal import CausalConv, Temporal
 from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Topology
 
 FLOAT16_MOST = 64000.0
@@ -266,8 +266,7 @@ def fitted(
         dtype: of the network.
 
     Returns:
-        [m + 1, Cout, Cin, 3, 3] (two taps where m is 1), each kernel in channels_last memory; and
-        m + 2 integers (three).
+        [(m + 1)·Cout, Cin, 3, 3] (two taps where m is 1); and m + 2 integers (three).
 
     Raises:
         UnsupportedVAEError: float16 does not hold them, and the network's dtype is float16.
@@ -300,7 +299,8 @@ def fitted(
                 held, exponents = dtype, [0] * count
             else:
                 kernels = torch.stack(scaled)
-    earlier = kernels[: count - 1].movedim(2, -1).to(held).contiguous().movedim(-1, 2)
+    earlier = kernels[: count - 1].flatten(0, 1).to(held)
+    earlier = earlier.contiguous(memory_format=torch.channels_last)
     return earlier, torch.tensor(exponents, dtype=torch.int64)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from cosmos3_fast.cli.options import SYNTHETIC_SEED, VaeSource
 from cosmos3_fast.vae import ClipEncoder, FrameDecoder, FrameEncoder
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
+from cosmos3_fast.vae.fold import Taps
 from cosmos3_fast.vae.topology import EncoderTopology
 
 Encoder = FrameEncoder | ClipEncoder
@@ -99,7 +100,9 @@ class Weights:
         if self._source is not None and self._source.checkpoint is not None:
             with open_checkpoint(self._source.checkpoint, "vae", EncoderTopology) as checkpoint:
                 topology = checkpoint.topology
-                return _hash(topology, checkpoint.read, topology.tensor_shapes())
+                return _hash(
+                    topology, Taps(checkpoint.tensors, topology).last, topology.tensor_shapes()
+                )
         if self._source is not None:
             from cosmos3_fast.vae import synthetic
 
@@ -112,11 +115,7 @@ class Weights:
             config,
         )
 
-        def last_tap(name: str) -> Tensor:
-            tensor = tensors[name]
-            return (tensor[:, :, -1:] if tensor.dim() == 5 else tensor)[topology.rows(name)]
-
-        return _hash(topology, last_tap, topology.tensor_shapes())
+        return _hash(topology, Taps(tensors, topology).last, topology.tensor_shapes())
 
 
 def _hash(topology: Any, read: Callable[[str], Tensor], names: Mapping[str, Any]) -> str:

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.vae.topology import DecoderTopology
-from cosmos3_fast.vae.topology import EncoderTopology, Shape
+from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Shape
 
 COSMOS3_VAE_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKLWan",

@@ -42,7 +42,7 @@ from cosmos3_fast.vae.live.obstacles import (
 )
 from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
 from cosmos3_fast.vae.networks.decoder import FrameDecoder
-from cosmos3_fast.vae.networks.encoder import PosteriorEncoder
+from cosmos3_fast.vae.networks.encoder import FrameEncoder
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
@@ -496,7 +496,7 @@ class _Folded:
 
 def _fold_encoder(vae: Any, device: torch.device) -> tuple[Any, EncodeReturns]:
     bare = _bare(vae)
-    network = PosteriorEncoder.from_vae(bare, device=device, probe=False)
+    network = FrameEncoder.from_vae(bare, device=device, probe=False, posterior=True)
     return network, probe_posterior(bare, network)
 
 

@@ -266,7 +266,7 @@ class FoldedNetwork(nn.Module):
         options: Mapping[str, Any],
     ) -> Self:
         """The network of these tensors, or slices of a file (`fold.Taps`)."""
-        network = cls(topology, dtype, "meta", **options)  # type: ignore[call-arg]
+        network: Any = cls(topology, dtype, device="meta", **options)  # type: ignore[call-arg]
         for module in network.modules():
             if isinstance(module, WinogradConv):
                 module.winograd = winograd

@@ -146,10 +146,7 @@ class Products(NamedTuple):
         residual = self.residual
         if residual is not None:
             residual = residual.unflatten(0, (self.frames, self.batch))
-        if len(self.parts) == 1 and self.bias is None and residual is None:
-            keep, whole = False, self.parts[0]  # is the sum already
-        else:
-            keep, whole = keep_sum, None
+        plain = len(self.parts) == 1 and self.bias is None and residual is None
         total, frames, past = transform_frames(
             self.parts,
             self.frames,
@@ -159,11 +156,15 @@ class Products(NamedTuple):
             weight=weight,
             past=past,
             scales=self.scales,
-            keep_sum=keep,
+            keep_sum=keep_sum and not plain,  # which is the sum itself
             sum_dtype=self.dtype,
             frames_dtype=dtype,
         )
-        return whole if whole is not None else total.flatten(0, 1), frames, past
+        if plain:
+            total = self.parts[0]
+        elif keep_sum:
+            total = total.flatten(0, 1)
+        return total, frames, past
 
     def total(self, pad: bool = False) -> Tensor:
         """As `Sum.total`."""
@@ -286,8 +287,8 @@ class CausalConv(WinogradConv):
 
     Attributes:
         weight: [Cout, Cin, 3, 3], the last tap, which is the last kernel too.
-        earlier: with `temporal`, the kernels before it, [m + 1, Cout, Cin, 3, 3] (two taps where m
-            is 1), each times two to the power of its exponent.
+        earlier: with `temporal`, the kernels before it one after the other, m + 1 (two taps where
+            m is 1) times [Cout, Cin, 3, 3], each times two to the power of its exponent.
         exponents: with `temporal`, by kernel; not 0 only in float16 (`fold.fitted`).
     """
 
@@ -302,9 +303,8 @@ class CausalConv(WinogradConv):
         self.temporal = temporal
         self._exponents: list[int] = []
         if temporal is not None:
-            shape = (temporal.kernels - 1, out_channels, 3, 3, in_channels)
-            stack = torch.zeros(shape, dtype=temporal.dtype).permute(0, 1, 4, 2, 3)
-            self.earlier = nn.Parameter(stack, requires_grad=False)
+            shape = ((temporal.kernels - 1) * out_channels, in_channels, 3, 3)
+            self.earlier = nn.Parameter(torch.zeros(shape, dtype=temporal.dtype))
             self.register_buffer("exponents", torch.zeros(temporal.kernels, dtype=torch.int64))
             self._exponents = [0] * temporal.kernels
 
@@ -404,7 +404,8 @@ class CausalConv(WinogradConv):
         if index == len(self._exponents) - 1:
             kernel, index = self._last_kernel(), _LAST
         else:
-            kernel = self.earlier[index]
+            width = self.out_channels
+            kernel = self.earlier[index * width : (index + 1) * width]
         if self._takes_winograd(x, kernel):
             return self._convolve_winograd(x, kernel, None, index=index)
         return F.conv2d(x, kernel, padding=1)

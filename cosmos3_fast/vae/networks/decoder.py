@@ -143,6 +143,7 @@ class _Decoder(FoldedNetwork):
             )
         return latents
 
+
 class FrameDecoder(_Decoder):
     """The decoder of a Wan-family VAE (the one of Cosmos3) for single frames.
 
@@ -156,9 +157,9 @@ class FrameDecoder(_Decoder):
 
     Parameters do not require gradients; gradients to the latents flow.
 
-    Memory, for the VAE of Cosmos3: 197 M parameters (395 MB in bfloat16, 790 MB in float32), where the
-    VAE's decoder has 555 M. In fp32 on the CPU, large images add transformed weights of 4 times
-    the size of their kernels and a copy of these (`layers.WinogradConv`): 1.6 GB at 256x448.
+    Memory, for the VAE of Cosmos3: 197 M parameters (395 MB in bfloat16, 790 MB in float32), where
+    the VAE's decoder has 555 M. In float32 on the CPU, large images add transformed weights of 4
+    times the size of their kernels and a copy of these (`causal.WinogradConv`): 1.6 GB at 256x448.
 
     Args:
         topology: the structure.
@@ -424,7 +425,7 @@ class ClipStream:
                 f"latents must have batch, height and width {self._shape} as before, got {shape}"
             )
         memory, time = self._memory, 1 if self._as_bytes else 2
-        parts = []
+        parts: list[Tensor] = []
         try:
             pieces = clip.split(_LATENT_FRAMES, 2)
             if memory.first:

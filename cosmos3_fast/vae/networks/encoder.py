@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -97,9 +97,9 @@ class _Encoder(FoldedNetwork):
         pixels = edges[0] * edges[1] // topology.patch_size**2
         terms: Terms = Sum(frames)
         for i, stage in enumerate(self.stages):
-            layers = [enter, stage] if i == 0 else [stage]
+            layers: list[Callable[..., Terms]] = [enter, stage] if i == 0 else [stage]
             terms = in_chunks(layers, terms, memory, pixels)
-            pixels //= stage.factor_s**2
+            pixels //= 4 if topology.stages[i].downsample else 1
         terms = run(self.middle, terms, memory)
         return self.conv_out.after(self.norm_out, terms, memory)[1].total()
 
@@ -134,10 +134,13 @@ class _Encoder(FoldedNetwork):
                 )
         if not is_bytes and not pixels.is_floating_point():
             raise ValueError(
-                f"pixels must be floating point in [-1, 1] or uint8 [B, H, W, 3], got {pixels.dtype}"
+                "pixels must be floating point in [-1, 1] or uint8 [B, H, W, 3], "
+                f"got {pixels.dtype}"
             )
         if pixels.device != self.device:
-            raise ValueError(f"pixels must be on the encoder's device, {self.device}, got {pixels.device}")
+            raise ValueError(
+                f"pixels must be on the encoder's device, {self.device}, got {pixels.device}"
+            )
         return pixels
 
     def _empty(self, frame: Tensor, latents: int) -> Tensor:
@@ -146,6 +149,7 @@ class _Encoder(FoldedNetwork):
         height, width = (size // self.spatial_factor for size in sizes)
         shape = (0, self.conv_out.weight.shape[0], latents, height, width)
         return torch.empty(shape, dtype=self.dtype, device=frame.device)
+
 
 class FrameEncoder(_Encoder):
     """The encoder of a Wan-family VAE (the one of Cosmos3) for single frames.
@@ -314,7 +318,8 @@ class ClipEncoder(_Encoder):
         memory = Memory(clip.shape[1])
         yield self._encode_frames(clip[0], memory)
         memory.first = False
-        for frames in clip[1:].split(_LATENT_FRAMES * TEMPORAL_FACTOR):
+        for start in range(1, clip.shape[0], _LATENT_FRAMES * TEMPORAL_FACTOR):
+            frames = clip[start : start + _LATENT_FRAMES * TEMPORAL_FACTOR]
             yield self._encode_frames(frames.flatten(0, 1), memory)
 
     def _checked_clip(self, pixels: Tensor, num_latent_frames: int | None) -> tuple[Tensor, int]:

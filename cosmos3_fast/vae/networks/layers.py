@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,8 @@ from cosmos3_fast.vae.networks.causal import (
     Temporal,
     Terms,
     WinogradConv,
-    defers_bias,
     deferred,
+    defers_bias,
 )
 from cosmos3_fast.vae.topology import Stage, UpStage
 
@@ -254,9 +253,7 @@ class EncoderStage(nn.Module):
         return Sum(y)
 
 
-def run_blocks(
-    blocks: nn.ModuleList, terms: Terms, memory: Memory | None
-) -> tuple[Tensor, Terms]:
+def run_blocks(blocks: nn.ModuleList, terms: Terms, memory: Memory | None) -> tuple[Tensor, Terms]:
     """The sum, which the first block needs, and what the blocks make of it."""
     first, *rest = blocks
     assert isinstance(first, ResidualBlock)
@@ -287,7 +284,7 @@ def frames_at_once(pixels: int) -> int:
 
 
 def in_chunks(
-    layers: Iterable[Callable[..., Terms]], terms: Sum, memory: Memory | None, pixels: int
+    layers: Iterable[Callable[..., Terms]], terms: Terms, memory: Memory | None, pixels: int
 ) -> Terms:
     """The layers of a level, on no more frames of a clip at once than `frames_at_once`.
 
@@ -297,8 +294,9 @@ def in_chunks(
     layers = list(layers)
     if memory is not None and not memory.first:
         size = memory.batch * frames_at_once(memory.batch * pixels)
-        if terms.x.shape[0] > size:
-            made = [run(layers, Sum(x), memory).total() for x in terms.total().split(size)]
+        frames = terms.total()
+        if frames.shape[0] > size:
+            made = [run(layers, Sum(x), memory).total() for x in frames.split(size)]
             return Sum(torch.cat(made))
     return run(layers, terms, memory)
 
@@ -314,7 +312,7 @@ class Upsample(WinogradConv):
     Where Winograd's convolution pays, it takes the up-sampled image: 9 products.
     """
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x: Tensor,
         shortcut: Tensor | None = None,
@@ -426,9 +424,7 @@ def _phase_sums(
     return (first, middle + last), (first + middle, last)
 
 
-def duplicated_phase(
-    x: Tensor, out_channels: int, factor_t: int, time: int, phase: int
-) -> Tensor:
+def duplicated_phase(x: Tensor, out_channels: int, factor_t: int, time: int, phase: int) -> Tensor:
     """One time and phase of the VAE's `DupUp3D`, at the resolution of `x`.
 
     The 3-D layer repeats each input channel so often that output channels of `4·factor_t` values

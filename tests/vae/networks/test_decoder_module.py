@@ -15,13 +15,13 @@ from decoder_cases import FAMILIES, QWEN, TINY, WAN22, latent_frame
 
 from cosmos3_fast import FrameDecoder
 from cosmos3_fast.vae.checkpoint import reading as checkpoint_module
-from cosmos3_fast.vae.topology import DecoderTopology
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
     synthetic_config,
     synthetic_decoder_state_dict,
     synthetic_state_dict,
 )
+from cosmos3_fast.vae.topology import DecoderTopology
 from cosmos3_fast.vae.verify import relative_error
 
 
