@@ -34,16 +34,18 @@ inline Factors factors_of(const Tensor& x, const std::optional<Tensor>& residual
   return factors;
 }
 
+// Whether a parameter has an element for each channel of x, which the op calls `x_name`.
 inline void check_channels(const char* op, const char* argument,
-                           const std::optional<Tensor>& parameter, const Tensor& x) {
+                           const std::optional<Tensor>& parameter, const Tensor& x,
+                           const char* x_name = "x") {
   if (!parameter.has_value()) {
     return;
   }
   check_rank(op, argument, *parameter, 1, "[C]");
   check_dtype(op, argument, parameter->scalar_type());
-  check_device(op, argument, *parameter, "x", x);
+  check_device(op, argument, *parameter, x_name, x);
   if (parameter->size(0) != x.size(1)) {
-    fail(op, ": ", argument, " must have the C = ", x.size(1), " elements of x, got ",
+    fail(op, ": ", argument, " must have the C = ", x.size(1), " elements of ", x_name, ", got ",
          parameter->size(0));
   }
 }

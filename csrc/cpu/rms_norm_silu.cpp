@@ -11,12 +11,11 @@
 #include "../addends.h"
 #include "../dtypes.h"
 #include "channels_last.h"
+#include "norms.h"
 #include "simd.h"
 
 namespace cosmos3 {
 namespace {
-
-constexpr int kLanes = 16;
 
 // Images are [B, H, W, C] in memory. `bias`, `residual`, `sum` and `activated` may be null.
 template <typename T>
@@ -90,33 +89,6 @@ COSMOS3_INLINE const Compute<T>* add_up(Compute<T>* held, const Job<T>& job, int
   return held;
 }
 
-template <typename Value>
-COSMOS3_INLINE Value inverse_norm(const Value* value, int64_t channels) {
-  Value partial[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= channels; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      partial[lane] += value[i + lane] * value[i + lane];
-    }
-  }
-  Value squares = 0;
-  for (; i < channels; ++i) {
-    squares += value[i] * value[i];
-  }
-  for (Value each : partial) {
-    squares += each;
-  }
-  const Value norm = std::sqrt(squares), least = static_cast<Value>(kNormEps);
-  return Value{1} / (norm < least ? least : norm);
-}
-
-COSMOS3_INLINE float exponential(float x) {
-  return exp_approx(x);
-}
-COSMOS3_INLINE double exponential(double x) {
-  return std::exp(x);
-}
-
 template <typename T>
 COSMOS3_INLINE void run_lines(const Job<T>& job, Compute<T>* held, int64_t begin, int64_t end) {
   const int64_t channels = job.channels, lines = job.height + job.pad;
@@ -169,24 +141,6 @@ COSMOS3_CLONES void run(const Job<Half>& job, float* held, int64_t begin, int64_
 }
 COSMOS3_CLONES void run(const Job<double>& job, double* held, int64_t begin, int64_t end) {
   run_lines(job, held, begin, end);
-}
-
-// Its elements times `factor`, or `absent`.
-template <typename Value>
-std::vector<Value> values_of(const std::optional<Tensor>& parameter, Value factor,
-                             std::vector<Value> absent) {
-  if (!parameter.has_value()) {
-    return absent;
-  }
-  const int64_t size = parameter->size(0), stride = size > 1 ? parameter->stride(0) : 0;
-  std::vector<Value> values(size);
-  dispatch(parameter->scalar_type(), [&](auto tag) {
-    const auto* data = static_cast<const decltype(tag)*>(parameter->const_data_ptr());
-    for (int64_t c = 0; c < size; ++c) {
-      values[c] = static_cast<Value>(data[c * stride]) * factor;
-    }
-  });
-  return values;
 }
 
 template <typename T>

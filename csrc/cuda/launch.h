@@ -70,6 +70,20 @@ void launch_warps(const char* op, void (*kernel)(Parameters...), dim3 grid, unsi
   launch(op, kernel, grid, threads, stream, arguments...);
 }
 
+// Of a kernel whose threads exchange values within their block.
+template <typename... Parameters, typename... Arguments>
+void launch_blocks(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   cudaStream_t stream, const Arguments&... arguments) {
+  launch(op, kernel, grid, threads, stream, arguments...);
+}
+
+// n values that the threads of a block share: the same ones wherever a kernel asks for a T.
+template <typename T, int n>
+__device__ T* shared_memory() {
+  __shared__ T memory[n];
+  return memory;
+}
+
 }  // namespace cosmos3
 
 #endif

@@ -1,8 +1,8 @@
 // csrc/cuda/launch.h for a C++ compiler: a launch calls the kernel once per thread, and the threads
 // of all blocks come in one shuffled order. Where threads exchange values within their warp
-// (launch_warps), the warps come in a shuffled order, and the threads of one are fibers that take
-// turns in one: each runs until it waits for the others. __syncthreads and shared memory, which no
-// kernel uses, do not compile here.
+// (launch_warps) or their block (launch_blocks), the warps or blocks come in a shuffled order, and
+// the threads of one are fibers that take turns in one: each runs until it waits for the others.
+// Shared memory comes from shared_memory() alone, and is poisoned before each block.
 //
 // The ops are registered under a namespace of their own, for CPU tensors. With COSMOS3_TRACED,
 // compiled by clang with -fsanitize-coverage=trace-loads,trace-stores, every access
@@ -19,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <iterator>
+#include <map>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -63,17 +64,32 @@ EMULATION_UNTRACED inline void find_stack() {
   stack_end = stack_begin + size;
 }
 
-// The 32 threads of a warp, each with a stack of its own.
-struct Warp {
-  static constexpr uint32_t kSize = 32;
+// The memory that the threads of a block share.
+alignas(16) inline std::array<char, 48 * 1024> shared;
+// Whether the kernel is one that was launched with launch_blocks.
+inline bool shares = false;
+
+constexpr uint32_t kWarp = 32;
+
+// The threads of a warp or of a block, each with a stack of its own.
+struct Team {
   static constexpr size_t kStack = 128 * 1024;
 
-  std::vector<char> stacks = std::vector<char>(kSize * kStack);
-  std::array<ucontext_t, kSize> fibers;
-  std::array<bool, kSize> is_done;
-  std::array<uint32_t, kSize> exchanges;  // that each thread has entered
+  explicit Team(uint32_t threads)
+      : size(threads),
+        stacks(threads * kStack),
+        fibers(threads),
+        is_done(threads),
+        exchanges(threads),
+        offered{std::vector<uint64_t>(threads), std::vector<uint64_t>(threads)} {}
+
+  uint32_t size;
+  std::vector<char> stacks;
+  std::vector<ucontext_t> fibers;
+  std::vector<char> is_done;
+  std::vector<uint32_t> exchanges;  // and barriers, that each thread has entered
   // What each thread offers to the others, for this exchange and the next one.
-  std::array<std::array<uint64_t, kSize>, 2> offered;
+  std::array<std::vector<uint64_t>, 2> offered;
   ucontext_t scheduler;
   uint32_t current = 0;
   std::function<void()> body;
@@ -82,24 +98,28 @@ struct Warp {
 
   // Whether an address is of this object or on one of the stacks.
   EMULATION_UNTRACED bool holds(uintptr_t address) const {
-    return address - reinterpret_cast<uintptr_t>(this) < sizeof(Warp) ||
-           address - reinterpret_cast<uintptr_t>(stacks.data()) < stacks.size();
+    auto within = [address](const void* begin, size_t bytes) {
+      return address - reinterpret_cast<uintptr_t>(begin) < bytes;
+    };
+    return within(this, sizeof(Team)) || within(stacks.data(), stacks.size()) ||
+           within(shared.data(), shared.size());
   }
 
   // Runs `body` as each of its threads, having called `enter` whenever one goes on. Returns
   // whether all of them met in the same exchanges.
   template <typename Enter>
   EMULATION_UNTRACED bool run(const Enter& enter) {
-    for (uint32_t lane = 0; lane < kSize; ++lane) {
+    for (uint32_t lane = 0; lane < size; ++lane) {
       getcontext(&fibers[lane]);
       fibers[lane].uc_stack.ss_sp = stacks.data() + lane * kStack;
       fibers[lane].uc_stack.ss_size = kStack;
       fibers[lane].uc_link = &scheduler;
-      makecontext(&fibers[lane], &Warp::run_current, 0);
+      makecontext(&fibers[lane], &Team::run_current, 0);
     }
-    is_done.fill(false);
-    exchanges.fill(0);
-    std::array<uint32_t, kSize> turns;
+    std::fill(is_done.begin(), is_done.end(), false);
+    std::fill(exchanges.begin(), exchanges.end(), 0);
+    std::fill(shared.begin(), shared.end(), -1);  // NaN
+    std::vector<uint32_t> turns(size);
     std::iota(turns.begin(), turns.end(), 0);
     while (!is_done[0]) {
       std::shuffle(turns.begin(), turns.end(), order);
@@ -110,7 +130,7 @@ struct Warp {
         swapcontext(&scheduler, &fibers[lane]);
         recording = false;
       }
-      for (uint32_t lane = 1; lane < kSize; ++lane) {
+      for (uint32_t lane = 1; lane < size; ++lane) {
         if (is_done[lane] != is_done[0] || exchanges[lane] != exchanges[0]) {
           return false;
         }
@@ -134,7 +154,7 @@ struct Warp {
   }
 };
 
-inline Warp* warp = nullptr;  // the one that runs
+inline Team* team = nullptr;  // the one that runs
 
 EMULATION_UNTRACED inline void record(void* pointer, uint32_t size, bool is_store) {
   if (!recording) {
@@ -142,34 +162,41 @@ EMULATION_UNTRACED inline void record(void* pointer, uint32_t size, bool is_stor
   }
   recording = false;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  const void* ours[] = {&gridDim, &blockDim, &blockIdx, &threadIdx, &recording, &warp};
+  const void* ours[] = {&gridDim, &blockDim, &blockIdx, &threadIdx, &recording, &team, &shares};
   const bool is_ours = std::any_of(std::begin(ours), std::end(ours), [&](const void* variable) {
     return address - reinterpret_cast<uintptr_t>(variable) < sizeof(dim3);
   });
   if (!is_ours && !(stack_begin <= address && address < stack_end) &&
-      !(warp != nullptr && warp->holds(address))) {
+      !(team != nullptr && team->holds(address))) {
     accesses.push_back({address, size, is_store, thread, launches});
   }
   recording = true;
 }
 
-EMULATION_UNTRACED inline void Warp::run_current() {
+EMULATION_UNTRACED inline void Team::run_current() {
   // Callbacks are inserted last: the optimizer must not know that nobody reads these in between.
   asm volatile("" ::: "memory");
-  warp->body();
+  team->body();
   asm volatile("" ::: "memory");
   recording = false;
-  warp->is_done[warp->current] = true;
+  team->is_done[team->current] = true;
 }
 
 }  // namespace emulation
 
 template <typename T>
 EMULATION_UNTRACED T __shfl_xor_sync(unsigned mask, T value, int lane_mask) {
-  if (emulation::warp == nullptr || mask != 0xffffffffu) {
+  if (emulation::team == nullptr || mask != 0xffffffffu) {
     cosmos3::fail("a warp's threads exchange values only together, and below launch_warps");
   }
-  return emulation::warp->exchange(value, emulation::warp->current ^ lane_mask);
+  return emulation::team->exchange(value, emulation::team->current ^ lane_mask);
+}
+
+EMULATION_UNTRACED inline void __syncthreads() {
+  if (emulation::team == nullptr || !emulation::shares) {
+    cosmos3::fail("a block's threads wait for each other only below launch_blocks");
+  }
+  emulation::team->exchange(0, emulation::team->current);
 }
 
 inline float quick_exp(float x) {
@@ -269,25 +296,46 @@ void launch(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned t
   }
 }
 
+// Launches whose threads meet in teams of `size`, of a warp or of a block.
+template <typename... Parameters, typename... Arguments>
+void launch_teams(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                  uint32_t size, const Arguments&... arguments) {
+  begin_launch<Parameters...>(op, grid, threads);
+  static std::map<uint32_t, emulation::Team> teams;
+  emulation::Team& team = teams.try_emplace(size, size).first->second;
+  emulation::team = &team;
+  team.body = [&] { kernel(arguments...); };
+  std::vector<uint32_t> order(uint64_t{grid.x} * grid.y * grid.z * threads / size);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), emulation::order);
+  bool met = threads % emulation::kWarp == 0;
+  for (const uint32_t each : order) {
+    met = met && team.run([&](uint32_t lane) { enter_thread(each * size + lane); });
+  }
+  emulation::team = nullptr;
+  if (!met) {
+    fail(op, ": the threads of a warp or block do not meet in the same exchanges");
+  }
+}
+
 template <typename... Parameters, typename... Arguments>
 void launch_warps(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
                   cudaStream_t, const Arguments&... arguments) {
-  begin_launch<Parameters...>(op, grid, threads);
-  static emulation::Warp warp;
-  emulation::warp = &warp;
-  warp.body = [&] { kernel(arguments...); };
-  constexpr uint32_t kSize = emulation::Warp::kSize;
-  std::vector<uint32_t> order(uint64_t{grid.x} * grid.y * grid.z * threads / kSize);
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), emulation::order);
-  bool met = threads % kSize == 0;
-  for (const uint32_t each : order) {
-    met = met && warp.run([&](uint32_t lane) { enter_thread(each * kSize + lane); });
-  }
-  emulation::warp = nullptr;
-  if (!met) {
-    fail(op, ": the threads of a warp do not meet in the same exchanges");
-  }
+  emulation::shares = false;
+  launch_teams(op, kernel, grid, threads, emulation::kWarp, arguments...);
+}
+
+template <typename... Parameters, typename... Arguments>
+void launch_blocks(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   cudaStream_t, const Arguments&... arguments) {
+  emulation::shares = true;
+  launch_teams(op, kernel, grid, threads, threads, arguments...);
+}
+
+template <typename T, int n>
+T* shared_memory() {
+  static_assert(n * sizeof(T) <= sizeof(emulation::shared), "a block shares at most 48 KiB");
+  return reinterpret_cast<T*>(emulation::shared.data());
 }
 
 }  // namespace cosmos3

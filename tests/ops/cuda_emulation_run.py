@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import cuda_emulation_cases
+import cuda_emulation_frames
 import cuda_emulation_norms
 import cuda_emulation_resizes
 from cuda_emulation import Emulation
@@ -19,6 +20,7 @@ RUNS = {
     "prepare_latents": cuda_emulation_cases.run,
     "rms_norm_silu": cuda_emulation_norms.run,
     "resize_crop": cuda_emulation_resizes.run,
+    "transform_frames": cuda_emulation_frames.run,
 }
 
 

@@ -7,32 +7,36 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from frame_products import FORMS, LAYOUTS, Call, images, make_call
+from frame_products import (
+    BF16,
+    DTYPES,
+    F16,
+    F32,
+    F64,
+    FORMS,
+    LAYOUTS,
+    Call,
+    fault,
+    images,
+    make_call,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
-from cosmos3_fast.ops.cook_toom import POINTS, cook_toom, cook_toom_tensors
+from cosmos3_fast.ops.cook_toom import POINTS, cook_toom_tensors
 from cosmos3_fast.ops.transform_frames import (
-    BLOCKS,
     transform_frames_reference,
     transformed_bytes,
 )
 
 OP = torch.ops.cosmos3.transform_frames
-F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
-# Of products, sum and frames: all alike, a bfloat16 network with float16 products, its plain frames
-# going in and coming out, a float32 network with float16 products.
-DTYPES = (
-    *((x,) * 3 for x in (F32, BF16, F16, F64)),
-    (F16, BF16, F16),
-    (BF16, BF16, F16),
-    (F16, BF16, BF16),
-    (F16, F32, F16),
-)
+
+def assert_right(call: Call, got: tuple[Tensor, ...]) -> None:
+    assert (found := fault(call, got)) is None, found
 
 
 @pytest.fixture(params=registry.BACKENDS)
@@ -41,85 +45,6 @@ def backend(request: pytest.FixtureRequest, device: str) -> str:
     if error:
         pytest.skip(error)
     return request.param
-
-
-def exact(call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The results in float64 and, for each, the size of what was added up to it: rounding errors
-    are parts of that, not of the result."""
-
-    def run(of: str) -> tuple[Tensor, ...]:
-        absolute = of == "sizes"
-        products = [p.double() for p in call.products]
-        scales = call.named.get("scales") or [1.0] * len(products)
-        products = [p * s for p, s in zip(products, scales, strict=True)]
-        m = BLOCKS[len(products)]
-        inverse = cook_toom(m).inverse if m > 1 else ((1.0,) * len(products),)
-        frames, batch = call.frames, products[0].shape[0] // -(-call.frames // m)
-        rows = torch.tensor(inverse, dtype=F64, device=products[0].device)
-        stacked = torch.stack(products)
-        if absolute:
-            rows, stacked = rows.abs(), stacked.abs()
-        y = torch.einsum("ip,p...->i...", rows, stacked)
-        y = y.unflatten(1, (-1, batch) if y.shape[1] else (-(-frames // m), 0)).transpose(0, 1)
-        y = y.flatten(0, 1)[:frames]
-        for name in ("bias", "residual"):
-            if (added := call.named.get(name)) is not None:
-                added = added.double().view(-1, 1, 1) if name == "bias" else added.double()
-                y = y + (added.abs() if absolute else added)
-        return y
-
-    y, size = run("values"), run("sizes")
-    total = (y, size) if call.named.get("keep_sum", True) else (y.new_empty(0), y.new_empty(0))
-    to = call.named.get("to", 0)
-    if to == 0:
-        return (total[0], y.new_empty(0), y.new_empty(0)), (total[1], *[y.new_empty(0)] * 2)
-    a, a_size = y, size
-    if (weight := call.named.get("weight")) is not None:
-        weight = weight.double().view(-1, 1, 1)
-        root = y.shape[2] ** 0.5
-        divisor = torch.linalg.vector_norm(y, dim=2, keepdim=True).clamp_min(1e-12)
-        a = y / divisor * root * weight
-        # An error e of y turns a by no more than (e + a/|weight| * |e| / divisor) * root * weight.
-        spread = torch.linalg.vector_norm(size, dim=2, keepdim=True) / divisor
-        a_size = size / divisor * root * weight.abs() + a.abs() * spread
-        if call.named.get("silu", True):
-            a, a_size = F.silu(a), 1.1 * a_size  # the steepest SiLU is
-    past = call.named.get("past")
-    past = y.new_zeros(2, *y.shape[1:]) if past is None else past.double()
-    window, sizes = torch.cat([past, a]), torch.cat([past.abs(), a_size])
-    if to == 1:
-        return (total[0], window, window[-2:]), (total[1], sizes, sizes[-2:])
-    blocks = -(-call.frames // to)
-    rows = torch.tensor(cook_toom(to).inputs, dtype=F64, device=y.device)
-
-    def transformed(x: Tensor, rows: Tensor) -> Tensor:
-        x = torch.cat([x, x.new_zeros(blocks * to - call.frames, *x.shape[1:])])
-        terms = torch.stack([x[i::to][:blocks] for i in range(to + 2)])
-        return torch.einsum("ji,i...->j...", rows, terms)
-
-    return (
-        (total[0], transformed(window, rows), window[-2:]),
-        (total[1], transformed(sizes, rows.abs()), sizes[-2:]),
-    )
-
-
-def assert_right(call: Call, got: tuple[Tensor, ...]) -> None:
-    """Each result is within one rounding to its dtype, and a few units of what it is computed in,
-    of that in float64."""
-    wanted, sizes = exact(call)
-    own = call.products[0].dtype
-    dtypes = (call.named.get("sum_dtype") or own, *[call.named.get("frames_dtype") or own] * 2)
-    # Eight sums and products to a row, the norm's sum and root, the exponential's two.
-    compute = 24 * torch.finfo(torch.promote_types(own, F32)).eps
-    for ours, theirs, size, dtype in zip(got, wanted, sizes, dtypes, strict=True):
-        assert ours.dtype == dtype
-        assert ours.shape == theirs.shape
-        rounding, least = torch.finfo(dtype).eps / 2, torch.finfo(dtype).smallest_normal
-        bound = rounding * theirs.abs() + compute * size * (1 + rounding)
-        bound += rounding * least + compute * torch.finfo(F32).smallest_normal
-        assert ((ours.double() - theirs).abs() <= bound).all()
-        if ours.numel():
-            assert ours.movedim(-3, -1).is_contiguous()
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
