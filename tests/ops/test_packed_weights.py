@@ -1,4 +1,4 @@
-"""The transformed weights of `Conv3x3` are those of its present weight, however that changed."""
+"""The transformed weights of `CausalConv` are those of its present weight, however that changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cosmos3_fast.ops import registry
 from cosmos3_fast.ops.winograd import same_bits
-from cosmos3_fast.vae.networks.layers import Conv3x3
+from cosmos3_fast.vae.networks.causal import CausalConv
 
 pytestmark = pytest.mark.skipif(
     ("winograd_conv3x3", "cpu") not in registry.LIBRARY_KERNELS, reason="no compiled library"
@@ -29,8 +29,8 @@ def weights(seed: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def conv() -> Conv3x3:
-    conv = Conv3x3(16, 32).requires_grad_(False)
+def conv() -> CausalConv:
+    conv = CausalConv(16, 32).requires_grad_(False)
     conv.load_state_dict(weights(0))
     return conv
 
@@ -46,18 +46,18 @@ def assert_convolves(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> None
     assert (y.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
-def test_loading_in_inference_mode(conv: Conv3x3):
+def test_loading_in_inference_mode(conv: CausalConv):
     with torch.inference_mode():
-        inner = Conv3x3(16, 32).requires_grad_(False)
+        inner = CausalConv(16, 32).requires_grad_(False)
         for each in (inner, conv):
             each(large())
             each.load_state_dict(weights(1))
             assert_convolves(each(large()), large(), **weights(1))
-            assert each._packed is not None
+            assert each._packed
     assert_convolves(inner(large()), large(), **weights(1))
 
 
-def test_writes_through_data(conv: Conv3x3):
+def test_writes_through_data(conv: CausalConv):
     conv(large())
     for name, value in weights(1).items():
         getattr(conv, name).data.copy_(value)
@@ -68,14 +68,14 @@ def test_writes_through_data(conv: Conv3x3):
     assert_convolves(conv(large()), large(), **flipped)
 
 
-def test_replaced_parameters_at_a_reused_address(conv: Conv3x3):
+def test_replaced_parameters_at_a_reused_address(conv: CausalConv):
     for seed in range(20):
         conv.weight = None
         conv.weight = torch.nn.Parameter(weights(seed)["weight"], requires_grad=False)
         assert_convolves(conv(large()), large(), conv.weight, conv.bias)
 
 
-def test_functional_call(conv: Conv3x3):
+def test_functional_call(conv: CausalConv):
     for seed in range(20):
         other = weights(seed)
         y = torch.func.functional_call(conv, other, (large(),))
@@ -83,16 +83,17 @@ def test_functional_call(conv: Conv3x3):
     assert_convolves(conv(large()), large(), **weights(0))
 
 
-def test_strided_weights(conv: Conv3x3):
+def test_strided_weights(conv: CausalConv):
     conv.to(memory_format=torch.channels_last)
     for _ in range(2):
         assert_convolves(conv(large()), large(), **weights(0))
-    packed = conv._packed
+    (packed,) = conv._packed.values()
     conv(large())
-    assert conv._packed is packed
+    (again,) = conv._packed.values()
+    assert again is packed
 
 
-def test_a_vmapped_weight_is_convolved(conv: Conv3x3):
+def test_a_vmapped_weight_is_convolved(conv: CausalConv):
     x = large()
     stacked = torch.stack([weights(seed)["weight"] for seed in (1, 2)])
     ys = torch.vmap(lambda w: torch.func.functional_call(conv, {"weight": w}, (x,)))(stacked)
@@ -100,7 +101,7 @@ def test_a_vmapped_weight_is_convolved(conv: Conv3x3):
         assert_convolves(y, x, weight, conv.bias)
 
 
-def test_calls_that_race_a_change(conv: Conv3x3):
+def test_calls_that_race_a_change(conv: CausalConv):
     """Every result is that of one of the two weights, and the last that of the last."""
     stop = threading.Event()
     failures: list[str] = []

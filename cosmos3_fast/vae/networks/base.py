@@ -290,4 +290,7 @@ def temporal_form(dtype: torch.dtype, products: torch.dtype | None, direct: bool
     if products not in (dtype, torch.float16) or (direct and products != dtype):
         also = "" if direct else " or torch.float16"
         raise ValueError(f"products must be the network's dtype, {dtype}{also}, got {products}")
-    return Temporal(1 if direct else 4, products)
+    if direct:
+        return Temporal(1, products)
+    # A float16 network leaves no finer dtype for six products: four, of two frames, round less.
+    return Temporal(2 if dtype == torch.float16 else 4, products)

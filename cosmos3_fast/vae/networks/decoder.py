@@ -228,8 +228,8 @@ class ClipDecoder(_Decoder):
     `decoder(latents)` equals `vae.decode(latents * latents_std + latents_mean)` for T latent
     frames, which are 1 + 4(T - 1) pixel frames. The first frame is that of a `FrameDecoder`, bit
     for bit. The frames after it are taken in blocks of four along time: six 2-D convolutions give
-    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`). The
-    result is that of the *untiled* VAE.
+    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`); in a
+    float16 network in blocks of two, which round less. The result is that of the *untiled* VAE.
 
     Three ways to decode: `decoder(latents)` gives all frames; `decoder.frames(latents)` gives them
     as they come, in memory that does not grow with T; `decoder.stream()` takes latents one after

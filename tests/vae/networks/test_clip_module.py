@@ -17,7 +17,7 @@ from encoder_cases import RESIDUAL, TINY_CLIP, WAN21, WAN21_ATTENTION, clip
 from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 from cosmos3_fast.vae.checkpoint.reading import CheckpointError
 from cosmos3_fast.vae.fold import side_by_side
-from cosmos3_fast.vae.networks.clip import add_pair_average
+from cosmos3_fast.vae.networks.layers import add_pair_average
 from cosmos3_fast.vae.synthetic import (
     synthetic_state_dict,
 )
@@ -241,7 +241,7 @@ def test_pair_average_matches_the_3d_layer(width: int, out: int, factor_s: int) 
                     cell = pair[time][:, i, row::factor_s, column::factor_s]
                     wanted[:, position // group] += cell / group
     y = torch.randn(wanted.shape, generator=generator).double()
-    assert largest(add_pair_average(y.clone(), pair, factor_s) - (y + wanted)) <= 1e-14
+    assert largest(add_pair_average(y.clone(), *pair, factor_s) - (y + wanted)) <= 1e-14
 
 
 def test_side_by_side_is_the_3d_convolution() -> None:

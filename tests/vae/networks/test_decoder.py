@@ -65,9 +65,9 @@ def test_float32_matches_where_winograd_serves() -> None:
     latents = latent_frame(config, 0, 1, 17, 16, torch.float32)
     assert compare(decoder(latents), reference(vae, latents)).passed
     # 9 x 8 tiles after the up-sampling, 5 x 4 before it.
-    assert decoder.stages[1].blocks[0].conv1._packed is not None
-    assert decoder.stages[0].upsample._packed is None
-    assert decoder.stages[0].blocks[0].conv1._packed is None
+    assert decoder.stages[1].blocks[0].conv1._packed
+    assert not decoder.stages[0].upsample._packed
+    assert not decoder.stages[0].blocks[0].conv1._packed
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -12,14 +12,11 @@ import torch
 import torch.nn.functional as F
 from encoder_cases import RESIDUAL, TINY, WAN21, WAN21_ATTENTION, image
 
+from cosmos3_fast.ops import rms_norm_silu
 from cosmos3_fast.vae import FrameEncoder
-from cosmos3_fast.vae.fold import fold_encoder
-from cosmos3_fast.vae.networks.layers import (
-    Sum,
-    add_average_shortcut,
-    average_shortcut,
-    rms_norm_silu,
-)
+from cosmos3_fast.vae.fold import fold
+from cosmos3_fast.vae.networks.causal import Sum
+from cosmos3_fast.vae.networks.layers import add_average_shortcut, average_shortcut
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 from cosmos3_fast.vae.topology import EncoderTopology
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error
@@ -84,7 +81,7 @@ def test_batch_entries_are_independent(encoder: FrameEncoder) -> None:
 def test_fold_takes_the_last_of_all_temporal_taps(encoder: FrameEncoder) -> None:
     """The loaders hand over single taps; the fold itself takes whole 3-D tensors too."""
     whole = synthetic_state_dict(RESIDUAL)
-    folded = fold_encoder(encoder.topology, whole.__getitem__, torch.float32)
+    folded = fold(encoder, whole)
     wanted = encoder.state_dict()
     assert folded.keys() == wanted.keys()
     assert all(torch.equal(folded[name], wanted[name]) for name in wanted)
