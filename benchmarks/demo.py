@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.formatting import ratio, seconds, size, spread, table
+from benchmarks.cases import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and_encoder
 from benchmarks.harness import ROOT, machine, measure, say, versions
-from benchmarks.paths import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and_encoder
-from benchmarks.report import row_lines
+from benchmarks.report import ratio, row_lines, seconds, size, spread, table
 from benchmarks.suites.decoder import decoder
 from cosmos3_fast import cli
 from cosmos3_fast.images.load import load_pixels

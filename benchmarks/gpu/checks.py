@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu.cases import SIZES, Graphed, frame, make_encoder, tolerance
+from benchmarks.gpu.cases import SIZES, frame, make_encoder, tolerance
+from benchmarks.gpu.device import Context, Result, Skipped, Step
 from benchmarks.gpu.pytest_lines import LINES
-from benchmarks.gpu.timing import Context, Result, Skipped, Step, tuned
-from benchmarks.harness import ROOT, gate_equal
+from benchmarks.harness import ROOT, Graphed, gate_equal, tuned
 from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
 from cosmos3_fast.ops.prepare_latents import prepare_latents_reference

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import gate_equal, say
-from benchmarks.paths import OURS, PHOTOGRAPH, sides
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.cases import OURS, PHOTOGRAPH, sides
+from benchmarks.harness import Row, Suite, gate_equal, say, timed_rows
 from cosmos3_fast import ops
 from cosmos3_fast.images.load import load_frames
 
@@ -158,5 +157,4 @@ SUITE = Suite(
         "short": {"sizes": ("1280x1920", "3024x4032"), "wanted": "480x832", "rounds": 15},
         "full": {"sizes": ("1280x1920", "3024x4032"), "wanted": "480x832", "rounds": 41},
     },
-    order=35,
 )
