@@ -232,10 +232,10 @@ def draw(result: Result, out: Path) -> None:
         axis.set_yticks(places, names, fontsize=8)
         axis.invert_yaxis()
         axis.set_xscale("log")
-        axis.set_xlim(right=max(medians) * 4)
+        axis.set_xlim(min(medians) / 2, max(medians) * 4)
         axis.set_xlabel("seconds (log)")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{suite}; {provenance(result)}", loc="left", fontsize=9)
+        figure.suptitle(f"{suite}; {provenance(result)}", fontsize=8)
         figure.savefig(out / f"{suite}.png", dpi=120)
     plt.close("all")
 
