@@ -78,7 +78,7 @@ class Timing:
 
 
 def host_clock(run: Call, repeats: int = 1) -> Callable[[], float]:
-    """Seconds of the host's clock, a CUDA device synchronised around the calls.
+    """Seconds of the host's clock, a CUDA device synchronized around the calls.
 
     Repeated calls follow one that is not timed.
     """

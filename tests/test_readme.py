@@ -35,7 +35,9 @@ def test_versions_are_those_the_engine_tests_install():
     torch_version = re.search(r"^TORCH \?= torch==(\S+)", MAKEFILE, re.M)
     assert torch_version is not None
     document = (ROOT / "docs" / "engines.md").read_text()
+    readme = (ROOT / "README.md").read_text().lower()
     for engine, tested in TESTED.items():
+        assert f"**{engine}** {tested[0]} to {tested[-1]}" in readme
         newest = pinned(engine.replace("-", "_"), engine)
         others = ", ".join(version for version in tested if version != newest)
         row = f"| {engine} | {newest} | {others} | {torch_version[1]} | `make test-{engine}` |"

@@ -66,7 +66,7 @@ def _offloaded(module: nn.Module, device: str, stage: Call) -> object:
 
 
 def _host(context: Context, paths: Mapping[str, Call], rounds: int) -> dict[str, Any]:
-    """Host-clock figures, the device synchronised around each call."""
+    """Host-clock figures, the device synchronized around each call."""
     if context.dry_run:
         return time_calls(context, paths)
     timings = measure(paths, rounds=rounds, warmup=2)
@@ -74,7 +74,7 @@ def _host(context: Context, paths: Mapping[str, Call], rounds: int) -> dict[str,
 
 
 def stage(context: Context) -> Iterator[Result]:
-    """From a uint8 image on the host to latents on the device; host clock, synchronised."""
+    """From a uint8 image on the host to latents on the device; host clock, synchronized."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:

@@ -40,7 +40,7 @@ def with_grain(picture: Image.Image) -> Image.Image:
 
 
 def covering(picture: Image.Image, wanted: str) -> tuple[tuple[int, int], Box]:
-    """Height and width that cover `wanted`, and the centre's top, left, height and width."""
+    """Height and width that cover `wanted`, and the center's top, left, height and width."""
     height, width = sides(wanted)
     scale = max(width / picture.width, height / picture.height)
     size = math.ceil(scale * picture.height), math.ceil(scale * picture.width)
