@@ -419,7 +419,7 @@ def draw_kernels(runs: list[Run], out: Path) -> None:
         device = result_of(run, "environment")["device"].split()[1]
         commit = next(iter(run["commands"].values()))["commit"]
         for step, spent in kernel_kinds(run).items():
-            what = size(step.replace("_", " ")) if "x" in step else "encoder 480×832"
+            what = "encoder 480×832" if step == "every_plan" else size(step.replace("_", " "))
             bars.append((what.split()[0], f"{what}\n{device}, {commit}", spent))
     if not bars:
         return
