@@ -27,6 +27,8 @@ $(BIN)/python:
 
 $(VENV)/torch.stamp: | $(BIN)/python
 	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.12"
+	mkdir -p build && rm -rf build/torch-site
+	cp -al $(VENV)/lib/python3.*/site-packages build/torch-site
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp $(SOURCES)
@@ -87,10 +89,12 @@ build/wheel.stamp: $(VENV)/torch.stamp $(SOURCES) $(PACKAGE_FILES)
 		--no-build-isolation --no-deps --wheel-dir build/wheels .
 	@touch $@
 
-# An environment from the folder of its requirements.
+# An environment from the folder of its requirements. What .venv had when torch was new is linked
+# into it, not unpacked again: a gigabyte each.
 define make_environment
-	$(PYTHON) -m venv .venv-$*
-	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)"
+	if [ ! -e .venv-$*/bin/python ]; then $(PYTHON) -m venv .venv-$* && \
+		if [ -d build/torch-site ]; then \
+			cp -alf build/torch-site/. .venv-$*/lib/python3.*/site-packages/; fi; fi
 	if [ -f $(dir $<)requirements-nodeps.txt ]; then \
 		$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps -r $(dir $<)requirements-nodeps.txt; fi
 	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)" -r $<

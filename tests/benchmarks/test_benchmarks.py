@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("matplotlib")
 pytest.importorskip("diffusers")
 
-from benchmarks import cases, goals, harness, report, run
+from benchmarks import cases, demo, goals, harness, report, run
 from benchmarks.cases import OURS
 from benchmarks.suites import SUITES, engines
 from benchmarks.suites import op as op_suite
@@ -107,6 +107,15 @@ def test_a_wrong_path_ends_the_run_with_nothing_written(
     with pytest.raises(harness.GateError, match=rf"correctness gate failed: {suite} \d+x"):
         run.main(["--tiny", "--suites", suite, "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+def test_the_demo_makes_latents_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for name, value in {"HEIGHT": 32, "WIDTH": 48, "NUM_FRAMES": 5, "DECODED": "64x96"}.items():
+        monkeypatch.setattr(demo, name, value)
+    narrow = {**cases.COSMOS3_VAE_CONFIG, "base_dim": 16, "decoder_base_dim": 16}
+    monkeypatch.setattr(cases, "COSMOS3_VAE_CONFIG", narrow)
+    assert demo.main(["--out", str(tmp_path), "--rounds", "1"]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"latents.safetensors", "preview.png"}
 
 
 def test_gates_refuse_what_differs():
