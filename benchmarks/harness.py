@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+import cosmos3_fast.ops  # noqa: F401 - registers those that are counted
 from cosmos3_fast.vae import verify
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison
 
