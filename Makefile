@@ -9,13 +9,16 @@ DIFFUSERS ?= diffusers==0.42.1
 MATPLOTLIB ?= matplotlib==3.11.2
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 SOURCES := setup.py pyproject.toml cosmos3_fast/__init__.py $(wildcard csrc/*.* csrc/*/*.*)
-# The tests also build and inspect the CUDA kernels wherever nvcc is found; no GPU is needed.
+# Tests also build and inspect the CUDA kernels wherever nvcc is found; no GPU is needed.
 TEST_CUDA := $(if $(shell command -v nvcc),1,)
 
 # The engines' requirements exclude each other: each has an environment of its own.
+ENGINES := diffusers sglang vllm-omni
 PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
+# With QUICK=1, what is marked as slow is left out.
+MARKED = $(if $(QUICK),-m "not slow")
 
-.PHONY: help demo bench bench-full bench-bulk test test-bulk fuzz wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
+.PHONY: help demo bench bench-full bench-bulk test test-all test-bulk fuzz wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -24,6 +27,8 @@ $(BIN)/python:
 
 $(VENV)/torch.stamp: | $(BIN)/python
 	$(PIP) "$(TORCH)" "setuptools>=77" wheel ninja "pybind11>=2.12"
+	mkdir -p build && rm -rf build/torch-site
+	cp -al $(VENV)/lib/python3.*/site-packages build/torch-site
 	@touch $@
 
 $(VENV)/package.stamp: $(VENV)/torch.stamp $(SOURCES)
@@ -36,9 +41,14 @@ $(VENV)/demo.stamp: $(VENV)/package.stamp
 
 $(VENV)/test.stamp: $(VENV)/torch.stamp $(SOURCES)
 	$(PIP) "$(DIFFUSERS)" "$(TRITON)" "$(MATPLOTLIB)"
-	COSMOS3_FAST_BUILD=require $(if $(TEST_CUDA),COSMOS3_FAST_CUDA=1) \
-		$(PIP) --no-build-isolation -e ".[test,lint]"
+	COSMOS3_FAST_BUILD=require $(PIP) --no-build-isolation -e ".[test,lint]"
 	@touch $@ $(VENV)/package.stamp
+
+# The CUDA kernels take minutes to compile, so only test-all does.
+$(VENV)/cuda.stamp: $(VENV)/test.stamp
+	$(if $(TEST_CUDA),COSMOS3_FAST_BUILD=require COSMOS3_FAST_CUDA=1 \
+		$(PIP) --no-build-isolation --no-deps -e .)
+	@touch $@
 
 ## make demo    set up, turn the example photograph into latents, time it against the 3-D VAE
 demo: $(VENV)/demo.stamp
@@ -52,15 +62,26 @@ $(VENV)/bench.stamp: $(VENV)/demo.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run --out out/bench
 
-## make bench-full    every size, more rounds, and README's table and plot from it (45 minutes)
+## make bench-full    every size, more rounds, and the documents' tables from it (45 minutes)
 bench-full: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run --full --out benchmarks/results/cpu
-	$(BIN)/python -m benchmarks.readme
+	$(BIN)/python -m benchmarks.report
 
-## make test    set up, check style and types, inspect the CUDA kernels, run every test
+## make test    set up, check style and types, run what a change needs: every op and network, the seam,
+##              and of each engine whose environment is there, the quick tests on its newest release
 test: lint
+	$(BIN)/python -m pytest --ignore tests/engines -m "not slow"
+	@for engine in $(ENGINES); do \
+		if [ -e .venv-$$(echo $$engine | tr - _)/stamp ]; then \
+			$(MAKE) test-$$engine QUICK=1 || exit 1; \
+		else echo "$$engine: left out, make test-$$engine makes its environment"; fi; done
+
+## make test-all      all of it: planted faults, sanitizers, installs, CUDA binaries, dry runs of the
+##                    benchmarks, every release of each engine, Ray (hours; before an issue is resolved)
+test-all: lint $(VENV)/cuda.stamp
 	$(BIN)/python tests/install/cuda_binary.py
 	$(BIN)/python -m pytest --ignore tests/engines
+	$(MAKE) test-engines test-releases test-bulk
 
 build/wheel.stamp: $(VENV)/torch.stamp $(SOURCES) $(PACKAGE_FILES)
 	rm -rf build/wheels build/lib*
@@ -68,10 +89,12 @@ build/wheel.stamp: $(VENV)/torch.stamp $(SOURCES) $(PACKAGE_FILES)
 		--no-build-isolation --no-deps --wheel-dir build/wheels .
 	@touch $@
 
-# An environment from the folder of its requirements.
+# An environment from the folder of its requirements. What .venv had when torch was new is linked
+# into it, not unpacked again: a gigabyte each.
 define make_environment
-	$(PYTHON) -m venv .venv-$*
-	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)"
+	if [ ! -e .venv-$*/bin/python ]; then $(PYTHON) -m venv .venv-$* && \
+		if [ -d build/torch-site ]; then \
+			cp -alf build/torch-site/. .venv-$*/lib/python3.*/site-packages/; fi; fi
 	if [ -f $(dir $<)requirements-nodeps.txt ]; then \
 		$(subst $(BIN),.venv-$*/bin,$(PIP)) --no-deps -r $(dir $<)requirements-nodeps.txt; fi
 	$(subst $(BIN),.venv-$*/bin,$(PIP)) "$(TORCH)" -r $<
@@ -87,18 +110,18 @@ endef
 .venv-%/stamp: tests/%/requirements.txt build/wheel.stamp
 	$(make_environment)
 
-## make test-engines    the tests against each engine, in an environment of its own; or only
-## make test-diffusers, make test-sglang, make test-vllm-omni
-test-engines: test-diffusers test-sglang test-vllm-omni
+## make test-engines    the tests against each engine, in an environment of its own; QUICK=1: without
+##                      the slow ones; or only make test-diffusers, make test-sglang, make test-vllm-omni
+test-engines: $(ENGINES:%=test-%)
 test-diffusers: .venv-diffusers/stamp
-	.venv-diffusers/bin/pytest tests/engines/diffusers
+	.venv-diffusers/bin/pytest tests/engines/diffusers $(MARKED)
 test-sglang: .venv-sglang/stamp
-	.venv-sglang/bin/pytest tests/engines/sglang
+	.venv-sglang/bin/pytest tests/engines/sglang $(MARKED)
 test-vllm-omni: .venv-vllm_omni/stamp
-	.venv-vllm_omni/bin/pytest tests/engines/vllm_omni
+	.venv-vllm_omni/bin/pytest tests/engines/vllm_omni $(MARKED)
 
-## make test-releases           the same tests on the other releases of each engine that are served;
-##                              QUICK=1: only the oldest and the newest (pre-)release
+## make test-releases   the same tests on the other releases of each engine that are served;
+##                      QUICK=1: the quick ones on the oldest and the newest (pre-)release
 RUN_RELEASE = tests/engines/releases.py $(if $(QUICK),--quick)
 test-releases: .venv-diffusers/stamp .venv-sglang/stamp .venv-vllm_omni/stamp
 	.venv-diffusers/bin/python $(RUN_RELEASE) diffusers

@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_py import build_py
 
@@ -228,6 +229,11 @@ def write_reason(folder: Path, reason: str) -> None:
 
 
 def main() -> None:
+    if int(setuptools.__version__.split(".")[0]) < 77:  # which cannot read `project.license`
+        raise SystemExit(
+            f"setuptools must be 77 or newer, got {setuptools.__version__}: "
+            'pip install -U "setuptools>=77"'
+        )
     mode = os.environ.get("COSMOS3_FAST_BUILD", "auto")
     if mode not in ("auto", "require", "off"):
         raise SystemExit(f"COSMOS3_FAST_BUILD must be auto, require or off, got {mode!r}")

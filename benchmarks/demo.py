@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.formatting import ratio, seconds, size, spread, table
+from benchmarks.cases import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and_encoder
 from benchmarks.harness import ROOT, machine, measure, say, versions
-from benchmarks.paths import PHOTOGRAPH, SEED, engine_stage, gate_stage, vae_and_encoder
-from benchmarks.report import row_lines
+from benchmarks.report import ratio, row_lines, seconds, size, spread, table
 from benchmarks.suites.decoder import decoder
-from cosmos3_fast import cli
+from cosmos3_fast.cli.main import main as command_line
 from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.latents import LatentPreparation
 
@@ -22,14 +21,14 @@ DECODED = "128x224"
 ENGINE, OURS = "3-D vae.encode, eager formula", "cosmos3_fast, fast mode"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="folder for the results")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds (default 3)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
-    status = cli.main(
+    status = command_line(
         [
             *("prepare", str(PHOTOGRAPH), "--size", f"{HEIGHT}x{WIDTH}"),
             *("--num-frames", str(NUM_FRAMES), "--seed", str(SEED)),

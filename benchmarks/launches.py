@@ -3,8 +3,9 @@
     python -m benchmarks.launches
 
 No GPU is needed: the networks run on tensors without values, on "cuda", and every operation that
-torch dispatches is counted. Before: with the norm's kernel alone, and torch's own biases, sums,
-pads and pools. After: as the networks are. Writes `benchmarks/results/launches.md`.
+torch dispatches is counted. Alone: as if each bias, sum, pad and pool that one of this package's
+kernels takes with it were a launch of torch's own. Fused: as the networks are. Writes
+`benchmarks/results/launches.md`.
 
 What counts as a launch:
 
@@ -23,10 +24,11 @@ expanded is read once.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,16 +38,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.formatting import table
-from benchmarks.harness import ROOT
-from benchmarks.paths import unfused
-from cosmos3_fast.ops import rms_norm_silu
+from benchmarks.report import RESULTS, table
 from cosmos3_fast.vae import FrameDecoder, FrameEncoder
-from cosmos3_fast.vae.networks.layers import attend
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config
-from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology
 
-RESULTS = ROOT / "benchmarks" / "results" / "launches.md"
+COMMITTED = RESULTS / "launches.md"
 HEIGHT, WIDTH = 480, 832
 
 CONVOLUTIONS, BIASES, NORMS, SUMS = "convolutions", "biases", "norms", "sums"
@@ -74,17 +71,22 @@ KINDS = {
     "cosmos3::add_rms_norm_silu": NORMS,
     "cosmos3::add_pad": SUMS,
 }
+FUSED = ("cosmos3::rms_norm_silu", "cosmos3::add_rms_norm_silu", "cosmos3::add_pad")
 
 
 class LaunchCounter(TorchDispatchMode):
     """Counts what runs inside.
 
+    Args:
+        alone: count what this package's kernels take with them as launches of torch's own.
+
     Attributes:
         launches, bytes: by kind.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alone: bool = False) -> None:
         super().__init__()
+        self._alone = alone
         self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
@@ -122,8 +124,42 @@ class LaunchCounter(TorchDispatchMode):
                 for x in inputs:
                     if not _is_channels_last(x) and x.shape[1] != 3:
                         self.add(OTHERS, x, x)
-            self.add(kind, *inputs, *outputs)
+            if self._alone and name in FUSED:
+                named = {each.name: each.default_value for each in func._schema.arguments}
+                named.update(zip(named, args, strict=False))
+                self._add_alone(kind, outputs[0], **named)
+            else:
+                self.add(kind, *inputs, *outputs)
         return result
+
+    def _add_alone(
+        self,
+        kind: str,
+        out: Tensor,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None = None,
+        pad: bool = False,
+        **_: Any,
+    ) -> None:
+        """A norm or a sum; those of its arguments that are not None."""
+        if kind == NORMS:
+            self.add(NORMS, x, weight, x)
+        if bias is not None:
+            self.add(BIASES, x, bias, x)
+        if residual is not None:
+            (channels, *sides), (own_channels, *own_sides) = residual.shape[1:], x.shape[1:]
+            pooled = _bytes(residual)
+            if sides != own_sides:
+                pooled = pooled * math.prod(own_sides) // math.prod(sides)
+                self.add(POOLS, residual, pooled)
+            # Frames of zeros in an average leave some channels as they are.
+            added = _bytes(x) * channels // own_channels
+            self.add(SUMS, added, pooled, added)
+        if pad:
+            self.add(PADS, out)
+            self.add(PADS, x, x)
 
 
 class _Calls(TorchFunctionMode):
@@ -179,7 +215,9 @@ def _is_same_memory(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _bytes(x: Tensor) -> int:
+def _bytes(x: Tensor | int | None) -> int:
+    if x is None or isinstance(x, int):
+        return x or 0
     elements = 1
     for size, stride in zip(x.shape, x.stride(), strict=True):
         elements *= size if stride else 1
@@ -191,9 +229,9 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 @contextmanager
-def counting() -> Iterator[LaunchCounter]:
+def counting(alone: bool = False) -> Iterator[LaunchCounter]:
     """Inside, what torch runs is counted; for tensors of `FakeTensorMode`."""
-    counter = LaunchCounter()
+    counter = LaunchCounter(alone)
     with torch.no_grad(), _Calls(counter), counter:
         yield counter
 
@@ -212,65 +250,30 @@ def without_values(network: torch.nn.Module) -> torch.nn.Module:
     return network
 
 
-def count(network_type: type, dtype: torch.dtype = torch.bfloat16) -> LaunchCounter:
-    """Of one frame of 480x832 through the encoder or decoder of Cosmos3."""
-    config = synthetic_config(COSMOS3_VAE_CONFIG)
-    encodes = network_type is FrameEncoder
-    topology = (EncoderTopology if encodes else DecoderTopology).from_config(config)
-    network = network_type(topology, dtype, device="meta")
-    factor = topology.spatial_factor if encodes else network.spatial_factor
-    shape = (
-        (1, 3, HEIGHT, WIDTH) if encodes else (1, network.z_dim, HEIGHT // factor, WIDTH // factor)
-    )
+def count(network_type: Any, alone: bool = False) -> LaunchCounter:
+    """Of one frame of 480x832 through the encoder or decoder of Cosmos3, in bfloat16."""
+    topology = network_type.topology_type.from_config(synthetic_config(COSMOS3_VAE_CONFIG))
+    network = network_type(topology, torch.bfloat16, device="meta")
+    factor = network.spatial_factor
+    frame, latents = (3, HEIGHT, WIDTH), (network.z_dim, HEIGHT // factor, WIDTH // factor)
+    shape = frame if network_type is FrameEncoder else latents
     with FakeTensorMode():
         without_values(network)
-        frame = torch.empty(shape, dtype=dtype, device="cuda")
-        with counting() as counter:
-            network(frame)
+        given = torch.empty((1, *shape), dtype=torch.bfloat16, device="cuda")
+        with counting(alone) as counter:
+            network(given)
     return counter
 
 
 def count_all() -> dict[str, dict[str, LaunchCounter]]:
-    """By network, before and after."""
-    states: dict[str, Callable[[], Any]] = {
-        "before": lambda: unfused(rms_norm_silu),
-        "after": nullcontext,
+    """By network, alone and fused."""
+    return {
+        name: {"alone": count(network, alone=True), "fused": count(network)}
+        for name, network in (("encode", FrameEncoder), ("decode", FrameDecoder))
     }
-    counted: dict[str, dict[str, LaunchCounter]] = {"encode": {}, "decode": {}}
-    for state, switch in states.items():
-        with switch():
-            counted["encode"][state] = count(FrameEncoder)
-            counted["decode"][state] = count(FrameDecoder)
-    return counted
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-
-# Of one frame: Cosmos3, and Wan 2.1 and Qwen-Image, whose latents have a quarter of the pixels.
-ATTENTIONS = {"Cosmos3": (1560, 640), "Wan 2.1": (6240, 384)}
-
-
-def count_attention() -> list[list[str]]:
-    """Rows: the attention, launches and MB of `sdpa`, and of `layers.attend`."""
-    rows = []
-    for name, (tokens, width) in ATTENTIONS.items():
-        row = [f"{name}, {tokens} tokens of {width}"]
-        for run in (sdpa, attend):
-            with FakeTensorMode():
-                q, k, v = (
-                    torch.empty(1, 1, tokens, width, dtype=torch.bfloat16, device="cuda")
-                    for _ in range(3)
-                )
-                with counting() as counter:
-                    run(q, k, v)
-            row += [f"{counter.launches.total()}", f"{counter.bytes.total() / 1e6:.0f}"]
-        rows.append(row)
-    return rows
-
-
-def report(counted: Mapping[str, Mapping[str, LaunchCounter]]) -> str:
+def report(counted: dict[str, dict[str, LaunchCounter]]) -> str:
     """The Markdown of `launches.md`."""
     lines = [
         "# Launches and bytes of one frame",
@@ -280,31 +283,22 @@ def report(counted: Mapping[str, Mapping[str, LaunchCounter]]) -> str:
     ]
     for network, states in counted.items():
         header = [network, *(f"{what}, {state}" for state in states for what in ("launches", "MB"))]
+        kinds = dict.fromkeys(kind for each in states.values() for kind in each.launches)
         rows = []
-        for kind in dict.fromkeys(k for each in states.values() for k in each.launches):
-            row = [kind]
+        for kind in (*kinds, None):
+            row = [kind or "in all"]
             for each in states.values():
-                row += [f"{each.launches[kind]}", f"{each.bytes[kind] / 1e6:.0f}"]
+                launches = each.launches[kind] if kind else each.launches.total()
+                moved = each.bytes[kind] if kind else each.bytes.total()
+                row += [f"{launches}", f"{moved / 1e6:.0f}"]
             rows.append(row)
-        total = ["in all"]
-        for each in states.values():
-            total += [f"{each.launches.total()}", f"{each.bytes.total() / 1e6:.0f}"]
-        lines += ["", *table(header, [*rows, total])]
-    header = ["attention, one head", "launches, SDPA", "MB, SDPA", "launches, bmm", "MB, bmm"]
-    lines += [
-        "",
-        *table(header, count_attention()),
-        "",
-        "No flash kernel takes heads of more than 256, so `scaled_dot_product_attention` runs its "
-        "memory-efficient one. Against it, two products with the scores in float32 between them: "
-        "more launches and bytes, and less time (`benchmarks/results/gpu`).",
-    ]
+        lines += ["", *table(header, rows)]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
     text = report(count_all())
-    RESULTS.write_text(text)
+    COMMITTED.write_text(text)
     print(text)
     return 0
 

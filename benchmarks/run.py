@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, plots
+from benchmarks import goals
 from benchmarks.harness import ROOT, commit, machine, say, versions
-from benchmarks.report import markdown
-from benchmarks.suites import all_suites
+from benchmarks.report import draw, markdown
+from benchmarks.suites import SUITES
 from cosmos3_fast import __version__
 from cosmos3_fast.ops import registry
 
@@ -26,7 +26,7 @@ COLUMNS = ("suite", "case", "dtype", "path", "median", "q10", "q90", "baseline",
 
 
 def main(argv: list[str] | None = None) -> int:
-    suites = list(all_suites())
+    suites = list(SUITES)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     setting = parser.add_mutually_exclusive_group()
     setting.add_argument("--full", action="store_true", help="every size, more rounds (45 minutes)")
@@ -68,7 +68,7 @@ def run(setting: str, wanted: list[str]) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d"),
         "rows": [],
     }
-    for name, suite in all_suites().items():
+    for name, suite in SUITES.items():
         if name not in wanted:
             continue
         made = suite.run(**suite.settings[setting])
@@ -90,7 +90,7 @@ def write(result: dict[str, Any], out: Path) -> None:
         writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(result["rows"])
-    plots.draw(result, out)
+    draw(result, out)
 
 
 if __name__ == "__main__":

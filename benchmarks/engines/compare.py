@@ -11,15 +11,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
-from benchmarks.formatting import table
-from benchmarks.harness import GateError, machine, measure
+from benchmarks.harness import GateError, Row, count_flops, machine, measure
+from benchmarks.report import engine_lines
 from cosmos3_fast.vae import FrameEncoder
 
-Row = dict[str, Any]
 UNPATCHED = "unpatched"
 
 
@@ -57,11 +55,11 @@ def compare(
     print(f"{request}: correctness gate ...", file=sys.stderr)
     results, frames, tflop = {}, {}, {}
     for mode, run in paths.items():
-        with encoded_frames(vae) as (own, folded), flop_counter() as counter:
-            results[mode] = run()
+        with encoded_frames(vae) as (own, folded):
+            results[mode], operations = count_flops(run)
         if mode == UNPATCHED and folded:
             raise GateError(f"{request}: the unpatched engine's VAE is accelerated")
-        frames[mode], tflop[mode] = sum(own + folded), counter.get_total_flops() / 1e12
+        frames[mode], tflop[mode] = sum(own + folded), operations / 1e12
         if mode != UNPATCHED:
             gate(f"{request}, {mode}", mode, results[mode], results[UNPATCHED])
     timings = measure(paths, rounds=rounds, warmup=0, progress=True)  # the gate was a warm-up
@@ -84,70 +82,34 @@ def encoded_frames(vae: Any) -> Iterator[tuple[list[int], list[int]]]:
     """The pixel frames that go through the VAE's own and the folded encoder inside the block."""
     own: list[int] = []
     folded: list[int] = []
-    forward = FrameEncoder.forward
 
-    # Not by a hook: an accelerated VAE with one runs its own code.
-    own_class: Any = type(vae.encoder)
-    own_forward = own_class.forward
+    # A hook of torch's, for all modules: a VAE with one of its own would run its own code.
+    def called(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if isinstance(module, FrameEncoder):
+            folded.append(1)
+        elif isinstance(module, type(vae.encoder)):
+            own.append(args[0].shape[2])
 
-    def through_vae(module: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        own.append(x.shape[2])
-        return own_forward(module, x, *args, **kwargs)
-
-    def through_fold(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
-        folded.append(1)
-        return forward(encoder, pixels)
-
-    own_class.forward = through_vae
-    FrameEncoder.forward = through_fold  # type: ignore[method-assign]
+    handle = register_module_forward_pre_hook(called)
     try:
         yield own, folded
     finally:
-        FrameEncoder.forward = forward  # type: ignore[method-assign]
-        own_class.forward = own_forward
+        handle.remove()
 
 
-def flop_counter() -> FlopCounterMode:
-    """Counts a Winograd convolution as the direct one that it replaces."""
-
-    def winograd(x: torch.Size, weight: torch.Size, *rest: Any, **out: torch.Size) -> int:
-        batch, channels, height, width = x
-        return 2 * 9 * batch * channels * out["out_shape"][1] * height * width
-
-    op = torch.ops.cosmos3.winograd_conv3x3
-    return FlopCounterMode(display=False, custom_mapping={op: winograd})
-
-
-def report(package: str, stage: str, rows: list[Row], args: argparse.Namespace) -> None:
-    """Print the rows; with --json also write them."""
-    version = metadata.version(package)
-    size = f"{args.width}x{args.height}, {args.num_frames} frames"
-    print(
-        f"\n{stage} of {package} {version}, {size}, fp32 VAE, {args.rounds} interleaved rounds, "
-        f"medians\n{machine()}\n"
-    )
-    cells = [
-        [
-            f"{row['request']} {row['mode']}",
-            str(row["pixel_frames_encoded"]),
-            f"{row['tflop']:.2f}",
-            f"{row['median_s']:.2f} s",
-            f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f} s",
-            f"{row['ratio']:.2f}x",
-        ]
-        for row in rows
-    ]
-    header = ("request", "pixel frames", "TFLOP", "median", "range", "ratio")
-    print("\n".join(table(header, cells)))
+def report(package: str, rows: list[Row], args: argparse.Namespace) -> None:
+    """Print the rows' table; with --json also write the figures."""
+    figures = {
+        "version": metadata.version(package),
+        "height": args.height,
+        "width": args.width,
+        "num_frames": args.num_frames,
+        "vae_dtype": "float32",
+        "machine": machine(),
+        "rows": rows,
+    }
+    print(f"{figures['machine']}, {args.rounds} interleaved rounds")
+    print("\n".join(engine_lines({package: figures})))
     if args.json is not None:
         args.json.parent.mkdir(parents=True, exist_ok=True)
-        figures = {
-            "version": version,
-            "height": args.height,
-            "width": args.width,
-            "num_frames": args.num_frames,
-            "vae_dtype": "float32",
-            "machine": machine(),
-            "rows": rows,
-        }
         args.json.write_text(json.dumps(figures, indent=2) + "\n")

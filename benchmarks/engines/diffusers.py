@@ -14,9 +14,9 @@ import tiny_pipeline
 import torch
 from torch import Tensor
 
+from benchmarks.cases import vae_config
 from benchmarks.engines.compare import UNPATCHED, Row, arguments, compare, report
 from benchmarks.harness import GateError, gate_equal, gate_error
-from benchmarks.paths import vae_config
 from cosmos3_fast.engines.diffusers import accelerate
 from cosmos3_fast.vae.synthetic import synthetic_vae
 
@@ -54,7 +54,7 @@ def main() -> int:
 
         paths = {mode: lambda mode=mode, prepare=prepare: prepare(mode) for mode in modes}
         rows += compare(kind, paths, vae, gate, args.rounds)
-    report("diffusers", "Cosmos3OmniPipeline.prepare_latents", rows, args)
+    report("diffusers", rows, args)
     return 0
 
 

@@ -57,7 +57,7 @@ def main() -> int:
             prepare(mode)  # the first request accelerates the VAE
         paths = {mode: lambda mode=mode, prepare=prepare: prepare(mode) for mode in modes}
         rows += compare(kind, paths, vae, gate, args.rounds)
-    report("sglang", "Cosmos3LatentPreparationStage", rows, args)
+    report("sglang", rows, args)
     return 0
 
 

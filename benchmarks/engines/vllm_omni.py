@@ -14,9 +14,9 @@ import omni_pipeline
 import torch
 from torch import Tensor
 
+from benchmarks.cases import vae_config
 from benchmarks.engines.compare import UNPATCHED, arguments, compare, report
 from benchmarks.harness import gate_equal, gate_error
-from benchmarks.paths import vae_config
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
 
     paths = {mode: lambda mode=mode: prepare(mode) for mode in pipelines}
     rows = compare("I2V", paths, vae, gate, args.rounds)
-    report("vllm-omni", "_prepare_latents_i2v", rows, args)
+    report("vllm-omni", rows, args)
     return 0
 
 

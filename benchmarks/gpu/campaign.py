@@ -1,8 +1,8 @@
 """Everything that is claimed about a GPU, in four commands of under nine minutes each.
 
     python -m benchmarks.gpu.campaign checks       the build, the tests, graphs, streams
-    python -m benchmarks.gpu.campaign figures      ceilings, op, encoder, numerics, stage
-    python -m benchmarks.gpu.campaign decoding     ceilings, decoder, clips, attention, seam
+    python -m benchmarks.gpu.campaign figures      ceilings, op, encoder, stage, first calls
+    python -m benchmarks.gpu.campaign decoding     ceilings, decoder, clips, seam
     python -m benchmarks.gpu.campaign sanitizers   compute-sanitizer's three tools
 
 Each writes a JSON file of its own, `--out`, rewritten after each step and each part of one, so that
@@ -85,7 +85,7 @@ def run_step(
     """Run one step in this process, writing its result so far after each part."""
     import torch
 
-    from benchmarks.gpu.timing import Context, Skipped
+    from benchmarks.gpu.device import Context, Skipped
 
     outcome: dict[str, Any] = {"status": "running", "result": {}}
     context = Context(dry_run, result_file.parent, cache, earlier)
@@ -243,8 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.cold is not None:
         import torch
 
+        from benchmarks.gpu.device import Context
         from benchmarks.gpu.stages import cold
-        from benchmarks.gpu.timing import Context
 
         with torch.no_grad():
             context = Context(options.dry_run, Path(), options.cache, {})

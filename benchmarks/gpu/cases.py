@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.timing import Context, Skipped, tuned
+from benchmarks.gpu.device import Context, Skipped
 from benchmarks.harness import GateError
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae import ClipEncoder, FrameDecoder, FrameEncoder
@@ -103,9 +102,9 @@ def make_encoder(
     return FrameEncoder.from_state_dict(state, cfg, dtype, device or context.device)
 
 
-def make_clip_encoder(context: Context) -> ClipEncoder:
+def make_clip_encoder(context: Context, dtype: torch.dtype = torch.bfloat16) -> ClipEncoder:
     cfg = config(context)
-    return ClipEncoder.from_state_dict(weights(context, cfg, "encoder"), cfg, BF16, context.device)
+    return ClipEncoder.from_state_dict(weights(context, cfg, "encoder"), cfg, dtype, context.device)
 
 
 def decoder_config(context: Context) -> dict[str, Any]:
@@ -118,42 +117,6 @@ def make_decoder(context: Context, dtype: torch.dtype = torch.bfloat16) -> Frame
     cfg = decoder_config(context)
     state = weights(context, cfg, "decoder")
     return FrameDecoder.from_state_dict(state, cfg, dtype, context.device)
-
-
-class Graphed:
-    """A network replayed as a CUDA graph, captured for each shape and dtype of its input.
-
-    For one stream: a replay writes where the one before did, and a copy of that is returned.
-    """
-
-    def __init__(self, network: Callable[[Tensor], Tensor]) -> None:
-        self._network = network
-        self._graphs: dict[Any, tuple[Tensor, torch.cuda.CUDAGraph, Tensor]] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
-
-    def __call__(self, given: Tensor) -> Tensor:
-        key = given.shape, given.dtype
-        if key not in self._graphs:
-            self._graphs[key] = self._captured(given.clone())
-        static, graph, result = self._graphs[key]
-        static.copy_(given)
-        graph.replay()
-        return result.clone()
-
-    def _captured(self, static: Tensor) -> tuple[Tensor, torch.cuda.CUDAGraph, Tensor]:
-        with tuned(torch.backends.cudnn.benchmark_limit or 0):
-            # As torch asks: what is captured has run before, on a stream beside the current one.
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                self._network(static)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                result = self._network(static)
-        return static, graph, result
 
 
 def reference_vae(

@@ -9,22 +9,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from benchmarks.cases import SEED
 from benchmarks.gpu import networks, stages
 from benchmarks.gpu.cases import SIZES, Size
-from benchmarks.gpu.timing import (
-    Call,
+from benchmarks.gpu.device import (
     Context,
     Result,
     Step,
     launches,
     median_s,
-    rotating_graph,
     sets_beyond_l2,
     time_calls,
-    tuned,
 )
-from benchmarks.harness import gate_equal
-from benchmarks.paths import SEED
+from benchmarks.harness import Call, gate_equal, rotating_graph, tuned
 from benchmarks.suites.op import clone_and_copy
 from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
@@ -141,10 +138,8 @@ def op_step(size: Size) -> Step:
 STEPS = {
     "ceilings": Step(ceilings, 30),
     **{f"op_{size.name}x{size.num_frames}": op_step(size) for size in SIZES},
-    **{f"encoder_{size.name}_untuned": networks.untuned_encoder_step(size) for size in SIZES},
     **{f"encoder_{size.name}": networks.encoder_step(size) for size in SIZES},
     f"encoder_{SIZES[0].name}_compiled": Step(networks.compiled, 70, gpu_only=True),
-    "numerics": Step(networks.numerics, 40),
     "stage": Step(stages.stage, 50),
     "cold": Step(stages.cold_starts, 80),
 }
@@ -152,8 +147,6 @@ DECODING = {
     "ceilings": STEPS["ceilings"],
     **{f"decoder_{size.name}": networks.decoder_step(size) for size in networks.DECODED},
     **{f"encoder_{size.name}_clips": networks.whole_clip_step(size) for size in SIZES},
-    "clips": Step(networks.clips, 60),
-    "attention": Step(networks.attention, 30),
-    "every_plan": Step(networks.every_plan, 40),
+    **{f"clips_{frames}": networks.clip_step(frames) for frames in (5, 9)},
     "seam": Step(stages.seam, 30),
 }

@@ -13,18 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import SEED, engine_stage
 from benchmarks.gpu.cases import (
     SIZES,
-    Graphed,
     Size,
     check_error,
     frame,
     make_encoder,
     reference_vae,
 )
-from benchmarks.gpu.timing import (
+from benchmarks.gpu.device import (
     NOT_MEASURED,
-    Call,
     Context,
     Result,
     Skipped,
@@ -32,8 +31,7 @@ from benchmarks.gpu.timing import (
     resident_bytes,
     time_calls,
 )
-from benchmarks.harness import ROOT, gate_equal, measure
-from benchmarks.paths import SEED, engine_stage
+from benchmarks.harness import ROOT, Call, Graphed, gate_equal, measure
 from cosmos3_fast import ops
 from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.latents import LatentPreparation
@@ -68,7 +66,7 @@ def _offloaded(module: nn.Module, device: str, stage: Call) -> object:
 
 
 def _host(context: Context, paths: Mapping[str, Call], rounds: int) -> dict[str, Any]:
-    """Host-clock figures, the device synchronised around each call."""
+    """Host-clock figures, the device synchronized around each call."""
     if context.dry_run:
         return time_calls(context, paths)
     timings = measure(paths, rounds=rounds, warmup=2)
@@ -76,7 +74,7 @@ def _host(context: Context, paths: Mapping[str, Call], rounds: int) -> dict[str,
 
 
 def stage(context: Context) -> Iterator[Result]:
-    """From a uint8 image on the host to latents on the device; host clock, synchronised."""
+    """From a uint8 image on the host to latents on the device; host clock, synchronized."""
     try:
         import PIL  # noqa: F401
     except ImportError as error:

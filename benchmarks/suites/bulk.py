@@ -21,9 +21,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.harness import gate_error, say
-from benchmarks.paths import OURS, PHOTOGRAPH, TINY_DIM, sides, vae_and_encoder
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.cases import OURS, PHOTOGRAPH, TINY_DIM, sides, vae_and_encoder
+from benchmarks.harness import Row, Suite, gate_error, say, timed_rows
 from benchmarks.suites.pixels import with_grain
 from cosmos3_fast.bulk import LatentDataset, encode
 from cosmos3_fast.images.load import load_frames, load_pixels
@@ -148,5 +147,4 @@ SUITE = Suite(
         "short": {"size": "256x448", "photographs": 16, "rounds": 2, "loop_photographs": 8},
         "full": {"size": "256x448", "photographs": 64, "rounds": 3, "loop_photographs": 64},
     },
-    order=45,
 )

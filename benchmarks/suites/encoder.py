@@ -1,27 +1,25 @@
-"""One frame: the 3-D VAE, the folded network without and with this package's kernels."""
+"""One frame: the 3-D VAE, its last taps alone, and `FrameEncoder`."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness import gate_rounding, say
-from benchmarks.paths import (
+from benchmarks.cases import (
     DTYPES,
+    LAST_TAPS,
     ONE_FRAME,
     OURS,
     PHOTOGRAPH,
     TINY_DIM,
-    UNFUSED,
-    encode_unfused,
+    last_taps,
     sides,
     vae_and_encoder,
 )
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.harness import Row, Suite, gate_paths, say, timed_rows
 from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.vae.live.exact import encode_exact
 
@@ -31,35 +29,24 @@ def encoder(sizes: Mapping[str, int], base_dim: int | None = None) -> Iterator[R
     """`sizes`: rounds of each size."""
     for dtype, torch_dtype in DTYPES.items():
         vae, ours = vae_and_encoder(dtype, base_dim)
+        plain = last_taps(vae)
         for size, rounds in sizes.items():
             pixels = load_pixels(PHOTOGRAPH, *sides(size)).to(torch_dtype)
+            clip = pixels[:, :, None]
             paths: dict[str, Callable[[], Tensor]] = {
-                ONE_FRAME: lambda p=pixels, v=vae: encode_exact(v, p[:, :, None]),
-                UNFUSED: lambda p=pixels, e=ours: encode_unfused(e, p),
-                OURS: lambda p=pixels, e=ours: e(p),
+                ONE_FRAME: lambda v=vae, x=clip: encode_exact(v, x),
+                LAST_TAPS: lambda v=plain, x=clip: encode_exact(v, x),
+                OURS: lambda e=ours, x=pixels: e(x),
             }
-            errors = _gate(f"encoder {size} {dtype}", paths, vae, pixels)
+            say(f"encoder {size} {dtype}: correctness gate ...")
+            exact = None
+            if torch_dtype != torch.float32:
+                # The error of float32 is four orders below that of bfloat16.
+                exact = encode_exact(copy.deepcopy(vae).float(), clip.float())
+            errors = gate_paths(f"encoder {size} {dtype}", paths, ONE_FRAME, LAST_TAPS, exact)
             yield from timed_rows(
                 "encoder", size, dtype, paths, ONE_FRAME, rounds=rounds, errors=errors
             )
-
-
-def _gate(
-    name: str, paths: Mapping[str, Callable[[], Tensor]], vae: Any, pixels: Tensor
-) -> dict[str, float]:
-    """The errors of the paths; in bfloat16 the VAE's own as well, which bounds the others."""
-    say(f"{name}: correctness gate ...")
-    wanted, exact = paths[ONE_FRAME](), None
-    if pixels.dtype != torch.float32:
-        # The error of float32 is four orders below that of bfloat16.
-        exact = encode_exact(copy.deepcopy(vae).float(), pixels.float()[:, :, None])
-    errors = {}
-    for path in (UNFUSED, OURS):
-        compared = gate_rounding(f"{name}, {path}", paths[path](), wanted, exact)
-        errors[path] = compared.error
-        if exact is not None:
-            errors[ONE_FRAME] = compared.bound
-    return errors
 
 
 SUITE = Suite(
@@ -70,5 +57,4 @@ SUITE = Suite(
         "short": {"sizes": {"256x448": 3, "480x832": 2}},
         "full": {"sizes": {"256x448": 7, "480x832": 5, "720x1280": 3}},
     },
-    order=20,
 )

@@ -13,12 +13,9 @@ import sys
 import tempfile
 from importlib import util
 from pathlib import Path
-from typing import Any
 
-from benchmarks.formatting import ratio, seconds, table
-from benchmarks.harness import ROOT, GateError, say
-from benchmarks.paths import TINY_DIM
-from benchmarks.suites import Figures, Row, Suite
+from benchmarks.cases import TINY_DIM
+from benchmarks.harness import ROOT, Figures, GateError, Suite, say
 
 # What an engine's script imports.
 ENGINES = {
@@ -77,27 +74,6 @@ def engine_python(engine: str) -> str | None:
     return None
 
 
-def request_name(engine: str, figures: Figures, row: Row) -> str:
-    where = f"{figures['height']}×{figures['width']}, {figures['num_frames']} frames"
-    return f"{engine.replace('_', '-')} {figures['version']}, {where}, {row['request']}"
-
-
-def lines(figures: Figures) -> list[str]:
-    rows: list[tuple[Any, ...]] = []
-    skipped = []
-    for engine, of in figures.items():
-        if "skipped" in of:
-            skipped.append(f"{engine}: skipped, {of['skipped']}.")
-            continue
-        for row in of["rows"]:
-            frames, tflop = str(row["pixel_frames_encoded"]), f"{row['tflop']:.2f}"
-            shown = (row["mode"], frames, tflop, seconds(row["median_s"]), ratio(row["ratio"]))
-            rows.append((request_name(engine, of, row), *shown))
-    header = ("engine's own stage", "mode", "pixel frames encoded", "TFLOP", "median", "speed")
-    shown_rows = table(header, rows) if rows else []
-    return [*shown_rows, *([""] if rows and skipped else []), *skipped]
-
-
 SUITE = Suite(
     engines,
     {
@@ -105,6 +81,4 @@ SUITE = Suite(
         "short": {"height": 128, "width": 128, "rounds": 1},
         "full": {"height": 256, "width": 448, "rounds": 2},
     },
-    order=70,
-    lines=lines,
 )

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.harness import gate_error
-from benchmarks.paths import OURS, PHOTOGRAPH, TINY_DIM, all_frames, sides, vae_and_encoder
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.cases import OURS, PHOTOGRAPH, TINY_DIM, all_frames, sides, vae_and_encoder
+from benchmarks.harness import Row, Suite, gate_error, timed_rows
 from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.vae.live.exact import encode_exact
 
@@ -40,5 +39,4 @@ SUITE = Suite(
         "short": {"size": "256x448", "frame_counts": (1, 5), "rounds": 1},
         "full": {"size": "256x448", "frame_counts": (1, 5, 9, 17), "rounds": 1},
     },
-    order=30,
 )

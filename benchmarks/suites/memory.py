@@ -1,31 +1,37 @@
-"""Resident and peak memory of one encode, each side in a process of its own.
+"""Memory of a first encode and of a first decode, and whether a bulk run grows with its pictures.
 
-`python -m benchmarks.suites.memory vae|ours DTYPE SIZE` prints JSON, in MiB: what the process holds
-beyond its imports with the weights loaded (`resident`), and at its peak during the first encode
-(`peak`, which includes the weights, activations, workspaces and what is prepared from the weights
-at first use). The VAE is measured without its decoder, in its favour.
+What is measured has a process of its own: `python -m benchmarks.suites.memory WHAT ...` prints
+JSON, in MiB. Of a network, what the process holds beyond its imports with the weights loaded
+(`resident`), and at its peak during the first call (`peak`, which includes the weights,
+activations, workspaces and what is prepared from the weights at first use). The VAE is measured
+without the part that is not called, in its favor. Of a bulk run, the peak of the process in which
+the encoder runs.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import io
 import json
 import subprocess
 import sys
+import tarfile
+import tempfile
 from collections.abc import Callable
+from importlib import util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
-from benchmarks.formatting import size as sized
-from benchmarks.formatting import table
-from benchmarks.harness import ROOT, Call, say
-from benchmarks.paths import DTYPES, TINY_DIM, sides, vae_config
-from benchmarks.suites import Figures, Suite
-from cosmos3_fast.vae import FrameEncoder, synthetic
-from cosmos3_fast.vae.topology import EncoderTopology
+from benchmarks.cases import DTYPES, TINY_DIM, seeded_frame, sides, vae_config
+from benchmarks.harness import ROOT, Call, Figures, Suite, say
+from benchmarks.suites.bulk import NEEDED
+from cosmos3_fast.bulk import encode
+from cosmos3_fast.vae import FrameDecoder, FrameEncoder, synthetic
 
 
 def status_mib(field: str) -> float:
@@ -48,82 +54,130 @@ def of_first_call(load: Callable[[], Call]) -> dict[str, float]:
     return {"resident": resident, "peak": status_mib("VmHWM") - before}
 
 
-@torch.no_grad()
-def measure_side(which: str, dtype: str, size: str, base_dim: int | None) -> dict[str, float]:
+@torch.inference_mode()
+def measure_network(what: str, which: str, dtype: str, size: str, dim: str) -> dict[str, float]:
+    """`what` is "encode" or "decode", `which` "vae" or "ours"."""
+    base_dim = int(dim) if dim else None
     config = synthetic.synthetic_config(vae_config(base_dim), 0)
-    pixels = (torch.rand(1, 3, *sides(size)) * 2 - 1).to(DTYPES[dtype])
+    encodes = what == "encode"
+    given = torch.rand(1, 3, 1, *sides(size)) * 2 - 1
+    if not encodes:
+        given = seeded_frame(config["z_dim"], size, torch.float32)
+    given = given.to(DTYPES[dtype])
 
     def load_vae() -> Call:
-        vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0), DTYPES[dtype])
-        del vae.decoder
-        return lambda: vae.encode(pixels[:, :, None])
+        vae = synthetic.synthetic_vae(config, 0, decoder_base_dim=16 if encodes else None)
+        vae = torch.nn.Module.to(vae, DTYPES[dtype])
+        if encodes:
+            del vae.decoder
+            return lambda: vae.encode(given)
+        del vae.encoder
+        return lambda: vae.decode(given)
 
     def load_ours() -> Call:
-        state = synthetic.synthetic_state_dict(config, 0)
-        encoder = FrameEncoder.from_state_dict(state, config, DTYPES[dtype])
-        return lambda: encoder(pixels)
+        if encodes:
+            state = synthetic.synthetic_state_dict(config, 0)
+            encoder = FrameEncoder.from_state_dict(state, config, DTYPES[dtype])
+            return lambda: encoder(given)
+        state = synthetic.synthetic_decoder_state_dict(config, 0)
+        decoder = FrameDecoder.from_state_dict(state, config, DTYPES[dtype])
+        return lambda: decoder.decode_unnormalized(given)
 
     if which == "ours":
         return of_first_call(load_ours)
-    import diffusers  # noqa: F401 - its import is not the encode's memory
+    import diffusers  # noqa: F401 - its import is not the call's memory
 
     return of_first_call(load_vae)
 
 
-def memory(size: str, base_dim: int | None = None) -> Figures:
-    """Both in both dtypes, each in a fresh process, and the bytes of the parameters in bfloat16."""
-    topology = EncoderTopology.from_config(synthetic.synthetic_config(vae_config(base_dim)))
-    folded = FrameEncoder(topology, torch.bfloat16, device="meta")
-    result: dict[str, Any] = {
-        "size": size,
-        "bfloat16_parameters_bytes": sum(p.numel() * p.element_size() for p in folded.parameters()),
-    }
-    name = "benchmarks.suites.memory"
-    return result | {dtype: both_sides(name, dtype, size, base_dim) for dtype in DTYPES}
+def measure_bulk(count: str) -> dict[str, float]:
+    """Many small pictures through a tiny VAE."""
+    torch.set_num_threads(1)
+    config = synthetic.synthetic_config(vae_config(TINY_DIM), 0)
+    tensors = synthetic.synthetic_state_dict(config, 0)
+    encoder = FrameEncoder.from_state_dict(tensors, config, torch.float32)
+    with tempfile.TemporaryDirectory() as name:
+        write_pictures(Path(name) / "in.tar", int(count))
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of making them
+        summary = encode(f"{name}/in.tar", f"{name}/out", vae=encoder, size=(32, 48))
+        return {"samples": summary.total, "peak": status_mib("VmHWM")}
 
 
-def both_sides(module: str, dtype: str, size: str, base_dim: int | None) -> Figures:
-    """What `module` prints as a program for each side, and the ratio of the peaks."""
-    say(f"{module.rpartition('.')[2]} {dtype} ...")
-    both = {}
-    for which in ("vae", "ours"):
-        command = [sys.executable, "-m", module, which, dtype, size, str(base_dim or "")]
-        both[which] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
-    return {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
+def write_pictures(path: Path, count: int) -> None:
+    """A tar of seeded PNG pictures."""
+    generator = np.random.default_rng(0)
+    with tarfile.open(path, "w") as tar:
+        for i in range(count):
+            buffer = io.BytesIO()
+            values = generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)
+            Image.fromarray(values).save(buffer, "PNG")
+            info = tarfile.TarInfo(f"{i:06}.png")
+            info.size = buffer.tell()
+            buffer.seek(0)
+            tar.addfile(info, buffer)
 
 
-def side_lines(call: str, vae: str, figures: Figures) -> list[str]:
-    """A table of both sides in each dtype that was measured."""
-    rows = []
-    for dtype in DTYPES:
-        for name, key in ((vae, "vae"), ("ours", "ours")) if dtype in figures else ():
-            resident, peak = figures[dtype][key]["resident"], figures[dtype][key]["peak"]
-            shown = (resident, peak - resident, peak)
-            rows.append((f"{name}, {dtype}", *(f"{value:.0f} MiB" for value in shown)))
-    header = (f"{call} at {sized(figures['size'])}", "weights", "the call adds", "peak")
-    return table(header, rows)
+def in_new_process(*arguments: str) -> Any:
+    say(f"memory {' '.join(arguments)} ...")
+    command = [sys.executable, "-m", "benchmarks.suites.memory", *arguments]
+    return json.loads(subprocess.check_output(command, cwd=ROOT, text=True))
 
 
-def lines(figures: Figures) -> list[str]:
-    megabytes = figures["bfloat16_parameters_bytes"] / 1e6
-    return [
-        *side_lines("first encode", "3-D VAE without its decoder", figures),
-        "",
-        f"Parameters in bfloat16: {megabytes:.1f} MB.",
-    ]
+def networks(
+    what: str, size: str, dtypes: tuple[str, ...] = tuple(DTYPES), base_dim: int | None = None
+) -> Figures:
+    """Both sides in each dtype; of an encoder also the bytes of its parameters in bfloat16."""
+    figures: Figures = {"size": size}
+    if what == "encode":
+        config = synthetic.synthetic_config(vae_config(base_dim))
+        state = synthetic.synthetic_state_dict(config)
+        folded = FrameEncoder.from_state_dict(state, config, torch.bfloat16)
+        figures["bfloat16_parameters_bytes"] = sum(p.nbytes for p in folded.parameters())
+    for dtype in dtypes:
+        rest = dtype, size, str(base_dim or "")
+        both = {which: in_new_process(what, which, *rest) for which in ("vae", "ours")}
+        figures[dtype] = {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
+    return figures
 
 
-SUITE = Suite(
-    memory,
+def bulk(few: int, many: int) -> Figures:
+    """Both counts, and the ratio of their peaks."""
+    if missing := [name for name in NEEDED if util.find_spec(name) is None]:
+        return {"skipped": f"{', '.join(missing)} not installed"}
+    counts = {"few": few, "many": many}
+    figures = {name: in_new_process("bulk", str(count)) for name, count in counts.items()}
+    return {**figures, "ratio": figures["many"]["peak"] / figures["few"]["peak"]}
+
+
+ENCODER = Suite(
+    networks,
     {
-        "tiny": {"size": "32x48", "base_dim": TINY_DIM},
-        "short": {"size": "480x832"},
-        "full": {"size": "480x832"},
+        "tiny": {"what": "encode", "size": "32x48", "base_dim": TINY_DIM},
+        "short": {"what": "encode", "size": "480x832"},
+        "full": {"what": "encode", "size": "480x832"},
     },
-    order=50,
-    lines=lines,
+)
+DECODER = Suite(
+    networks,
+    {
+        "tiny": {
+            **{"what": "decode", "size": "32x48", "dtypes": ("float32",)},
+            "base_dim": TINY_DIM,
+        },
+        "short": {"what": "decode", "size": "256x448", "dtypes": ("float32",)},
+        "full": {"what": "decode", "size": "256x448"},
+    },
+)
+BULK = Suite(
+    bulk,
+    {
+        "tiny": {"few": 20, "many": 60},
+        "short": {"few": 1000, "many": 3000},
+        "full": {"few": 2000, "many": 10000},
+    },
 )
 
 if __name__ == "__main__":
-    side, of_dtype, at_size, dim = sys.argv[1:]
-    print(json.dumps(measure_side(side, of_dtype, at_size, int(dim) if dim else None)))
+    subject, *options = sys.argv[1:]
+    made = measure_bulk(*options) if subject == "bulk" else measure_network(subject, *options)
+    print(json.dumps(made))

@@ -15,17 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Call, gate_equal
-from benchmarks.paths import DTYPES, OURS, SEED, sides
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.cases import DTYPES, OURS, SEED, USUAL, sides
+from benchmarks.harness import Call, Row, Suite, gate_equal, timed_rows
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
 
 FORMULA, COMPILED, COPY = "eager formula", "compiled formula", "clone + 1-frame copy"
 IN_PLACE = "ours, in place"
 WORKING_SET = 64_000_000  # bytes, twice the last-level cache of a large part of a processor
-USUAL = (("480x832", 81), ("720x1280", 189))  # what users of Cosmos3 run by default
-USUAL_CASES = tuple(f"{size}, {frames} frames" for size, frames in USUAL)
 
 
 def keeping(count: int, run: Callable[[], Any]) -> Call:
@@ -95,5 +92,4 @@ SUITE = Suite(
             "rounds": 41,
         },
     },
-    order=10,
 )

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.harness import gate_equal, say
-from benchmarks.paths import OURS, PHOTOGRAPH, sides
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.cases import OURS, PHOTOGRAPH, sides
+from benchmarks.harness import Row, Suite, gate_equal, say, timed_rows
 from cosmos3_fast import ops
 from cosmos3_fast.images.load import load_frames
 
@@ -41,7 +40,7 @@ def with_grain(picture: Image.Image) -> Image.Image:
 
 
 def covering(picture: Image.Image, wanted: str) -> tuple[tuple[int, int], Box]:
-    """Height and width that cover `wanted`, and the centre's top, left, height and width."""
+    """Height and width that cover `wanted`, and the center's top, left, height and width."""
     height, width = sides(wanted)
     scale = max(width / picture.width, height / picture.height)
     size = math.ceil(scale * picture.height), math.ceil(scale * picture.width)
@@ -158,5 +157,4 @@ SUITE = Suite(
         "short": {"sizes": ("1280x1920", "3024x4032"), "wanted": "480x832", "rounds": 15},
         "full": {"sizes": ("1280x1920", "3024x4032"), "wanted": "480x832", "rounds": 41},
     },
-    order=35,
 )

@@ -6,21 +6,9 @@ import time
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.formatting import seconds as in_seconds
-from benchmarks.formatting import size as sized
-from benchmarks.formatting import table
-from benchmarks.harness import GateError, measure, say
-from benchmarks.paths import (
-    DTYPES,
-    PHOTOGRAPH,
-    TINY_DIM,
-    encode_unfused,
-    sides,
-    vae_and_encoder,
-)
-from benchmarks.suites import Figures, Suite
+from benchmarks.cases import DTYPES, PHOTOGRAPH, TINY_DIM, sides, vae_and_encoder
+from benchmarks.harness import Figures, GateError, Suite, count_flops, measure, say
 from cosmos3_fast.images.load import load_pixels
 
 
@@ -35,9 +23,7 @@ def profile(size: str, base_dim: int | None = None, matmul_side: int = 2048) -> 
         say(f"profile {size} {dtype} ...")
         _, ours = vae_and_encoder(dtype, base_dim)
         pixels = load_pixels(PHOTOGRAPH, *sides(size)).to(torch_dtype)
-        with FlopCounterMode(display=False) as counter:
-            encode_unfused(ours, pixels)
-        ours(pixels)
+        _, operations = count_flops(lambda: ours(pixels))  # noqa: B023
         start = time.perf_counter()
         ours(pixels)
         seconds = time.perf_counter() - start
@@ -46,7 +32,7 @@ def profile(size: str, base_dim: int | None = None, matmul_side: int = 2048) -> 
         events = recorded.key_averages()
         total = sum(event.self_cpu_time_total for event in events)
         shares = {event.key: event.self_cpu_time_total / total for event in events}
-        tflop = counter.get_total_flops() / 1e12
+        tflop = operations / 1e12
         found[dtype] = {
             "size": size,
             "seconds": seconds,
@@ -71,21 +57,6 @@ def _matmul_rate(dtype: torch.dtype, side: int) -> float:
     return 2 * side**3 / min(timing.seconds)
 
 
-def lines(figures: Figures) -> list[str]:
-    shown = []
-    for dtype, of in figures.items():
-        shares = [(f"`{name}`", f"{share:.1%}") for name, share in of["shares"].items()]
-        shown += [
-            f"{sized(of['size'])}, {dtype}: {in_seconds(of['seconds'])}, {of['tflop']:.3f} TFLOP "
-            f"as direct convolutions, {of['tflop_per_s']:.3f} TFLOP/s (a square matrix product: "
-            f"{of['matmul_tflop_per_s']:.3f}).",
-            "",
-            *table(("operation", "self CPU time"), shares),
-            "",
-        ]
-    return shown[:-1]
-
-
 SUITE = Suite(
     profile,
     {
@@ -93,6 +64,4 @@ SUITE = Suite(
         "short": {"size": "480x832"},
         "full": {"size": "480x832"},
     },
-    order=60,
-    lines=lines,
 )

@@ -1,6 +1,6 @@
 """A photograph and a seed to conditioned latents, from the file on.
 
-The engines' stage is written out (`paths.engine_stage`); the `engines` suite has their own code.
+The engines' stage is written out (`cases.engine_stage`); the `engines` suite has their own code.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness import say
-from benchmarks.paths import (
+from benchmarks.cases import (
     OURS,
     PHOTOGRAPH,
     SEED,
@@ -23,7 +22,7 @@ from benchmarks.paths import (
     sides,
     vae_and_encoder,
 )
-from benchmarks.suites import Row, Suite, timed_rows
+from benchmarks.harness import Row, Suite, say, timed_rows
 from cosmos3_fast.latents import LatentPreparation
 
 
@@ -65,5 +64,4 @@ SUITE = Suite(
         "short": {"size": "256x448", "frames": 5, "rounds": 3, "clip_rounds": 1},
         "full": {"size": "480x832", "frames": 17, "rounds": 5, "clip_rounds": 2},
     },
-    order=40,
 )

@@ -118,8 +118,8 @@ def test_folders_that_hold_none(folder: Path, tmp_path: Path):
         LatentDataset(folder)
 
 
-def test_the_example_in_readme_trains(folder: Path):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_documented_example_trains(folder: Path):
+    text = (Path(__file__).parents[2] / "docs" / "bulk.md").read_text()
     (example,) = (block for block in text.split("```python\n")[1:] if "LatentDataset" in block)
     code = example.split("```")[0]
     for name, own in {

@@ -15,6 +15,8 @@ import torch
 import cosmos3_fast
 from cosmos3_fast.ops import registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(cosmos3_fast.__file__).parent
 

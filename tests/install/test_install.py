@@ -13,6 +13,8 @@ import pytest
 
 from cosmos3_fast.ops import registry
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "cosmos3_fast"
 HAS_NVCC = shutil.which("nvcc") is not None
@@ -49,6 +51,13 @@ def test_an_old_library_is_not_shipped(sources: Path, environment: dict[str, str
     assert result.returncode == 0, result.stderr
     assert not list(built.glob("*.so"))
     assert (built / "_not_built.txt").exists()
+
+
+def test_an_old_setuptools_is_refused_by_name(sources: Path):
+    code = "import setuptools, runpy; setuptools.__version__ = '65.5.1'; runpy.run_path('setup.py')"
+    result = run(sys.executable, "-c", code, cwd=sources)
+    assert result.returncode == 1
+    assert 'got 65.5.1: pip install -U "setuptools>=77"' in result.stderr
 
 
 @pytest.mark.parametrize(

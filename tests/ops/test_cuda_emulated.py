@@ -63,6 +63,7 @@ def test_random_calls_equal_the_reference(source: str, tmp_path: Path):
     assert calls_made(source, library, "--count", str(count)) > count
 
 
+@pytest.mark.slow
 def test_sanitizers_find_nothing(source: str, tmp_path: Path):
     library = build_or_skip(source, "sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
@@ -80,6 +81,7 @@ def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(
     assert calls_made(source, library, "--first", "20000", "--count", "250", "--traced") == 250
 
 
+@pytest.mark.slow
 def test_planted_faults_are_caught():
     """A third of them; `python tests/ops/cuda_mutations.py` builds and runs all, in minutes."""
     if reason := cuda_emulation.why_not("quick") or cuda_emulation.why_not("traced"):

@@ -69,6 +69,7 @@ def test_exact_is_bit_identical(pipe: Any, case: str, size: int, seed: int) -> N
     assert encoding.reason is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("case", ["i2v", "v2v"])
 def test_exact_with_more_threads(pipe: Any, case: str, size: int) -> None:

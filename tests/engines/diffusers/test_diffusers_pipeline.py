@@ -170,6 +170,7 @@ def test_latent_statistics_that_are_not_the_vaes(pipe: Any) -> None:
     assert close(ours.start, plain.start)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["i2v", "v2v", "policy"])
 def test_tiling_is_respected(pipe: Any, case: str) -> None:
     inputs = make_inputs(case, 96)
@@ -225,6 +226,7 @@ def wrap_encoder(pipe: Any) -> None:
     pipe.vae.encoder = torch.compile(pipe.vae.encoder, backend="eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compile_part", [compile_encode, compile_encoder, wrap_encoder])
 def test_compiled_encoders(pipe: Any, compile_part: Any, caplog: Any) -> None:
     inputs = make_inputs("i2v")

@@ -1,22 +1,21 @@
-"""What the steps of the GPU campaign share: their context, device timing, launches, memory."""
+"""What the steps of the GPU campaign share: their context, timing, launches and memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness import Timing
+from benchmarks.harness import Call, Timing, cuda_clock, l2_bytes, measure
 
 NOT_MEASURED = "not measured: dry run"
 Result = dict[str, Any]
-Call = Callable[[], object]
-T = TypeVar("T")
 
 
 class Skipped(Exception):
@@ -62,22 +61,6 @@ class Step:
     gpu_only: bool = False
 
 
-@contextmanager
-def tuned(plans: int = 10) -> Iterator[None]:
-    """Inside, cuDNN measures which of so many plans serves a shape best; 0: of all it has.
-
-    Ten are torch's default. Its plans are kept per thread, whatever this switch says later: what
-    ran untuned in a thread stays so there. Untuned figures therefore come first, or from a process
-    of their own.
-    """
-    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit
-    torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = True, plans
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.benchmark_limit = before
-
-
 def figure(seconds: Sequence[float], per_call: int = 1) -> Result:
     """Quantiles in microseconds of rounds of `per_call` calls each."""
     timing = Timing(tuple(second / per_call for second in seconds))
@@ -91,10 +74,6 @@ def figure(seconds: Sequence[float], per_call: int = 1) -> Result:
 
 def median_s(timed: Result) -> float:
     return timed["median_us"] / 1e6
-
-
-def l2_bytes() -> int:
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
 def time_calls(
@@ -112,9 +91,7 @@ def time_calls(
 
     Args:
         seconds: about how long all rounds together may take; bounded by `least` and `most`.
-        flush: overwrite the L2 cache before each call. The host enqueues meanwhile, so that the
-            time of a call in a few launches is the device's; one of many launches is timed as
-            it is served, with whatever gaps the launches leave.
+        flush: see `cuda_clock`.
         per_call: what one call repeats; figures are for one of these.
 
     Returns:
@@ -124,50 +101,13 @@ def time_calls(
         for run in paths.values():
             run()
         return dict.fromkeys(paths, NOT_MEASURED)
-    scratch = torch.empty(2 * l2_bytes() if flush else 1, dtype=torch.uint8, device="cuda")
-
-    def once(run: Call) -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        scratch.zero_()
-        start.record()
-        result = run()
-        end.record()
-        del result
-        return start, end
-
-    estimate = 0.0
+    clock, estimate = cuda_clock(flush), 0.0
     for run in paths.values():
-        for _ in range(warmup):
-            start, end = once(run)
-        end.synchronize()
-        estimate += start.elapsed_time(end) / 1e3
+        waits = [clock(run, 1) for _ in range(warmup)]
+        estimate += waits[-1]()
     rounds = min(most, max(least, int(seconds / max(estimate, 1e-6))))
-    samples: dict[str, list[float]] = {name: [] for name in paths}
-    for i in range(rounds):
-        order = list(paths) if i % 2 == 0 else list(reversed(paths))
-        pairs = {name: once(paths[name]) for name in order}
-        torch.cuda.synchronize()
-        for name, (start, end) in pairs.items():
-            samples[name].append(start.elapsed_time(end) / 1e3)
-    return {name: figure(values, per_call) for name, values in samples.items()}
-
-
-def rotating_graph(call: Callable[..., object], inputs: Sequence[tuple[Any, ...]]) -> Call:
-    """A graph of `call` on each of `inputs`, keeping every output apart.
-
-    Its replay time over `len(inputs)` is the device time of one call without launch overhead; with
-    inputs and outputs several times the L2 cache, each call finds its own evicted.
-    """
-    call(*inputs[0])
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call(*each) for each in inputs]
-
-    def replay(outputs: list[object] = outputs) -> None:
-        graph.replay()
-
-    return replay
+    timings = measure(paths, rounds=rounds, warmup=0, clock=clock)
+    return {name: figure(timing.seconds, per_call) for name, timing in timings.items()}
 
 
 def sets_beyond_l2(bytes_per_call: int) -> int:
@@ -179,9 +119,6 @@ def launches(context: Context, call: Call) -> Any:
     """What one call puts on the device, by torch.profiler."""
     if context.dry_run:
         return NOT_MEASURED
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
@@ -201,9 +138,6 @@ def kernel_times(context: Context, call: Call, calls: int = 5) -> Any:
     """The kernels of one call by the device time they take together, longest first."""
     if context.dry_run:
         return NOT_MEASURED
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
     call()
     torch.cuda.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
@@ -248,17 +182,3 @@ def peak_bytes(context: Context, call: Call) -> Any:
 def resident_bytes(module: torch.nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
-
-
-def count_flops(call: Callable[[], T]) -> tuple[T, int]:
-    """What one call returns, and the operations of its convolutions, products and attention."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    # The counter's own formula of a product takes no dtype of its result.
-    def product(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
-        return 2 * math.prod(a) * b[-1]
-
-    mapping = {torch.ops.aten.bmm: product}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
-        result = call()
-    return result, counter.get_total_flops()

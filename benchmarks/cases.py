@@ -1,25 +1,20 @@
-"""What several benchmarks measure: the engine's stage written out, and the unfused encoder."""
+"""What several benchmarks measure: the VAE, the last taps alone, the engine's stage written out."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import copy
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.harness import ROOT, gate_equal, gate_error
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.images.load import ImageLike, load_pixels
 from cosmos3_fast.ops.prepare_latents import prepare_latents_formula
-from cosmos3_fast.ops.rms_norm_silu import factors, rms_norm_silu_reference
 from cosmos3_fast.vae import FrameEncoder
 from cosmos3_fast.vae.live.exact import encode_exact
-from cosmos3_fast.vae.networks import layers
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
 PHOTOGRAPH = ROOT / "examples" / "falcon9_dscovr.jpg"
@@ -27,7 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 SEED = 42
 TINY_DIM = 16  # a tenth of the VAE's width: for trying a suite, not for figures
 
-OURS, ONE_FRAME, UNFUSED = "ours", "vae.encode of 1 frame", "folded, unfused"
+OURS, ONE_FRAME, LAST_TAPS = "ours", "vae.encode of 1 frame", "last taps, plain"
+USUAL = (("480x832", 81), ("720x1280", 189))  # what users of Cosmos3 run by default
+USUAL_CASES = tuple(f"{size}, {frames} frames" for size, frames in USUAL)
 
 
 def all_frames(frames: int) -> str:
@@ -43,7 +40,8 @@ def sides(size: str) -> tuple[int, int]:
 
 def vae_config(base_dim: int | None) -> dict[str, Any]:
     """Cosmos3's VAE, in another width where one is given."""
-    return {**COSMOS3_VAE_CONFIG, **({} if base_dim is None else {"base_dim": base_dim})}
+    widths = {} if base_dim is None else {"base_dim": base_dim, "decoder_base_dim": base_dim}
+    return {**COSMOS3_VAE_CONFIG, **widths}
 
 
 def vae_and_encoder(dtype: str, base_dim: int | None = None) -> tuple[Any, FrameEncoder]:
@@ -52,61 +50,31 @@ def vae_and_encoder(dtype: str, base_dim: int | None = None) -> tuple[Any, Frame
     return vae, FrameEncoder.from_vae(vae)
 
 
-def _plain_sum(x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    """`x + bias + residual` as torch adds; may write into `x`, which is a convolution's result."""
-    if bias is not None:
-        x = x + bias.view(-1, 1, 1)
-    if residual is None:
-        return x
-    t, s = factors(x, residual)
-    pooled = F.avg_pool2d(residual, s) if s > 1 else residual
-    if t == 1:
-        return x + pooled
-    x[:, t - 1 :: t] += pooled
-    return x
+def last_taps(vae: Any) -> Any:
+    """A copy of diffusers' VAE as others make it for single frames; it shares all but the taps.
+
+    Each 3-D convolution is a 2-D one with its last temporal tap; all else is the VAE's own code.
+    """
+    shared = (*vae.parameters(), *vae.buffers())
+    vae = copy.deepcopy(vae, {id(tensor): tensor for tensor in shared})
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            weight = module.weight[:, :, -1].contiguous(memory_format=torch.channels_last)
+
+            def forward(
+                x: Tensor, cache: Tensor | None = None, w: Tensor = weight, b: Any = module.bias
+            ) -> Tensor:
+                return F.conv2d(x[:, :, 0], w, b, padding=w.shape[-1] // 2).unsqueeze(2)
+
+            module.forward = forward
+    return vae
 
 
-@functools.cache
-def _plain_functions(norm: Callable[..., Tensor]) -> dict[str, Callable[..., Any]]:
-    """In place of those of `layers`; always the same, for which torch.compile looks."""
-
-    def plain_norm(
-        x: Tensor, weight: Tensor | None, silu: bool = True, *terms: Tensor | None
-    ) -> Tensor:
-        return norm(_plain_sum(x, *terms), weight, silu)
-
-    def plain_sum_and_norm(
-        x: Tensor, weight: Tensor | None, silu: bool = True, *terms: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        total = _plain_sum(x, *terms)
-        return total, norm(total, weight, silu)
-
-    def plain_pad(
-        x: Tensor, bias: Tensor | None, residual: Tensor | None, pad: bool = True
-    ) -> Tensor:
-        total = _plain_sum(x, bias, residual)
-        return F.pad(total, (0, 1, 0, 1)) if pad else total
-
-    return {
-        "rms_norm_silu": plain_norm,
-        "add_rms_norm_silu": plain_sum_and_norm,
-        "add_pad": plain_pad,
-        "defers_bias": lambda x: False,
-        "takes_winograd": lambda *_: False,
-    }
-
-
-@contextmanager
-def unfused(norm: Callable[..., Tensor] = rms_norm_silu_reference) -> Iterator[None]:
-    """Inside, the folded networks run without this package's kernels: torch's convolutions with
-    their biases, sums, pads and pooling, and `norm(x, weight, silu)`."""
-    with mock.patch.multiple(layers, **_plain_functions(norm)):
-        yield
-
-
-def encode_unfused(encoder: FrameEncoder, pixels: Tensor) -> Tensor:
-    with unfused():
-        return encoder(pixels)
+def seeded_frame(z_dim: int, size: str, dtype: torch.dtype) -> Tensor:
+    """Noise [1, z, 1, h, w] on the VAE's own scale, for a picture of a "HEIGHTxWIDTH"."""
+    height, width = (side // 16 for side in sides(size))
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(1, z_dim, 1, height, width, generator=generator).to(dtype)
 
 
 @torch.no_grad()
