@@ -183,6 +183,8 @@ class _Calls(TorchFunctionMode):
             x = args[0]
             done = x.is_contiguous(memory_format=layout)
             return x if done else torch.ops.aten.clone.default(x, memory_format=layout)
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_.default(*args)
         if func is Tensor.__getitem__:
             return _indexed(*args)
         if func is Tensor.__setitem__:

@@ -1,12 +1,13 @@
 """The suites, in the order in which `python -m benchmarks.run` measures them.
 
-To add one (clips, say), add a file with a `SUITE` and name it here: its rows get a table and a plot
+To add one, add a file with a `SUITE` and name it here: its rows get a table and a plot
 without further code. Figures of another form need a function in `report.FIGURES`.
 """
 
 from benchmarks.harness import Suite
 from benchmarks.suites import (
     bulk,
+    clips,
     decoder,
     encoder,
     engines,
@@ -22,6 +23,7 @@ SUITES: dict[str, Suite] = {
     "op": op.SUITE,
     "encoder": encoder.SUITE,
     "decoder": decoder.SUITE,
+    "clips": clips.SUITE,
     "growth": growth.SUITE,
     "pixels": pixels.SUITE,
     "stage": stage.SUITE,

@@ -272,6 +272,17 @@ class Temporal(NamedTuple):
     dtype: torch.dtype
 
     @property
+    def of_large_images(self) -> Temporal:
+        """The same for the two levels of the highest resolution.
+
+        In float32 they take blocks of two. There a CPU also convolves by Winograd in space, which
+        with blocks of four along time would come up to the bound of the error
+        (`verify.FLOAT32_BOUND`).
+        """
+        coarse = self.dtype == torch.float32 and self.block == 4
+        return Temporal(2, self.dtype) if coarse else self
+
+    @property
     def kernels(self) -> int:
         """Of a convolution, the last tap among them."""
         return TAPS if self.block == 1 else self.block + TAPS - 1

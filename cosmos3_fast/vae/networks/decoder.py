@@ -18,6 +18,7 @@ from cosmos3_fast.vae.networks.layers import (
     DecoderStage,
     ResidualBlock,
     frames_at_once,
+    large_levels,
     run,
 )
 from cosmos3_fast.vae.topology import DecoderTopology
@@ -48,6 +49,7 @@ class _Decoder(FoldedNetwork):
     ) -> None:
         super().__init__(topology, dtype, temporal)
         of_stream = None if temporal is None else Temporal(1, dtype)
+        of_large = None if temporal is None else temporal.of_large_images
         with torch.device(torch.get_default_device() if device is None else device):
             z_dim, width = topology.z_dim, topology.stages[0].in_channels
             # Two ways in, for latents with and without normalisation.
@@ -62,12 +64,14 @@ class _Decoder(FoldedNetwork):
                 ]
             )
             self.stages = nn.ModuleList(
-                DecoderStage(stage, topology.residual, _WINOGRAD_TILES, temporal)
-                for stage in topology.stages
+                DecoderStage(
+                    stage, topology.residual, _WINOGRAD_TILES, of_large if large else temporal
+                )
+                for large, stage in zip(large_levels(topology)[::-1], topology.stages, strict=True)
             )
             width = topology.stages[-1].out_channels
             self.norm_out = NormSiLU(width)
-            self.conv_out = CausalConv(width, topology.out_channels, None, temporal)
+            self.conv_out = CausalConv(width, topology.out_channels, None, of_large)
         self._finish()
 
     def _decode_frames(

@@ -21,6 +21,7 @@ from cosmos3_fast.vae.networks.layers import (
     EncoderStage,
     ResidualBlock,
     in_chunks,
+    large_levels,
     run,
 )
 from cosmos3_fast.vae.topology import EncoderTopology
@@ -53,11 +54,13 @@ class _Encoder(FoldedNetwork):
         super().__init__(topology, dtype, temporal)
         self.checks_values = not topology.posterior
         of_stream = None if temporal is None else Temporal(1, dtype)
+        of_large = None if temporal is None else temporal.of_large_images
         with torch.device(torch.get_default_device() if device is None else device):
             width = topology.stages[0].in_channels
             self.conv_in = CausalConv(topology.packed_channels, width, NO_TILES, of_stream)
             self.stages = nn.ModuleList(
-                EncoderStage(stage, topology.residual, temporal) for stage in topology.stages
+                EncoderStage(stage, topology.residual, of_large if large else temporal)
+                for large, stage in zip(large_levels(topology), topology.stages, strict=True)
             )
             width = topology.stages[-1].out_channels
             self.middle = nn.ModuleList(

@@ -25,7 +25,7 @@ from cosmos3_fast.vae.networks.causal import (
     deferred,
     defers_bias,
 )
-from cosmos3_fast.vae.topology import Stage, UpStage
+from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Stage, UpStage
 
 # Of an up-sampling, Winograd saves less than of another convolution, and needs as much memory.
 _UPSAMPLE_TILES = 1024
@@ -272,6 +272,11 @@ def run(layers: Iterable[Callable[..., Terms]], terms: Terms, memory: Memory | N
 _PIXELS_AT_ONCE = 1 << 18
 # The most frames of any block (`Temporal.block`), and what halving them twice leaves whole.
 _BLOCK = 4
+
+
+def large_levels(topology: EncoderTopology | DecoderTopology) -> list[bool]:
+    """Per level, the highest resolution first, whether `Temporal.of_large_images` is for it."""
+    return [i < 2 for i in range(len(topology.stages))]
 
 
 def frames_at_once(pixels: int) -> int:
