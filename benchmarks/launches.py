@@ -38,14 +38,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.harness import count_flops
 from benchmarks.report import RESULTS, table
-from cosmos3_fast.vae import FrameDecoder, FrameEncoder
+from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.vae import ClipDecoder, ClipEncoder, FrameDecoder, FrameEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config
 
 COMMITTED = RESULTS / "launches.md"
 HEIGHT, WIDTH = 480, 832
 
+# What users run by default, in pixel frames, and the clips that an engine conditions on.
+CLIPS = {"decode": ((480, 832, 81), (720, 1280, 189)), "encode": ((480, 832, 5), (480, 832, 17))}
+
 CONVOLUTIONS, BIASES, NORMS, SUMS = "convolutions", "biases", "norms", "sums"
+TRANSFORMS = "transforms"
 PADS, POOLS, ATTENTION, OTHERS = "pads", "pools", "attention", "others"
 FREE = "free"
 KINDS = {
@@ -65,11 +71,15 @@ KINDS = {
     "aten::copy_": OTHERS,
     "aten::_to_copy": OTHERS,
     "aten::cat": OTHERS,
+    "aten::stack": OTHERS,
+    "aten::mul.Tensor": OTHERS,
+    "aten::zeros_like": OTHERS,
     "cosmos3::pack_pixels": OTHERS,
     "cosmos3::unpack_pixels": OTHERS,
     "cosmos3::rms_norm_silu": NORMS,
     "cosmos3::add_rms_norm_silu": NORMS,
     "cosmos3::add_pad": SUMS,
+    "cosmos3::transform_frames": TRANSFORMS,
 }
 FUSED = ("cosmos3::rms_norm_silu", "cosmos3::add_rms_norm_silu", "cosmos3::add_pad")
 
@@ -105,7 +115,8 @@ class LaunchCounter(TorchDispatchMode):
         if name not in KINDS:
             raise ValueError(f"{name} must be listed in benchmarks.launches.KINDS to be counted")
         kind = KINDS[name]
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        read = {name: x for name, x in (kwargs or {}).items() if name != "out"}
+        inputs = [x for x in tree_leaves((args, read)) if isinstance(x, Tensor)]
         outputs = [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if name == "aten::convolution":
             self.add(kind, inputs[0], inputs[1], result)
@@ -249,13 +260,21 @@ def without_values(network: torch.nn.Module) -> torch.nn.Module:
                 parameter.shape, parameter.stride(), dtype=parameter.dtype, device="cuda"
             )
             setattr(module, name, torch.nn.Parameter(like, requires_grad=False))
+        for name, buffer in [*module.named_buffers(recurse=False)]:
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device="cuda"))
+    return network
+
+
+def of_cosmos3(network_type: Any) -> torch.nn.Module:
+    """A network of Cosmos3's VAE on "meta", in bfloat16."""
+    topology = network_type.topology_type.from_config(synthetic_config(COSMOS3_VAE_CONFIG))
+    network: torch.nn.Module = network_type(topology, torch.bfloat16, device="meta")
     return network
 
 
 def count(network_type: Any, alone: bool = False) -> LaunchCounter:
     """Of one frame of 480x832 through the encoder or decoder of Cosmos3, in bfloat16."""
-    topology = network_type.topology_type.from_config(synthetic_config(COSMOS3_VAE_CONFIG))
-    network = network_type(topology, torch.bfloat16, device="meta")
+    network: Any = of_cosmos3(network_type)
     factor = network.spatial_factor
     frame, latents = (3, HEIGHT, WIDTH), (network.z_dim, HEIGHT // factor, WIDTH // factor)
     shape = frame if network_type is FrameEncoder else latents
@@ -267,6 +286,20 @@ def count(network_type: Any, alone: bool = False) -> LaunchCounter:
     return counter
 
 
+def count_clip(what: str, height: int, width: int, frames: int) -> tuple[LaunchCounter, int]:
+    """What a clip of pixel frames launches, to "decode" or to "encode", and its operations."""
+    network: Any = of_cosmos3(ClipDecoder if what == "decode" else ClipEncoder)
+    factor = network.spatial_factor
+    latents = (network.z_dim, latent_frames(frames), height // factor, width // factor)
+    shape = latents if what == "decode" else (3, frames, height, width)
+    with FakeTensorMode():
+        without_values(network)
+        given = torch.empty((1, *shape), dtype=torch.bfloat16, device="cuda")
+        with counting() as counter:
+            _, operations = count_flops(lambda: network(given))
+    return counter, operations
+
+
 def count_all() -> dict[str, dict[str, LaunchCounter]]:
     """By network, alone and fused."""
     return {
@@ -275,7 +308,44 @@ def count_all() -> dict[str, dict[str, LaunchCounter]]:
     }
 
 
-def report(counted: dict[str, dict[str, LaunchCounter]]) -> str:
+def clip_rows(counted: dict[str, tuple[LaunchCounter, int]]) -> list[str]:
+    """A table of clips: their operations, launches, and bytes between convolutions."""
+    header = ["clip", "TFLOP", "launches", "convolutions", "transforms"]
+    header += ["GB of convolutions", "GB of transforms", "GB of the rest"]
+    rows = []
+    for clip, (each, operations) in counted.items():
+        of = [each.bytes[kind] for kind in (CONVOLUTIONS, TRANSFORMS)]
+        rows.append(
+            [
+                clip,
+                f"{operations / 1e12:.1f}",
+                *(f"{n}" for n in (each.launches.total(), each.launches[CONVOLUTIONS])),
+                f"{each.launches[TRANSFORMS]}",
+                *(f"{b / 1e9:.0f}" for b in (*of, each.bytes.total() - sum(of))),
+            ]
+        )
+    return table(header, rows)
+
+
+def count_clips() -> dict[str, tuple[LaunchCounter, int]]:
+    """By clip; and what 16 pixel frames more add to the first."""
+    counted = {
+        f"{what} {height}×{width}, {frames} frames": count_clip(what, height, width, frames)
+        for what, sizes in CLIPS.items()
+        for height, width, frames in sizes
+    }
+    (short, fewer), (long, more) = (count_clip("decode", HEIGHT, WIDTH, n) for n in (17, 81))
+    a_fourth = LaunchCounter()
+    for kind in long.launches:
+        a_fourth.launches[kind] = (long.launches[kind] - short.launches[kind]) // 4
+        a_fourth.bytes[kind] = (long.bytes[kind] - short.bytes[kind]) // 4
+    counted[f"decode {HEIGHT}×{WIDTH}, 16 frames more"] = a_fourth, (more - fewer) // 4
+    return counted
+
+
+def report(
+    counted: dict[str, dict[str, LaunchCounter]], clips: dict[str, tuple[LaunchCounter, int]]
+) -> str:
     """The Markdown of `launches.md`."""
     lines = [
         "# Launches and bytes of one frame",
@@ -295,11 +365,18 @@ def report(counted: dict[str, dict[str, LaunchCounter]]) -> str:
                 row += [f"{launches}", f"{moved / 1e6:.0f}"]
             rows.append(row)
         lines += ["", *table(header, rows)]
+    lines += [
+        "",
+        "Clips; operations are those of torch's own counter. Transforms are "
+        "`cosmos3::transform_frames`, all that stands between two convolutions along time.",
+        "",
+        *clip_rows(clips),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def main() -> int:
-    text = report(count_all())
+    text = report(count_all(), count_clips())
     COMMITTED.write_text(text)
     print(text)
     return 0
