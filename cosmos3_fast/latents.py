@@ -30,7 +30,7 @@ from cosmos3_fast.frames import (
 )
 from cosmos3_fast.images.decode import Color
 from cosmos3_fast.images.load import ClipLike, ImageLike, Keep, load_frames, normalize_frames
-from cosmos3_fast.vae.live.accelerated import Mode
+from cosmos3_fast.vae.live.seam import Mode
 from cosmos3_fast.vae.live.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config, read_factors
 

@@ -37,7 +37,7 @@ from benchmarks.paths import SEED, engine_stage
 from cosmos3_fast import ops
 from cosmos3_fast.images.load import load_pixels
 from cosmos3_fast.latents import LatentPreparation
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
 
 BF16 = torch.bfloat16
 
@@ -206,14 +206,14 @@ def seam(context: Context) -> Iterator[Result]:
         return
     encoder = make_encoder(context)
     clip = frame(context, SIZES[0], SEED, 9).contiguous()
-    fast = accelerated.accelerate(vae, "fast")
+    fast = seam.accelerate(vae, "fast")
 
     def announced() -> Any:
-        with accelerated.wanted_frames(1):
+        with seam.wanted_frames(1):
             return fast.encode(clip)
 
     announced()
-    last = accelerated.last_encoding(vae)
+    last = seam.last_encoding(vae)
     if last is None or last.path != "fast":
         raise RuntimeError(f"the seam did not take the fast path: {last}")
     calls: dict[str, Call] = {

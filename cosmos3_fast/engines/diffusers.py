@@ -26,8 +26,8 @@ from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import guarded, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate
 from cosmos3_fast.frames import frames_wanted, latent_frames
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import (
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.seam import (
     Encoding,
     Mode,
     check_mode,
@@ -78,7 +78,7 @@ def accelerate(target: T, mode: str = "fast") -> T:
 
     Args:
         target: a VAE or a pipeline. Changed in place.
-        mode: see `cosmos3_fast.vae.live.accelerated.accelerate`. In "exact" a Cosmos3 pipeline's
+        mode: see `cosmos3_fast.vae.live.seam.accelerate`. In "exact" a Cosmos3 pipeline's
             results equal the unpatched pipeline's, the sign of zeros apart.
 
     Returns:
@@ -93,7 +93,7 @@ def accelerate(target: T, mode: str = "fast") -> T:
     if checked == "off":
         return restore(target)
     if _is_vae(target):
-        return accelerated.accelerate(target, checked)
+        return seam.accelerate(target, checked)
     names = {base.__name__ for base in type(target).__mro__}
     is_modular = "Cosmos3OmniModularPipeline" in names
     if not hasattr(target, "vae") and not is_modular:
@@ -103,7 +103,7 @@ def accelerate(target: T, mode: str = "fast") -> T:
     if vae is None and not (is_task or is_modular):
         raise UnsupportedVAEError(f"{_name(type(target))} has no vae yet")
     if vae is not None:
-        accelerated.accelerate(vae, checked)
+        seam.accelerate(vae, checked)
     if is_modular:
         _install_modular(target)
     elif is_task:
@@ -125,25 +125,25 @@ def restore(target: T) -> T:
         `target` itself.
     """
     if _is_vae(target):
-        return accelerated.restore(target)
+        return seam.restore(target)
     getattr(target, "__dict__", {}).pop(_MODE, None)
-    accelerated.restore(getattr(target, "vae", None))
+    seam.restore(getattr(target, "vae", None))
     return target
 
 
 def refresh(target: T) -> T:
-    """See `cosmos3_fast.vae.live.accelerated.refresh`; `target` is a VAE or a pipeline.
+    """See `cosmos3_fast.vae.live.seam.refresh`; `target` is a VAE or a pipeline.
 
     Returns:
         `target` itself.
     """
-    accelerated.refresh(target if _is_vae(target) else getattr(target, "vae", None))
+    seam.refresh(target if _is_vae(target) else getattr(target, "vae", None))
     return target
 
 
 def last_encoding(target: Any) -> Encoding | None:
     """How an accelerated VAE, or that of a pipeline, encoded latest; None before the first time."""
-    return accelerated.last_encoding(target if _is_vae(target) else getattr(target, "vae", None))
+    return seam.last_encoding(target if _is_vae(target) else getattr(target, "vae", None))
 
 
 def _is_vae(target: Any) -> bool:
@@ -158,7 +158,7 @@ def _has_accelerated_vae(pipe: Any) -> bool:
     mode = vars(pipe).get(_MODE)
     if mode is not None and not is_accelerated(vae):
         try:
-            accelerated.accelerate(vae, mode)
+            seam.accelerate(vae, mode)
         except UnsupportedVAEError as error:
             logger.warning("cosmos3_fast leaves the pipeline's new VAE as it is: %s", error)
             del vars(pipe)[_MODE]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cosmos3_fast.vae.live.accelerated import Mode, accelerate, last_encoding, restore
+from cosmos3_fast.vae.live.seam import Mode, accelerate, last_encoding, restore
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 # Of the folded encoder in 16 bits, against a VAE in 16 bits: it is a wrong scale, order or place

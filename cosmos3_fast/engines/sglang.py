@@ -43,8 +43,8 @@ from cosmos3_fast.engines.common import (
 )
 from cosmos3_fast.engines.releases import Gate
 from cosmos3_fast.frames import frames_wanted, latent_frames
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.seam import Mode, wanted_frames
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _load_weights(original: Callable[..., Any], module: Any, *args: Any, **kwarg
     try:
         return original(module, *args, **kwargs)
     finally:
-        accelerated.refresh(module)
+        seam.refresh(module)
 
 
 class _StageHooks:
@@ -158,7 +158,7 @@ class _StageHooks:
         vae = stage.vae
         if not self._adopt(stage):
             return original(stage, batch, *args, **kwargs)
-        before = accelerated.last_encoding(vae)
+        before = seam.last_encoding(vae)
         token = _fetched.set([])
         try:
             with wanted_frames(guarded(_wanted, batch)):
@@ -168,7 +168,7 @@ class _StageHooks:
                 stage.finish_unused_declared_component(component_name="vae", module=vae)
         finally:
             _fetched.reset(token)
-        encoding = accelerated.last_encoding(vae)
+        encoding = seam.last_encoding(vae)
         if encoding is not None and encoding is not before:
             stage.log_info(
                 f"cosmos3_fast ({encoding.path}) encoded {encoding.pixel_frames} of "
@@ -181,7 +181,7 @@ class _StageHooks:
     ) -> list[Any]:
         """The VAE is fetched where it is used, not at stage entry."""
         uses = original(stage, *args, **kwargs)
-        if not accelerated.is_accelerated(stage.vae):
+        if not seam.is_accelerated(stage.vae):
             return uses
         return [replace(use, start_at_stage_entry=False) for use in uses]
 
@@ -192,7 +192,7 @@ class _StageHooks:
         """The VAE is fetched when its own code is about to run."""
         vae = kwargs.get("module")
         with ExitStack() as stack:
-            if vae is None or not accelerated.is_accelerated(vae):
+            if vae is None or not seam.is_accelerated(vae):
                 yield stack.enter_context(original(stage, *args, **kwargs))
                 return
             uses: list[bool] = []
@@ -205,7 +205,7 @@ class _StageHooks:
                     if request is not None:
                         request.append(True)
 
-            with accelerated.before_own_code(fetch):
+            with seam.before_own_code(fetch):
                 yield vae
 
     def _adopt(self, stage: Any) -> bool:
@@ -216,20 +216,20 @@ class _StageHooks:
     def _adopt_alone(self, stage: Any) -> bool:
         vae = stage.vae
         if _testing.get() or vae in self._refused:
-            return accelerated.is_accelerated(vae)
+            return seam.is_accelerated(vae)
         try:
             if not self._gate.opens(lambda: _self_test(stage, self._mode)):
                 return False
-            if not accelerated.is_accelerated(vae):
+            if not seam.is_accelerated(vae):
                 cached = _conditioning_cache() if self._plugins else None
-                accelerated.accelerate(vae, self._mode, cached)
+                seam.accelerate(vae, self._mode, cached)
             epoch = _weights_epoch() if self._plugins else 0
             if epoch != self._epochs.setdefault(vae, epoch):
                 self._epochs[vae] = epoch
-                accelerated.refresh(vae)
+                seam.refresh(vae)
         except Exception as error:  # the engine serves without us
             self._refused.add(vae)
-            accelerated.restore(vae)
+            seam.restore(vae)
             logger.warning("cosmos3_fast leaves the VAE to SGLang: %s", error)
             return False
         return True
@@ -256,7 +256,7 @@ def _weights_epoch() -> int:
     return conditioning_weights_epoch()
 
 
-def _conditioning_cache() -> accelerated.Cached:
+def _conditioning_cache() -> seam.Cached:
     """SGLang's cache of encodings, which decorates the `encode` of its VAEs."""
     from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
 

@@ -32,8 +32,8 @@ from torch import nn
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import mode_from_environment, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate, installed
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.seam import Mode, wanted_frames
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +115,13 @@ def _adopt(pipeline: Any, mode: Mode) -> None:
     try:
         if vae is None or not _gate.opens(lambda: _self_test(pipeline, mode)):
             return
-        if accelerated.is_accelerated(vae):
+        if seam.is_accelerated(vae):
             # Loaders write through `.data`, which leaves no trace.
-            accelerated.refresh(vae)
+            seam.refresh(vae)
         else:
-            accelerated.accelerate(vae, mode)
+            seam.accelerate(vae, mode)
     except Exception as error:  # the engine serves without us
-        accelerated.restore(vae)
+        seam.restore(vae)
         logger.warning("cosmos3_fast leaves the VAE to vLLM-Omni: %s", error)
 
 

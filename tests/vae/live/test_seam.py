@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from cosmos3_fast import UnsupportedVAEError, accelerate, refresh, restore
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import before_own_code, last_encoding, wanted_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.seam import before_own_code, last_encoding, wanted_frames
 from cosmos3_fast.vae.networks.decoder import FrameDecoder
 from cosmos3_fast.vae.networks.encoder import PosteriorEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
@@ -485,7 +485,7 @@ def test_an_engines_cache_is_asked_first(wan: Any) -> None:
 
     clip = pixels(9)
     with torch.no_grad():
-        accelerated.accelerate(wan, "fast", cached)
+        seam.accelerate(wan, "fast", cached)
         first = parameters(wan, pixels())
         assert torch.equal(parameters(wan, pixels()), first)
         with wanted_frames(2):
