@@ -26,6 +26,7 @@ from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.engines.common import MODE_VARIABLE
 from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
 
 GROUP = "vllm_omni.general_plugins"
 ARCHITECTURES = ["Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"]
@@ -55,8 +56,8 @@ def load_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patched() -> bool:
-    announces = hasattr(EnginePipeline._prepare_latents_i2v, adapter._MARK)
-    adopts = hasattr(EnginePipeline.load_weights, adapter._MARK)
+    announces = hasattr(EnginePipeline._prepare_latents_i2v, ATTRIBUTE)
+    adopts = hasattr(EnginePipeline.load_weights, ATTRIBUTE)
     assert announces == (adopts and ENCODES_ALL_FRAMES)
     return adopts
 
