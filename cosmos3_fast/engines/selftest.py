@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos3_fast.vae.live.engine import Engine
-from cosmos3_fast.vae.live.paths import Asked, Mode, ways_to_encode
+from cosmos3_fast.vae.live.paths import Mode, ask, ways_to_encode
 from cosmos3_fast.vae.live.seam import accelerate, last_encoding, restore
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
@@ -97,7 +97,7 @@ def _compare(
             if encoding is None:
                 return f"{case.name}: the VAE is not asked to encode"
             folded = encoding.path == "fast"
-            asked = Asked(case.encoded) if case.encoded else Asked(1, 0)
+            asked = ask(case.encoded) if case.encoded else ask(1, 0)
             if "fast" in ways_to_encode(mode, asked) and not folded:
                 return f"{case.name}: the folded encoder is not used: {encoding.reason}"
             wanted = 0 if folded else min(frames, case.encoded)

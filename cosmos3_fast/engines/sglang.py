@@ -57,6 +57,8 @@ _PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"
 _UPDATER_MODULE = "sglang.multimodal_gen.runtime.post_training.weights_updater"
 
 _registered = False
+# The hooks leave them to the self-test, which accelerates them by itself.
+_self_tested: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass
@@ -146,18 +148,8 @@ class _StageHooks:
         self._gate = Gate("sglang")
         # The self-test runs the hooks again.
         self._lock = threading.RLock()
-        # Refused ones, and those of the self-test, which accelerates them by itself.
-        self._left: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._refused: weakref.WeakSet[Any] = weakref.WeakSet()
         self._epochs: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-
-    @functools.cached_property
-    def _engine(self) -> Engine:
-        """What SGLang does around its VAE."""
-        if not self._plugins:
-            return Engine()
-        from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
-
-        return Engine(functools.partial(_cached, cached_vae_encode), pending_fetch=_pending_fetch)
 
     def by_name(self) -> dict[str, Callable[..., Any]]:
         hooks: dict[str, Callable[..., Any]] = {"__init__": self.init, "forward": self.forward}
@@ -236,7 +228,7 @@ class _StageHooks:
     def _fetches(self, vae: Any) -> bool:
         """Whether the VAE asks for what fetches it, when it needs to be there."""
         engine = seam.engine_of(vae)
-        return engine is not None and engine is self._engine
+        return engine is not None and engine is _engine()
 
     def _adopt(self, stage: Any) -> bool:
         """Whether the stage's VAE is accelerated; done here where it is not yet."""
@@ -245,20 +237,19 @@ class _StageHooks:
 
     def _adopt_alone(self, stage: Any) -> bool:
         vae = stage.vae
-        if vae in self._left:
+        if vae in _self_tested or vae in self._refused:
             return seam.is_accelerated(vae)
         try:
-            test = functools.partial(_self_test, stage, self._mode, self._engine, self._left)
-            if not self._gate.opens(test):
+            if not self._gate.opens(lambda: _self_test(stage, self._mode)):
                 return False
             if not seam.is_accelerated(vae):
-                seam.accelerate(vae, self._mode, self._engine)
+                seam.accelerate(vae, self._mode, _engine())
             epoch = _weights_epoch() if self._plugins else 0
             if epoch != self._epochs.setdefault(vae, epoch):
                 self._epochs[vae] = epoch
                 seam.refresh(vae)
         except Exception as error:  # the engine serves without us
-            self._left.add(vae)
+            self._refused.add(vae)
             seam.restore(vae)
             logger.warning("cosmos3_fast leaves the VAE to SGLang: %s", error)
             return False
@@ -283,6 +274,16 @@ def _weights_epoch() -> int:
     return conditioning_weights_epoch()
 
 
+@functools.cache
+def _engine() -> Engine:
+    """What SGLang does around its VAE: where it has plugins, it caches encodings and moves it."""
+    if importlib.util.find_spec(_PLUGINS) is None:
+        return Engine()
+    from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
+
+    return Engine(functools.partial(_cached, cached_vae_encode), pending_fetch=_pending_fetch)
+
+
 def _pending_fetch() -> Callable[[], None] | None:
     residency = _residency.get()
     return None if residency is None else residency.pending
@@ -294,7 +295,7 @@ def _cached(decorate: Callable[[Encode], Encode], name: str, encode: Encode) -> 
     return decorate(encode)
 
 
-def _self_test(stage: Any, mode: Mode, engine: Engine, leave: weakref.WeakSet[Any]) -> str | None:
+def _self_test(stage: Any, mode: Mode) -> str | None:
     """What differs with this package in the stage of the SGLang that is installed."""
     from sglang.multimodal_gen.configs.sample.cosmos3 import Cosmos3SamplingParams
     from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
@@ -312,7 +313,7 @@ def _self_test(stage: Any, mode: Mode, engine: Engine, leave: weakref.WeakSet[An
         with torch.device("meta"):
             vae = type(stage.vae)(type(live)(arch_config=arch, use_parallel_encode=False))
         vae = load_tiny_weights(vae, config, device, dtype)
-        leave.add(vae)
+        _self_tested.add(vae)
         return vae
 
     def run(vae: Any, **request: Any) -> dict[str, Any]:
@@ -338,4 +339,4 @@ def _self_test(stage: Any, mode: Mode, engine: Engine, leave: weakref.WeakSet[An
         selftest.Case(name, functools.partial(run, **request), encoded)
         for name, request, encoded in requests
     ]
-    return selftest.why_not(make_vae, cases, mode, engine)
+    return selftest.why_not(make_vae, cases, mode, _engine())

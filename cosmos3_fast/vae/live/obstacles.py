@@ -77,7 +77,8 @@ def _obstacle(
     name: str, attributes: dict[str, Any], is_equivalent: Callable[[Any], bool]
 ) -> str | None:
     modules = attributes["_modules"]
-    if _has_hooks(attributes):
+    hooks, before = attributes["_forward_hooks"], attributes["_forward_pre_hooks"]
+    if (hooks or before) and not _are_ours(hooks, before):
         return f"vae.{name} has forward hooks"
     if "parametrizations" in modules:
         return f"vae.{name} is parametrized"
@@ -89,12 +90,9 @@ def _obstacle(
     return None
 
 
-def _has_hooks(attributes: dict[str, Any]) -> bool:
-    """Whether a module has hooks, but for ours, which act on the thread that has set them only."""
-    hooks, before = attributes["_forward_hooks"], attributes["_forward_pre_hooks"]
-    return bool(hooks or before) and not all(
-        hasattr(hook, ATTRIBUTE) for hook in (*hooks.values(), *before.values())
-    )
+def _are_ours(*hooks: dict[int, Any]) -> bool:
+    """Whether all of a module's hooks are exact mode's, which act in the thread that set them."""
+    return all(hasattr(hook, ATTRIBUTE) for kind in hooks for hook in tuple(kind.values()))
 
 
 def _why_parallel(name: str, attributes: dict[str, Any]) -> str | None:
@@ -156,7 +154,7 @@ def why_not_shortened(vae: Any) -> str | None:
     quant_conv = getattr(vae, "quant_conv", None)
     if not isinstance(quant_conv, nn.Module):
         return "the VAE has no quant_conv"
-    if _has_hooks(vars(quant_conv)):
+    if not _are_ours(quant_conv._forward_hooks, quant_conv._forward_pre_hooks):
         return "vae.quant_conv has forward hooks"
     for part in (vae.encoder, quant_conv):
         for module in part.modules():

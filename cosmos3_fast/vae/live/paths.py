@@ -6,7 +6,7 @@ The stage, the seam and the engines' adapters all decide here.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from cosmos3_fast.frames import TEMPORAL_FACTOR, latent_frames, pixel_frames
 
@@ -34,8 +34,26 @@ class Encoding:
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(NamedTuple):
+    """What of a clip is asked for; see `ask`.
+
+    Attributes:
+        given: pixel frames of the clip.
+        total: latent frames of the clip.
+        wanted: latent frames that are used, the first ones.
+        needed: pixel frames that these depend on, the first ones.
+        is_plain: whether what is used ends with a whole group of frames: a rest is the VAE's to
+            judge.
+    """
+
+    given: int
+    total: int
+    wanted: int
+    needed: int
+    is_plain: bool
+
+
+def ask(given: int, announced: int | None = None, factor: int = TEMPORAL_FACTOR) -> Asked:
     """What of a clip is asked for.
 
     Args:
@@ -43,30 +61,10 @@ class Asked:
         announced: the first so many latent frames are used; None: all, as nobody said otherwise.
         factor: pixel frames per latent frame.
     """
-
-    given: int
-    announced: int | None = None
-    factor: int = TEMPORAL_FACTOR
-
-    @property
-    def total(self) -> int:
-        """Latent frames of the clip."""
-        return latent_frames(self.given, self.factor)
-
-    @property
-    def wanted(self) -> int:
-        """Latent frames that are used, the first ones."""
-        return self.total if self.announced is None else min(self.announced, self.total)
-
-    @property
-    def needed(self) -> int:
-        """Pixel frames that these depend on, the first ones."""
-        return pixel_frames(self.wanted, self.factor) if self.wanted else 0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether what is used ends with a whole group of frames: a rest is the VAE's to judge."""
-        return self.announced is not None or self.needed == self.given
+    total = latent_frames(given, factor)
+    wanted = total if announced is None else min(announced, total)
+    needed = pixel_frames(wanted, factor) if wanted else 0
+    return Asked(given, total, wanted, needed, announced is not None or needed == given)
 
 
 def check_mode(mode: str, argument: str = "mode") -> Mode:

@@ -38,6 +38,7 @@ from cosmos3_fast.vae.live.paths import (
     Asked,
     Encoding,
     Mode,
+    ask,
     check_mode,
     ways_to_decode,
     ways_to_encode,
@@ -229,7 +230,7 @@ class Acceleration:
         given = x.shape[2] if x.dim() == 5 else 0
         if not given or x.shape[1] != 3 or any(size < 1 or size % factor for size in x.shape[3:]):
             return own(x)
-        asked = Asked(given, announced())
+        asked = ask(given, announced())
         reason = None
         attempts = {"none": self._none, "fast": self._fast, "exact": self._exact}
         *ways, _ = ways_to_encode(self.mode, asked)

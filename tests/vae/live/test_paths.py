@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cosmos3_fast.vae.live.paths import (
-    Asked,
+    ask,
     check_mode,
     serves_fast,
     ways_to_decode,
@@ -38,7 +38,7 @@ from cosmos3_fast.vae.live.paths import (
     ],
 )
 def test_ways_to_encode(mode: Any, given: int, announced: Any, clips: bool, ways: Any) -> None:
-    assert ways_to_encode(mode, Asked(given, announced), clips) == ways
+    assert ways_to_encode(mode, ask(given, announced), clips) == ways
 
 
 @pytest.mark.parametrize("clips", [False, True])
@@ -51,11 +51,11 @@ def test_ways_to_decode(frames: int, clips: bool) -> None:
 
 
 def test_what_is_asked_for() -> None:
-    asked = Asked(17, 2)
+    asked = ask(17, 2)
     assert (asked.total, asked.wanted, asked.needed) == (5, 2, 5)
-    assert (Asked(17).wanted, Asked(17).needed) == (5, 17)
-    assert (Asked(17, 0).wanted, Asked(17, 0).needed) == (0, 0)
-    assert (Asked(17, 9).wanted, Asked(17, 9).needed) == (5, 17)
+    assert (ask(17).wanted, ask(17).needed) == (5, 17)
+    assert (ask(17, 0).wanted, ask(17, 0).needed) == (0, 0)
+    assert (ask(17, 9).wanted, ask(17, 9).needed) == (5, 17)
 
 
 def test_modes() -> None:
