@@ -50,7 +50,7 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
         if not isinstance(module, nn.Module):
             return Survey(f"vae.{name} is no module but a {type(module).__name__}", False, [])
         attributes = module.__dict__
-        obstacle = _obstacle(name, attributes, is_equivalent) or _why_parallel(name, attributes)
+        obstacle = _obstacle(name, attributes, is_equivalent)
         if obstacle is not None:
             return Survey(obstacle, False, [])
         traces.append((module, None, None))
@@ -87,7 +87,7 @@ def _obstacle(
     forward = attributes.get("forward")
     if forward is not None and not is_equivalent(forward):
         return f"vae.{name} has a forward of its own (offloading, casting or compilation)"
-    return None
+    return _why_parallel(name, attributes) if "world_size" in attributes else None
 
 
 def _are_ours(*hooks: dict[int, Any]) -> bool:
