@@ -195,7 +195,7 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
 
 
 def probe_posterior(vae: Any, encoder: Any) -> EncodeReturns:
-    """`probe_encoder` for a `PosteriorEncoder`: all that `vae.encode` returns is compared.
+    """`probe_encoder` for an encoder of posteriors: all that `vae.encode` returns is compared.
 
     Returns:
         The form of what `vae.encode` returns.

@@ -148,7 +148,7 @@ class EncoderPart(Part):
     methods = ("encode", "_encode")
     returns: EncodeReturns | None
 
-    def _fold_frame(self, vae: Any, device: torch.device) -> PosteriorEncoder:
+    def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
         network = PosteriorEncoder.from_vae(own, device=device, probe=False)
         self.returns = probe_posterior(own, network)
@@ -197,7 +197,7 @@ class DecoderPart(Part):
     methods = ("decode", "_decode")
     returns: DecodeReturns | None
 
-    def _fold_frame(self, vae: Any, device: torch.device) -> FrameDecoder:
+    def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
         network = FrameDecoder.from_vae(own, device=device)
         weight = vae.decoder.conv_in.weight

@@ -14,13 +14,10 @@ Each call reads the `Acceleration` once and one snapshot of a network from it, s
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import threading
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -28,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import TEMPORAL_FACTOR
-from cosmos3_fast.vae.live import patch
 from cosmos3_fast.vae.live.announce import announced
+from cosmos3_fast.vae.live.calls import install
 from cosmos3_fast.vae.live.engine import Engine
 from cosmos3_fast.vae.live.exact import as_in_clip
 from cosmos3_fast.vae.live.obstacles import why_not_shortened
 from cosmos3_fast.vae.live.parts import DecoderPart, EncoderPart
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.paths import (
     Asked,
     Encoding,
@@ -50,9 +48,6 @@ logger = logging.getLogger(__name__)
 
 VAE = TypeVar("VAE")
 
-# Inside a VAE's own code: what it calls of itself, as `super().encode`, is its own too. Another
-# thread or task may be outside of it meanwhile.
-_own: ContextVar[bool] = ContextVar("cosmos3_fast_own", default=False)
 # Own code of a VAE keeps its caches on the object: one call at a time, whatever the mode becomes.
 _locks: weakref.WeakKeyDictionary[Any, threading.RLock] = weakref.WeakKeyDictionary()
 
@@ -111,7 +106,7 @@ def accelerate(vae: VAE, mode: str = "fast", engine: Engine | None = None) -> VA
     for name in ("encode", "decode"):
         if name in vars(plain):
             state.tell(f"vae.{name} was replaced on this object, and runs as it is")
-    vars(plain)[patch.ATTRIBUTE] = state
+    vars(plain)[ATTRIBUTE] = state
     return vae
 
 
@@ -121,7 +116,7 @@ def restore(vae: VAE) -> VAE:
     Returns:
         `vae` itself.
     """
-    getattr(uncompiled(vae), "__dict__", {}).pop(patch.ATTRIBUTE, None)
+    getattr(uncompiled(vae), "__dict__", {}).pop(ATTRIBUTE, None)
     return vae
 
 
@@ -155,7 +150,7 @@ def last_encoding(vae: Any) -> Encoding | None:
 
 
 def _state(vae: Any) -> Acceleration | None:
-    return getattr(vae, "__dict__", {}).get(patch.ATTRIBUTE)
+    return getattr(vae, "__dict__", {}).get(ATTRIBUTE)
 
 
 class _Attempt(NamedTuple):
@@ -195,7 +190,7 @@ class Acceleration:
         self.last: Encoding | None = None
         self._vae_class = vae_class
         self._config: tuple[Any, EncoderTopology] | None = None
-        _install(vae_class)
+        install(vae_class)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Acceleration, (self.mode, self._vae_class, self.engine)
@@ -312,55 +307,3 @@ def _teller() -> Callable[[str], None]:
         logger.warning("cosmos3_fast: %s", message)
 
     return tell
-
-
-def _install(vae_class: type[Any]) -> None:
-    """Wrap `encode` and `decode` of the class, or of the base that defines them, once."""
-    short_cuts = {"encode": ("x", Acceleration.encode), "decode": ("z", Acceleration.decode)}
-    for name, (first, short_cut) in short_cuts.items():
-        around = functools.partial(_inert, first=first, short_cut=short_cut)
-        patch.wrap_where_defined(vae_class, name, around)
-
-
-def _inert(original: Any, first: str, short_cut: Callable[..., Any]) -> Callable[..., Any]:
-    """`original`, but for objects that carry an `Acceleration`.
-
-    Args:
-        first: name of what is encoded or decoded, should the method not show it.
-    """
-    empty = inspect.Parameter.empty
-    plain = {"self": empty, first: empty, "return_dict": True}
-    signature = patch.signature(original, plain)
-    receiver, first = list(signature.parameters)[:2]
-    known = {receiver, first, "return_dict"}
-
-    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return original(self, *args, **kwargs)
-        state = self.__dict__.get(patch.ATTRIBUTE)
-        if state is None or _own.get():
-            return original(self, *args, **kwargs)
-        try:
-            bound = signature.bind(self, *args, **kwargs)
-        except TypeError:  # its own words for it
-            return original(self, *args, **kwargs)
-        given = bound.arguments
-        x = given.get(first)
-
-        def own(tensor: Any) -> Any:
-            given[first] = tensor
-            fetch = state.engine.pending_fetch()
-            if fetch is not None:
-                fetch()
-            token = _own.set(True)
-            try:
-                return original(*bound.args, **bound.kwargs)
-            finally:
-                _own.reset(token)
-
-        others = [value for name, value in given.items() if name not in known]
-        if not isinstance(x, Tensor) or any(value is not None for value in others):
-            return own(x)
-        return short_cut(state, self, own, x, given.get("return_dict", True))
-
-    return wrapper
