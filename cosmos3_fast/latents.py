@@ -31,8 +31,8 @@ from cosmos3_fast.frames import (
 from cosmos3_fast.images.decode import Color
 from cosmos3_fast.images.load import ClipLike, ImageLike, Keep, load_frames, normalize_frames
 from cosmos3_fast.vae.config import read_config, read_factors
-from cosmos3_fast.vae.live.accelerated import Mode
 from cosmos3_fast.vae.live.exact import encode_exact
+from cosmos3_fast.vae.live.paths import Mode, serves_fast
 
 if TYPE_CHECKING:
     from cosmos3_fast.vae import ClipEncoder, FrameEncoder
@@ -165,12 +165,13 @@ class LatentPreparation:
         )
         num_frames, height, width = map(int, (num_frames, height, width))
         total = latent_frames(num_frames, self.temporal_factor)
-        mode = self._choose_mode(mode, frames)
+        wanted = frames_wanted(frames)
+        mode = self._choose_mode(mode, wanted, frames)
         device = self._device(mode)
         _check_dtype(dtype, device)
         drawn_on = device if noise_device is None else torch.device(noise_device)
         generators = _check_generators(seed, generator, drawn_on)
-        needed = pixel_frames(frames_wanted(frames), self.temporal_factor)
+        needed = pixel_frames(wanted, self.temporal_factor)
         samples = [
             load_frames(
                 sample,
@@ -218,9 +219,9 @@ class LatentPreparation:
         velocity_mask = ops.prepare_latents_(condition, latents, frames)
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
 
-    def _choose_mode(self, mode: Mode | None, frames: tuple[int, ...]) -> Mode:
-        serves = self.encoder is not None and (
-            frames == (0,) or getattr(self.encoder, "takes_clips", False)
+    def _choose_mode(self, mode: Mode | None, wanted: int, frames: tuple[int, ...]) -> Mode:
+        serves = self.encoder is not None and serves_fast(
+            wanted, getattr(self.encoder, "takes_clips", False)
         )
         if mode is None:
             mode = "fast" if serves else "exact"

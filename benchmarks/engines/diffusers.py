@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.cases import vae_config
 from benchmarks.engines.compare import UNPATCHED, Row, arguments, compare, report
 from benchmarks.harness import GateError, gate_equal, gate_error
-from cosmos3_fast.engines.diffusers import accelerate
+from cosmos3_fast.acceleration import accelerate
 from cosmos3_fast.vae.synthetic import synthetic_vae
 
 

@@ -33,7 +33,7 @@ from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare, peak_signal_to_noise
 
 if TYPE_CHECKING:
-    from cosmos3_fast.vae.live.accelerated import Mode
+    from cosmos3_fast.vae.live.paths import Mode
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cosmos3_fast.vae.live.accelerated import Mode, check_mode
+from cosmos3_fast.vae.live.paths import Mode, check_mode
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
 
 logger = logging.getLogger(__name__)

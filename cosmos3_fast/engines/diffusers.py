@@ -1,11 +1,9 @@
-"""diffusers: a pipeline's VAE accelerated, and the frames that Cosmos3 conditions on announced.
+"""diffusers' Cosmos3 pipelines: how many latent frames they use is announced to their VAE.
 
-    accelerate(pipe, mode="fast")
-    restore(pipe)
-
-All computing is the VAE's (`cosmos3_fast.vae.live`). What is added here is how many latent
-frames a Cosmos3 pipeline will use, read from the arguments of the method or block that encodes.
-The engine encodes at its own time and draws its noise in its own order.
+All computing is the VAE's (`cosmos3_fast.vae.live`), and `cosmos3_fast.acceleration` is what users
+call. What is added here is how many latent frames a Cosmos3 pipeline will use, read from the
+arguments of the method or block that encodes. The engine encodes at its own time and draws its
+noise in its own order.
 """
 
 from __future__ import annotations
@@ -14,38 +12,23 @@ import copy
 import functools
 import inspect
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextvars import ContextVar
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import Any
 
 import torch
-from torch import nn
 
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import guarded, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate
-from cosmos3_fast.frames import frames_wanted, latent_frames
-from cosmos3_fast.vae.config import UnsupportedVAEError
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import (
-    Encoding,
-    Mode,
-    check_mode,
-    is_accelerated,
-    uncompiled,
-    wanted_frames,
-)
-
-__all__ = ["Encoding", "accelerate", "last_encoding", "refresh", "restore"]
+from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.announce import all_frames, wanted_at, wanted_frames
+from cosmos3_fast.vae.live.patch import ATTRIBUTE, wrap_where_defined
+from cosmos3_fast.vae.live.paths import Mode
+from cosmos3_fast.vae.topology import UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-
-# On a pipeline: the mode for a VAE that it gets later.
-_MODE = "_cosmos3_fast"
-_MARK = "_cosmos3_fast"
 _ENCODER_STEPS = {
     "Cosmos3ImageVaeEncoderStep",
     "Cosmos3VideoVaeEncoderStep",
@@ -54,100 +37,30 @@ _ENCODER_STEPS = {
 _LATENTS = "x0_tokens_vision"
 _BLOCKS = "diffusers.modular_pipelines.cosmos."
 
-# The user of a modular pipeline has asked for the encoder's latents themselves.
-_latents_asked: ContextVar[bool] = ContextVar("cosmos3_fast_latents_asked", default=False)
-_install_lock = threading.Lock()
 _gates: dict[tuple[bool, str], Gate] = {}
 
 
-def accelerate(target: T, mode: str = "fast") -> T:
-    """Accelerate a VAE of the Wan family, or the pipeline that has one.
+def announce(pipe: Any, mode: Mode) -> bool:
+    """Have a Cosmos3 pipeline, task or modular, announce to its VAE what it uses.
 
-    Any pipeline of diffusers whose `vae` is `AutoencoderKLWan` or `AutoencoderKLQwenImage`: single
-    frames are encoded and decoded as 2-D networks. Cosmos3's, task and modular, encode only the
-    frames that the video depends on: none for text, one for an image and the actions "policy" and
-    "forward_dynamics", 4·max(condition_frame_indexes_vision) + 1 for a video. Inverse dynamics,
-    transfer controls, and modular pipelines in which something else reads the encoder's latents,
-    are encoded whole.
-
-    In a release of diffusers that the tests have not run on, a Cosmos3 pipeline has to pass a
-    self-test, or is left as it is with a warning.
-
-    Called again it changes the mode. The state is the VAE's: pipelines that share it share the
-    acceleration.
-
-    Args:
-        target: a VAE or a pipeline. Changed in place.
-        mode: see `cosmos3_fast.vae.live.accelerated.accelerate`. In "exact" a Cosmos3 pipeline's
-            results equal the unpatched pipeline's, the sign of zeros apart.
+    The VAE that it has is accelerated already; one that it gets later will be, in this mode.
 
     Returns:
-        `target` itself.
-
-    Raises:
-        TypeError: `target` is neither.
-        ValueError: an unknown mode.
-        UnsupportedVAEError: (a ValueError) the VAE is none of this family.
+        False where the pipeline is to be left as it is: in a release of diffusers that the tests
+        have not run on, it has failed the self-test.
     """
-    checked = check_mode(mode)
-    if checked == "off":
-        return restore(target)
-    if _is_vae(target):
-        return accelerated.accelerate(target, checked)
-    names = {base.__name__ for base in type(target).__mro__}
-    is_modular = "Cosmos3OmniModularPipeline" in names
-    if not hasattr(target, "vae") and not is_modular:
-        raise TypeError(f"target must be a VAE or a pipeline with one, got {_name(type(target))}")
-    vae = getattr(target, "vae", None)
-    is_task = "Cosmos3OmniPipeline" in names
-    if vae is None and not (is_task or is_modular):
-        raise UnsupportedVAEError(f"{_name(type(target))} has no vae yet")
-    if vae is not None:
-        accelerated.accelerate(vae, checked)
+    is_modular = any(b.__name__ == "Cosmos3OmniModularPipeline" for b in type(pipe).__mro__)
     if is_modular:
-        _install_modular(target)
-    elif is_task:
-        _install(type(target), "prepare_latents", _announcing_prepare_latents)
+        _install_modular(pipe)
     else:
-        return target
+        wrap_where_defined(type(pipe), "prepare_latents", _announcing_prepare_latents)
     cases = _modular_cases if is_modular else _cases
-    gate = _gates.setdefault((is_modular, checked), Gate("diffusers"))
-    if not gate.opens(lambda: _self_test(target, cases(target), checked)):
-        return restore(target)
-    vars(target)[_MODE] = checked
-    return target
-
-
-def restore(target: T) -> T:
-    """Undo `accelerate`; what is not accelerated is left as it is.
-
-    Returns:
-        `target` itself.
-    """
-    if _is_vae(target):
-        return accelerated.restore(target)
-    getattr(target, "__dict__", {}).pop(_MODE, None)
-    accelerated.restore(getattr(target, "vae", None))
-    return target
-
-
-def refresh(target: T) -> T:
-    """See `cosmos3_fast.vae.live.accelerated.refresh`; `target` is a VAE or a pipeline.
-
-    Returns:
-        `target` itself.
-    """
-    accelerated.refresh(target if _is_vae(target) else getattr(target, "vae", None))
-    return target
-
-
-def last_encoding(target: Any) -> Encoding | None:
-    """How an accelerated VAE, or that of a pipeline, encoded latest; None before the first time."""
-    return accelerated.last_encoding(target if _is_vae(target) else getattr(target, "vae", None))
-
-
-def _is_vae(target: Any) -> bool:
-    return isinstance(uncompiled(target), nn.Module) and hasattr(target, "encode")
+    gate = _gates.setdefault((is_modular, mode), Gate("diffusers"))
+    if not gate.opens(lambda: _self_test(pipe, cases(pipe), mode)):
+        return False
+    # For a VAE that it gets later.
+    vars(pipe)[ATTRIBUTE] = mode
+    return True
 
 
 def _has_accelerated_vae(pipe: Any) -> bool:
@@ -155,20 +68,19 @@ def _has_accelerated_vae(pipe: Any) -> bool:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return False
-    mode = vars(pipe).get(_MODE)
-    if mode is not None and not is_accelerated(vae):
+    mode = vars(pipe).get(ATTRIBUTE)
+    if mode is not None and not seam.is_accelerated(vae):
         try:
-            accelerated.accelerate(vae, mode)
+            seam.accelerate(vae, mode)
         except UnsupportedVAEError as error:
             logger.warning("cosmos3_fast leaves the pipeline's new VAE as it is: %s", error)
-            del vars(pipe)[_MODE]
-    return is_accelerated(vae)
+            del vars(pipe)[ATTRIBUTE]
+    return seam.is_accelerated(vae)
 
 
 def _announcing_prepare_latents(original: Any) -> Any:
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
     def prepare_latents(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not _has_accelerated_vae(self):
             return original(self, *args, **kwargs)
@@ -202,14 +114,13 @@ def _wanted_by_action(action: Any) -> int | None:
     return 1 if action.mode in ("policy", "forward_dynamics") else None
 
 
-def _wanted_by_indexes(indexes: Any, num_frames: int) -> int:
+def _wanted_by_indexes(indexes: Any, num_frames: int) -> int | None:
     """The engine leaves out indexes that are out of range."""
     total = latent_frames(num_frames)
-    return frames_wanted(index for index in indexes if 0 <= index < total)
+    return wanted_at((index for index in indexes if 0 <= index < total), total)
 
 
 def _announcing_step(original: Any) -> Any:
-    @functools.wraps(original)
     def call(self: Any, components: Any, state: Any) -> Any:
         if not _has_accelerated_vae(components):
             return original(self, components, state)
@@ -223,7 +134,7 @@ def _wanted_by_step(step: Any, components: Any, state: Any) -> int | None:
     """Latent frames that the blocks after an encoder step use of what it encodes."""
     readers = [b for b in _leaves(vars(components).get("_blocks")) if _LATENTS in b.input_names]
     others = [b for b in readers if not type(b).__module__.startswith(_BLOCKS)]
-    if _latents_asked.get() or others or not readers:
+    if others or not readers:
         return None
     # Noisy latents of the caller leave only the blocks that put clean ones back in each step.
     if state.get("latents") is not None and not any(
@@ -243,18 +154,16 @@ def _wanted_by_step(step: Any, components: Any, state: Any) -> int | None:
 
 
 def _announcing_call(original: Any) -> Any:
-    @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _MODE not in vars(self):
+        if ATTRIBUTE not in vars(self):
             return original(self, *args, **kwargs)
         # As in `ModularPipeline.__call__(state, output)`.
         output = kwargs.get("output", args[1] if len(args) > 1 else None)
         names = {output} if isinstance(output, str) else set(output or ())
-        token = _latents_asked.set(bool(names & {_LATENTS, "vision_conditioning_latents"}))
-        try:
+        if not names & {_LATENTS, "vision_conditioning_latents"}:
             return original(self, *args, **kwargs)
-        finally:
-            _latents_asked.reset(token)
+        with all_frames():
+            return original(self, *args, **kwargs)
 
     return call
 
@@ -263,19 +172,8 @@ def _install_modular(pipe: Any) -> None:
     for block in _leaves(vars(pipe).get("_blocks")):
         for base in type(block).__mro__:
             if base.__name__ in _ENCODER_STEPS and base.__module__.startswith(_BLOCKS):
-                _install(base, "__call__", _announcing_step)
-    _install(type(pipe), "__call__", _announcing_call)
-
-
-def _install(cls: type[Any], name: str, announcing: Callable[[Any], Any]) -> None:
-    """Wrap a method where it is defined, once per process."""
-    with _install_lock:
-        owner = next((base for base in cls.__mro__ if name in vars(base)), None)
-        method = None if owner is None else vars(owner)[name]
-        if inspect.isfunction(method) and not hasattr(method, _MARK):
-            wrapper = announcing(method)
-            setattr(wrapper, _MARK, True)
-            setattr(owner, name, wrapper)
+                wrap_where_defined(base, "__call__", _announcing_step)
+    wrap_where_defined(type(pipe), "__call__", _announcing_call)
 
 
 _SIZE = {"height": 16, "width": 32, "num_frames": 9}
@@ -299,7 +197,7 @@ def _self_test(pipe: Any, cases: list[selftest.Case], mode: Mode) -> str | None:
 def _with_vae(pipe: Any, vae: Any) -> Any:
     """A copy of the pipeline; `setattr` would write into the configuration that both share."""
     shell = copy.copy(pipe)
-    vars(shell).pop(_MODE, None)
+    vars(shell).pop(ATTRIBUTE, None)
     vars(shell)["vae"] = vae
     return shell
 
@@ -366,7 +264,3 @@ def _leaves(blocks: Any) -> Iterator[Any]:
             yield from _leaves(block)
     elif blocks is not None:
         yield blocks
-
-
-def _name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cosmos3_fast.vae.live.accelerated import Mode, accelerate, last_encoding, restore
+from cosmos3_fast.vae.live.engine import Engine
+from cosmos3_fast.vae.live.paths import Mode, ask, ways_to_encode
+from cosmos3_fast.vae.live.seam import accelerate, last_encoding, restore
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 # Of the folded encoder in 16 bits, against a VAE in 16 bits: it is a wrong scale, order or place
@@ -39,7 +41,10 @@ class Case:
 
 
 def why_not(
-    make_vae: Callable[[torch.dtype], Any], cases: Iterable[Case], mode: Mode
+    make_vae: Callable[[torch.dtype], Any],
+    cases: Iterable[Case],
+    mode: Mode,
+    engine: Engine | None = None,
 ) -> str | None:
     """The first difference between the engine's method with and without this package.
 
@@ -52,20 +57,23 @@ def why_not(
         make_vae: a tiny VAE of the engine's own class; of float32 and of bfloat16.
         cases: at least one.
         mode: "exact" or "fast".
+        engine: what surrounds the VAE.
 
     Returns:
         None where nothing differs.
     """
     # In a context of its own, caches and announcements of the request that waits are out of sight.
-    return contextvars.Context().run(_why_not, make_vae, list(cases), mode)
+    return contextvars.Context().run(_why_not, make_vae, list(cases), mode, engine)
 
 
-def _why_not(make_vae: Callable[[torch.dtype], Any], cases: list[Case], mode: Mode) -> str | None:
+def _why_not(
+    make_vae: Callable[[torch.dtype], Any], cases: list[Case], mode: Mode, engine: Engine | None
+) -> str | None:
     state = _random_state()
     defaults = torch.get_default_dtype(), torch.get_default_device()
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            reason = _compare(cases, make_vae(dtype), dtype, mode)
+            reason = _compare(cases, make_vae(dtype), dtype, mode, engine)
             if reason is not None:
                 return f"{reason} ({str(dtype).removeprefix('torch.')})"
     finally:
@@ -75,11 +83,13 @@ def _why_not(make_vae: Callable[[torch.dtype], Any], cases: list[Case], mode: Mo
     return None
 
 
-def _compare(cases: list[Case], vae: Any, dtype: torch.dtype, mode: Mode) -> str | None:
+def _compare(
+    cases: list[Case], vae: Any, dtype: torch.dtype, mode: Mode, engine: Engine | None
+) -> str | None:
     # The latents of a float32 VAE are rounded to 16 bits in most engines.
     rounding = FLOAT32_BOUND + 2.0**-8 if dtype == torch.float32 else _HALF_BOUND
     own = [_counted(case, vae) for case in cases]
-    accelerate(vae, mode)
+    accelerate(vae, mode, engine)
     try:
         for case, (theirs, frames, drawn) in zip(cases, own, strict=True):
             ours, ours_frames, ours_drawn = _counted(case, vae)
@@ -87,7 +97,8 @@ def _compare(cases: list[Case], vae: Any, dtype: torch.dtype, mode: Mode) -> str
             if encoding is None:
                 return f"{case.name}: the VAE is not asked to encode"
             folded = encoding.path == "fast"
-            if mode == "fast" and case.encoded == 1 and not folded:
+            asked = ask(case.encoded) if case.encoded else ask(1, 0)
+            if "fast" in ways_to_encode(mode, asked) and not folded:
                 return f"{case.name}: the folded encoder is not used: {encoding.reason}"
             wanted = 0 if folded else min(frames, case.encoded)
             if ours_frames != wanted:

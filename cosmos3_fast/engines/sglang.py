@@ -28,7 +28,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,9 +42,12 @@ from cosmos3_fast.engines.common import (
     tiny_vae_config,
 )
 from cosmos3_fast.engines.releases import Gate
-from cosmos3_fast.frames import frames_wanted, latent_frames
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
+from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.announce import wanted_at, wanted_frames
+from cosmos3_fast.vae.live.engine import Encode, Engine
+from cosmos3_fast.vae.live.patch import hooked, wrap
+from cosmos3_fast.vae.live.paths import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +57,26 @@ _PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"
 _UPDATER_MODULE = "sglang.multimodal_gen.runtime.post_training.weights_updater"
 
 _registered = False
-# Inside the self-test stages are made and run as the engine's own.
-_testing: ContextVar[bool] = ContextVar("cosmos3_fast_testing", default=False)
-# Not empty once the running request has fetched the VAE to its device.
-_fetched: ContextVar[list[bool] | None] = ContextVar("cosmos3_fast_fetched", default=None)
+# The hooks leave them to the self-test, which accelerates them by itself.
+_self_tested: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+@dataclass
+class _Residency:
+    """Of the VAE in one request.
+
+    Attributes:
+        pending: what fetches it to its device; None where it is not to be fetched, or is there.
+        fetched: whether it was.
+    """
+
+    pending: Callable[[], None] | None = None
+    fetched: bool = False
+
+
+# That of the running request, which the VAE asks for deep inside of what the stage calls; another
+# thread or task serves another one.
+_residency: ContextVar[_Residency | None] = ContextVar("cosmos3_fast_residency", default=None)
 
 
 def register() -> None:
@@ -97,21 +116,14 @@ def register_without_plugins() -> None:
     stage = getattr(importlib.import_module(_STAGE_MODULE), _STAGE_NAME)
     updater = importlib.import_module(_UPDATER_MODULE)
     hooks = _StageHooks(mode, plugins=False)
-    wrapped = [(stage, name, hook, getattr(stage, name)) for name, hook in hooks.by_name().items()]
-    load = "_load_weights_into_module"
-    wrapped.append((updater, load, _load_weights, getattr(updater, load)))
-    for owner, name, hook, original in wrapped:
-        setattr(owner, name, _around(original, hook))
+    wrapped = [(stage, name, hook) for name, hook in hooks.by_name().items()]
+    wrapped.append((updater, "_load_weights_into_module", _load_weights))
+    for owner, name, _ in wrapped:
+        getattr(owner, name)  # all are there, or nothing is wrapped
+    for owner, name, hook in wrapped:
+        wrap(owner, name, hooked(hook))
     _registered = True
     logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", mode)
-
-
-def _around(original: Callable[..., Any], hook: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        return hook(original, *args, **kwargs)
-
-    return wrapper
 
 
 def _load_weights(original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -119,7 +131,7 @@ def _load_weights(original: Callable[..., Any], module: Any, *args: Any, **kwarg
     try:
         return original(module, *args, **kwargs)
     finally:
-        accelerated.refresh(module)
+        seam.refresh(module)
 
 
 class _StageHooks:
@@ -158,17 +170,18 @@ class _StageHooks:
         vae = stage.vae
         if not self._adopt(stage):
             return original(stage, batch, *args, **kwargs)
-        before = accelerated.last_encoding(vae)
-        token = _fetched.set([])
+        before = seam.last_encoding(vae)
+        residency = _Residency()
+        token = _residency.set(residency)
         try:
             with wanted_frames(guarded(_wanted, batch)):
                 result = original(stage, batch, *args, **kwargs)
-            if self._mode == "fast" and self._plugins and not _fetched.get():
+            if self._mode == "fast" and self._plugins and not residency.fetched:
                 # Weights that an earlier use left on the device may leave it.
                 stage.finish_unused_declared_component(component_name="vae", module=vae)
         finally:
-            _fetched.reset(token)
-        encoding = accelerated.last_encoding(vae)
+            _residency.reset(token)
+        encoding = seam.last_encoding(vae)
         if encoding is not None and encoding is not before:
             stage.log_info(
                 f"cosmos3_fast ({encoding.path}) encoded {encoding.pixel_frames} of "
@@ -181,7 +194,7 @@ class _StageHooks:
     ) -> list[Any]:
         """The VAE is fetched where it is used, not at stage entry."""
         uses = original(stage, *args, **kwargs)
-        if not accelerated.is_accelerated(stage.vae):
+        if not self._fetches(stage.vae):
             return uses
         return [replace(use, start_at_stage_entry=False) for use in uses]
 
@@ -192,21 +205,30 @@ class _StageHooks:
         """The VAE is fetched when its own code is about to run."""
         vae = kwargs.get("module")
         with ExitStack() as stack:
-            if vae is None or not accelerated.is_accelerated(vae):
+            if vae is None or not self._fetches(vae):
                 yield stack.enter_context(original(stage, *args, **kwargs))
                 return
+            residency = _residency.get() or _Residency()
             uses: list[bool] = []
-            request = _fetched.get()
 
             def fetch() -> None:
                 if not uses:
                     uses.append(True)
                     stack.enter_context(original(stage, *args, **kwargs))
-                    if request is not None:
-                        request.append(True)
+                    residency.fetched = True
 
-            with accelerated.before_own_code(fetch):
+            outer, residency.pending = residency.pending, fetch
+            token = _residency.set(residency)
+            try:
                 yield vae
+            finally:
+                _residency.reset(token)
+                residency.pending = outer
+
+    def _fetches(self, vae: Any) -> bool:
+        """Whether the VAE asks for what fetches it, when it needs to be there."""
+        engine = seam.engine_of(vae)
+        return engine is not None and engine is _engine()
 
     def _adopt(self, stage: Any) -> bool:
         """Whether the stage's VAE is accelerated; done here where it is not yet."""
@@ -215,21 +237,20 @@ class _StageHooks:
 
     def _adopt_alone(self, stage: Any) -> bool:
         vae = stage.vae
-        if _testing.get() or vae in self._refused:
-            return accelerated.is_accelerated(vae)
+        if vae in _self_tested or vae in self._refused:
+            return seam.is_accelerated(vae)
         try:
             if not self._gate.opens(lambda: _self_test(stage, self._mode)):
                 return False
-            if not accelerated.is_accelerated(vae):
-                cached = _conditioning_cache() if self._plugins else None
-                accelerated.accelerate(vae, self._mode, cached)
+            if not seam.is_accelerated(vae):
+                seam.accelerate(vae, self._mode, _engine())
             epoch = _weights_epoch() if self._plugins else 0
             if epoch != self._epochs.setdefault(vae, epoch):
                 self._epochs[vae] = epoch
-                accelerated.refresh(vae)
+                seam.refresh(vae)
         except Exception as error:  # the engine serves without us
             self._refused.add(vae)
-            accelerated.restore(vae)
+            seam.restore(vae)
             logger.warning("cosmos3_fast leaves the VAE to SGLang: %s", error)
             return False
         return True
@@ -243,10 +264,7 @@ def _wanted(batch: Any) -> int | None:
     stages = importlib.import_module(_STAGE_MODULE)
     indexes = list(stages.Cosmos3ImagePreprocessStage._resolve_condition_indexes(batch))
     total = latent_frames(max(batch.preprocessed_video.shape[2], batch.num_frames))
-    # Counted from the end, or out of range: the engine's to resolve or to refuse.
-    if not all(0 <= index < total for index in indexes):
-        return None
-    return frames_wanted(indexes)
+    return wanted_at(indexes, total)
 
 
 def _weights_epoch() -> int:
@@ -256,11 +274,25 @@ def _weights_epoch() -> int:
     return conditioning_weights_epoch()
 
 
-def _conditioning_cache() -> accelerated.Cached:
-    """SGLang's cache of encodings, which decorates the `encode` of its VAEs."""
+@functools.cache
+def _engine() -> Engine:
+    """What SGLang does around its VAE: where it has plugins, it caches encodings and moves it."""
+    if importlib.util.find_spec(_PLUGINS) is None:
+        return Engine()
     from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
 
-    return cached_vae_encode
+    return Engine(functools.partial(_cached, cached_vae_encode), pending_fetch=_pending_fetch)
+
+
+def _pending_fetch() -> Callable[[], None] | None:
+    residency = _residency.get()
+    return None if residency is None else residency.pending
+
+
+def _cached(decorate: Callable[[Encode], Encode], name: str, encode: Encode) -> Encode:
+    """Through SGLang's cache of encodings, which tells methods apart by their names."""
+    encode.__name__ = name
+    return decorate(encode)
 
 
 def _self_test(stage: Any, mode: Mode) -> str | None:
@@ -280,7 +312,9 @@ def _self_test(stage: Any, mode: Mode) -> str | None:
         arch = type(live.arch_config)(**{k: v for k, v in config.items() if k in names})
         with torch.device("meta"):
             vae = type(stage.vae)(type(live)(arch_config=arch, use_parallel_encode=False))
-        return load_tiny_weights(vae, config, device, dtype)
+        vae = load_tiny_weights(vae, config, device, dtype)
+        _self_tested.add(vae)
+        return vae
 
     def run(vae: Any, **request: Any) -> dict[str, Any]:
         pixels = {name: request.pop(name, None) for name in ("image", "video")}
@@ -288,14 +322,10 @@ def _self_test(stage: Any, mode: Mode) -> str | None:
         batch = Req(sampling_params=Cosmos3SamplingParams(prompt="", **sampling))
         for name, value in pixels.items():
             setattr(batch, f"preprocessed_{name}", None if value is None else value.clone())
-        token = _testing.set(True)
-        try:
-            tiny = type(stage)(vae, SimpleNamespace(latent_channel=config["z_dim"]))
-            tiny.log_info = lambda *args: None
-            with torch.inference_mode():
-                result = tiny.forward(batch, getattr(stage, "server_args", None))
-        finally:
-            _testing.reset(token)
+        tiny = type(stage)(vae, SimpleNamespace(latent_channel=config["z_dim"]))
+        tiny.log_info = lambda *args: None
+        with torch.inference_mode():
+            result = tiny.forward(batch, getattr(stage, "server_args", None))
         left = {**vars(batch), "sampling_params": vars(batch.sampling_params)}
         return {**left, "is the batch": result is batch}
 
@@ -309,4 +339,4 @@ def _self_test(stage: Any, mode: Mode) -> str | None:
         selftest.Case(name, functools.partial(run, **request), encoded)
         for name, request, encoded in requests
     ]
-    return selftest.why_not(make_vae, cases, mode)
+    return selftest.why_not(make_vae, cases, mode, _engine())

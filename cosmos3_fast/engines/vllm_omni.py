@@ -32,12 +32,25 @@ from torch import nn
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import mode_from_environment, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate, installed
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.announce import wanted_frames
+from cosmos3_fast.vae.live.engine import Engine
+from cosmos3_fast.vae.live.patch import hooked, wrap
+from cosmos3_fast.vae.live.paths import Mode
 
 logger = logging.getLogger(__name__)
 
-_MARK = "_cosmos3_fast"
+# Where vLLM-Omni fuses operations of its VAE, it binds functions of this package to modules.
+_FAST_PATH = "vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath"
+
+
+def _is_fast_path(forward: Any) -> bool:
+    return (getattr(forward, "__module__", None) or "").startswith(_FAST_PATH)
+
+
+ENGINE = Engine(is_equivalent=_is_fast_path)
+"""What vLLM-Omni does around its VAE."""
+
 _gate = Gate("vllm-omni")
 
 
@@ -79,34 +92,23 @@ def _encodes_all_frames(cls: type) -> bool:
     return hasattr(cls, "_encode_conditioning_video")
 
 
-def _patch(cls: Any, name: str, patched: Callable[[Any], Any]) -> None:
-    method = getattr(cls, name)
-    if not hasattr(method, _MARK):
-        wrapper = patched(method)
-        setattr(wrapper, _MARK, True)
-        setattr(cls, name, wrapper)
+def _patch(cls: Any, name: str, hook: Callable[..., Any]) -> None:
+    if wrap(cls, name, hooked(hook)):
         logger.info("cosmos3_fast patches %s of vLLM-Omni's Cosmos3 pipeline", name)
 
 
-def _adopting(original: Callable[..., set[str]], mode: Mode) -> Callable[..., set[str]]:
-    @functools.wraps(original)
-    def load_weights(self: Any, *args: Any, **kwargs: Any) -> set[str]:
-        loaded = original(self, *args, **kwargs)
-        _adopt(self, mode)
-        return loaded
-
-    return load_weights
+def _adopting(
+    original: Callable[..., set[str]], pipeline: Any, *args: Any, mode: Mode, **kwargs: Any
+) -> set[str]:
+    loaded = original(pipeline, *args, **kwargs)
+    _adopt(pipeline, mode)
+    return loaded
 
 
-def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _announcing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Nothing is changed by it where the VAE is not accelerated."""
-
-    @functools.wraps(original)
-    def prepare_latents_i2v(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with wanted_frames(1):
-            return original(self, *args, **kwargs)
-
-    return prepare_latents_i2v
+    with wanted_frames(1):
+        return original(*args, **kwargs)
 
 
 def _adopt(pipeline: Any, mode: Mode) -> None:
@@ -115,13 +117,13 @@ def _adopt(pipeline: Any, mode: Mode) -> None:
     try:
         if vae is None or not _gate.opens(lambda: _self_test(pipeline, mode)):
             return
-        if accelerated.is_accelerated(vae):
+        if seam.is_accelerated(vae):
             # Loaders write through `.data`, which leaves no trace.
-            accelerated.refresh(vae)
+            seam.refresh(vae)
         else:
-            accelerated.accelerate(vae, mode)
+            seam.accelerate(vae, mode, ENGINE)
     except Exception as error:  # the engine serves without us
-        accelerated.restore(vae)
+        seam.restore(vae)
         logger.warning("cosmos3_fast leaves the VAE to vLLM-Omni: %s", error)
 
 
@@ -177,4 +179,4 @@ def _self_test(pipeline: Any, mode: Mode) -> str | None:
         selftest.Case(name, functools.partial(run, prepare), encoded)
         for name, prepare, encoded in requests
     ]
-    return selftest.why_not(make_vae, cases, mode)
+    return selftest.why_not(make_vae, cases, mode, ENGINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -52,7 +53,7 @@ def check_modules(vae: Any, topology: Topology, clips: bool = False) -> None:
         elif isinstance(module, nn.Upsample):
             _check_upsampling(name, module)
         elif isinstance(module, nn.ZeroPad2d):
-            # SGLang's height-parallel layer pads the width and leaves the height to its conv.
+            # A height-parallel layer pads the width and leaves the height to its conv.
             if tuple(module.padding) not in ((0, 1, 0, 1), (0, 1, 0, 0)):
                 _refuse(name, "padding", module.padding, (0, 1, 0, 1))
         elif type(module).__module__ == "torch.nn.modules.padding":
@@ -84,7 +85,7 @@ def _check_kernel(name: str, conv: nn.Conv2d | nn.Conv3d, stride: tuple[int, ...
 
 
 def _height_padding(conv: nn.Conv2d | nn.Conv3d) -> tuple[int, int]:
-    """Rows that SGLang's height-parallel layers fetch from the neighbouring ranks."""
+    """Rows that height-parallel layers fetch from the neighbouring ranks."""
     return getattr(conv, "height_pad_top", 0), getattr(conv, "height_pad_bottom", 0)
 
 
@@ -219,9 +220,9 @@ def probe_posterior(vae: Any, encoder: Any, frames: int = 1) -> EncodeReturns:
     if returns.is_tensor and wanted.shape[1] == z_dim:
         # A mean without log-variance, with or without normalisation.
         got = got[:, :z_dim]
-        normalized = normalize_latents(got, vae.config)
-        if (normalized - wanted).abs().sum() < (got - wanted).abs().sum():
-            got, returns = normalized, returns.normalized(vae.config)
+        normalize = functools.partial(normalize_latents, config=vae.config)
+        if (normalize(got) - wanted).abs().sum() < (got - wanted).abs().sum():
+            got, returns = normalize(got), returns.scaled(normalize)
         returns = returns.without_variance(z_dim)
     if got.shape != wanted.shape:
         raise UnsupportedVAEError(

@@ -40,7 +40,7 @@ from sglang.multimodal_gen.runtime.server_args import set_global_server_args  # 
 
 from cosmos3_fast.engines import selftest  # noqa: E402
 from cosmos3_fast.engines import sglang as engine  # noqa: E402
-from cosmos3_fast.vae.live import accelerated  # noqa: E402
+from cosmos3_fast.vae.live import seam  # noqa: E402
 from cosmos3_fast.vae.synthetic import (  # noqa: E402
     COSMOS3_VAE_CONFIG,
     synthetic_config,
@@ -163,13 +163,13 @@ def patched(mode: str) -> Iterator[None]:
     VAEs that were accelerated inside are plain again behind it.
     """
     before = {name: vars(Cosmos3LatentPreparationStage).get(name) for name in HOOKED}
-    accelerate, seen = accelerated.accelerate, []
+    accelerate, seen = seam.accelerate, []
 
     def remembering(vae: Any, *args: Any) -> Any:
         seen.append(vae)
         return accelerate(vae, *args)
 
-    accelerated.accelerate = remembering
+    seam.accelerate = remembering
     os.environ["COSMOS3_FAST"] = mode
     try:
         if HAS_PLUGINS:
@@ -179,9 +179,9 @@ def patched(mode: str) -> Iterator[None]:
             engine.register_without_plugins()
         yield
     finally:
-        accelerated.accelerate = accelerate
+        seam.accelerate = accelerate
         for vae in seen:
-            accelerated.restore(vae)
+            seam.restore(vae)
         del os.environ["COSMOS3_FAST"]
         unpatch(before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from cosmos3_fast.frames import is_whole, latent_frames
 from cosmos3_fast.vae.config import read_config, read_factors
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
+from cosmos3_fast.vae.live.returns import Unwrapped
 
 
 def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
@@ -30,7 +33,7 @@ def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
     """
     with torch.no_grad():
         out = vae.encode(pixels)
-        posterior = out[0] if isinstance(out, tuple) else getattr(out, "latent_dist", out)
+        posterior = Unwrapped.of(out, "latent_dist").value
         mode = getattr(posterior, "mode", None)
         # torch.Tensor has a method of that name which computes a statistic.
         if not callable(mode) or isinstance(posterior, Tensor):
@@ -56,11 +59,10 @@ def decode_sample(vae: Any, latents: Tensor) -> Tensor:
     """
     with torch.no_grad():
         out = vae.decode(latents)
-    if not isinstance(out, Tensor):
-        out = out[0] if isinstance(out, tuple) else getattr(out, "sample", out)
-    if not isinstance(out, Tensor):
-        raise TypeError(f"vae.decode returned {type(out).__name__}, wanted pixels")
-    return out
+    pixels = Unwrapped.of(out, "sample").value
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f"vae.decode returned {type(pixels).__name__}, wanted pixels")
+    return pixels
 
 
 def normalize_latents(latents: Tensor, config: Any) -> Tensor:
@@ -129,7 +131,8 @@ def as_in_clip(
     All of the encoder works chunk by chunk, but `quant_conv` runs once over all latent frames, and
     a matrix product may round differently for another number of columns. So it gets its full
     length, zeros where frames are missing; columns do not depend on each other. A tiled VAE
-    convolves frame by frame whatever the length of the clip, which is left as it is.
+    convolves frame by frame whatever the length of the clip, which is left as it is. Other threads
+    that use the VAE meanwhile are not affected.
 
     Args:
         vae: has `quant_conv` (a module) and `config`.
@@ -145,15 +148,18 @@ def as_in_clip(
         return
     factor = spatial_factor or factor
     untiled_shape = (frames, pixels.shape[3] // factor, pixels.shape[4] // factor)
+    here = threading.get_ident()
 
     def pad(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        if args[0].shape[2:] != untiled_shape:
+        if threading.get_ident() != here or args[0].shape[2:] != untiled_shape:
             return None
         return F.pad(args[0], (0, 0, 0, 0, 0, missing)), *args[1:]
 
-    def trim(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output[:, :, :frames]
+    def trim(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+        return None if threading.get_ident() != here else output[:, :, :frames]
 
+    for hook in (pad, trim):
+        setattr(hook, ATTRIBUTE, True)
     handles = [
         vae.quant_conv.register_forward_pre_hook(pad),
         vae.quant_conv.register_forward_hook(trim),

@@ -5,14 +5,14 @@ Only attributes are read, never values: nothing here waits for a device.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-# Modules whose functions, as a module's `forward`, compute what its class's does: vLLM-Omni binds
-# them where it fuses operations of the VAE.
-_EQUIVALENT_FORWARDS = "vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath"
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
+
 # Weights in another dtype are stored for a hook to convert.
 _PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
 
@@ -32,8 +32,14 @@ class Survey(NamedTuple):
     traces: list[tuple[Any, Any, Any]]
 
 
-def survey(vae: Any, names: tuple[str, ...]) -> Survey:
-    """Look at the modules `names` of the VAE and at all below them."""
+def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool]) -> Survey:
+    """Look at the modules `names` of the VAE and at all below them.
+
+    Args:
+        vae: the live VAE.
+        names: of its modules.
+        is_equivalent: see `Engine`.
+    """
     traces: list[tuple[Any, Any, Any]] = []
     trainable = False
     stack = [(name, getattr(vae, name, None)) for name in names]
@@ -44,7 +50,7 @@ def survey(vae: Any, names: tuple[str, ...]) -> Survey:
         if not isinstance(module, nn.Module):
             return Survey(f"vae.{name} is no module but a {type(module).__name__}", False, [])
         attributes = module.__dict__
-        obstacle = _obstacle(name, attributes) or _why_parallel(name, attributes)
+        obstacle = _obstacle(name, attributes, is_equivalent)
         if obstacle is not None:
             return Survey(obstacle, False, [])
         traces.append((module, None, None))
@@ -67,30 +73,34 @@ def survey(vae: Any, names: tuple[str, ...]) -> Survey:
     return Survey(None, trainable, traces)
 
 
-def _obstacle(name: str, attributes: dict[str, Any]) -> str | None:
+def _obstacle(
+    name: str, attributes: dict[str, Any], is_equivalent: Callable[[Any], bool]
+) -> str | None:
     modules = attributes["_modules"]
-    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
+    hooks, before = attributes["_forward_hooks"], attributes["_forward_pre_hooks"]
+    if (hooks or before) and not _are_ours(hooks, before):
         return f"vae.{name} has forward hooks"
     if "parametrizations" in modules:
         return f"vae.{name} is parametrized"
     if "_orig_mod" in modules or attributes.get("_compiled_call_impl") is not None:
         return f"vae.{name} is compiled"
     forward = attributes.get("forward")
-    if forward is not None and not _module_of(forward).startswith(_EQUIVALENT_FORWARDS):
+    if forward is not None and not is_equivalent(forward):
         return f"vae.{name} has a forward of its own (offloading, casting or compilation)"
-    return None
+    return _why_parallel(name, attributes) if "world_size" in attributes else None
+
+
+def _are_ours(*hooks: dict[int, Any]) -> bool:
+    """Whether all of a module's hooks are exact mode's, which act in the thread that set them."""
+    return all(hasattr(hook, ATTRIBUTE) for kind in hooks for hook in tuple(kind.values()))
 
 
 def _why_parallel(name: str, attributes: dict[str, Any]) -> str | None:
-    """Ranks that share one frame have to take the same path; SGLang's VAE says so in this way."""
+    """Ranks that share one frame have to take the same path; some VAEs say so in this way."""
     parallel = attributes.get("use_parallel_encode") or attributes.get("use_parallel_decode")
     if parallel and attributes.get("world_size", 1) > 1:
         return f"vae.{name} works in parallel over ranks"
     return None
-
-
-def _module_of(function: Any) -> str:
-    return getattr(function, "__module__", None) or ""
 
 
 def same_traces(seen: list[tuple[Any, Any, Any]] | None, now: list[tuple[Any, Any, Any]]) -> bool:
@@ -144,7 +154,7 @@ def why_not_shortened(vae: Any) -> str | None:
     quant_conv = getattr(vae, "quant_conv", None)
     if not isinstance(quant_conv, nn.Module):
         return "the VAE has no quant_conv"
-    if quant_conv._forward_hooks or quant_conv._forward_pre_hooks:
+    if not _are_ours(quant_conv._forward_hooks, quant_conv._forward_pre_hooks):
         return "vae.quant_conv has forward hooks"
     for part in (vae.encoder, quant_conv):
         for module in part.modules():

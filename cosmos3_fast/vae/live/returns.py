@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from cosmos3_fast.vae.live.exact import normalize_latents
+
+class Unwrapped(NamedTuple):
+    """What `encode` or `decode` returned, taken apart.
+
+    Attributes:
+        value: the distribution, or the tensor.
+        output: class that holds it; None where it stands alone.
+        entries: of the tuple that it is the first of; 0: it is in none.
+    """
+
+    value: Any
+    output: type[Any] | None
+    entries: int
+
+    @classmethod
+    def of(cls, out: Any, field: str) -> Unwrapped:
+        """Take `out` apart; `field` is the output class's attribute."""
+        entries = len(out) if isinstance(out, tuple) else 0
+        inner = out[0] if entries else out
+        value = getattr(inner, field, inner)
+        return cls(value, None if value is inner else type(inner), entries)
+
+
+def _check_alone(method: str, unwrapped: Unwrapped) -> None:
+    if unwrapped.entries > 1:
+        raise TypeError(f"vae.{method} must return one thing, got a tuple of {unwrapped.entries}")
 
 
 @dataclass(frozen=True)
@@ -20,26 +46,25 @@ class EncodeReturns:
         output: class that holds it as `latent_dist`; None where it stands alone.
         in_tuple: it is the only entry of a tuple.
         z_dim: of a tensor that is a mean only: its channels; else None.
-        config: of a tensor that is normalised: the statistics; else None.
+        scale: of a tensor that is normalised: what normalises it; else None.
     """
 
     posterior: type[Any] | None
     output: type[Any] | None = None
     in_tuple: bool = False
     z_dim: int | None = None
-    config: Any = None
+    scale: Callable[[Tensor], Tensor] | None = None
 
     @classmethod
     def of(cls, out: Any) -> tuple[EncodeReturns, Tensor]:
         """The form of `out` and the tensor in it, [B, 2 z_dim or z_dim, T, h, w].
 
         Raises:
-            TypeError: `out` holds neither a tensor nor a distribution with `parameters`.
+            TypeError: `out` holds neither a tensor nor a distribution with `parameters`, or more.
         """
-        in_tuple = isinstance(out, tuple) and len(out) == 1
-        inner = out[0] if in_tuple else out
-        posterior = getattr(inner, "latent_dist", inner)
-        output = None if posterior is inner else type(inner)
+        unwrapped = Unwrapped.of(out, "latent_dist")
+        _check_alone("encode", unwrapped)
+        posterior, output, in_tuple = unwrapped.value, unwrapped.output, bool(unwrapped.entries)
         if isinstance(posterior, Tensor):
             return cls(None, output, in_tuple), posterior
         parameters = getattr(posterior, "parameters", None)
@@ -59,9 +84,9 @@ class EncodeReturns:
         """The form of a tensor that is the mean alone."""
         return replace(self, z_dim=z_dim)
 
-    def normalized(self, config: Any) -> EncodeReturns:
-        """The form of a tensor that is normalised with the statistics of `config`."""
-        return replace(self, config=config)
+    def scaled(self, scale: Callable[[Tensor], Tensor]) -> EncodeReturns:
+        """The form of a tensor that `scale` normalises."""
+        return replace(self, scale=scale)
 
     def make(self, parameters: Tensor, return_dict: bool = True) -> Any:
         """What `vae.encode` returns for these parameters.
@@ -75,8 +100,8 @@ class EncodeReturns:
             posterior = self.posterior(parameters)
         elif self.z_dim is not None:
             posterior = parameters[:, : self.z_dim].contiguous()
-            if self.config is not None:
-                posterior = normalize_latents(posterior, self.config)
+            if self.scale is not None:
+                posterior = self.scale(posterior)
         if self.in_tuple or not return_dict:
             return (posterior,)
         return posterior if self.output is None else self.output(latent_dist=posterior)
@@ -101,15 +126,15 @@ class DecodeReturns:
         """The form of `out`, decoded from latents of `dtype`.
 
         Raises:
-            TypeError: `out` holds no tensor.
+            TypeError: `out` holds no tensor, or more.
         """
-        in_tuple = isinstance(out, tuple) and len(out) == 1
-        inner = out[0] if in_tuple else out
-        pixels = getattr(inner, "sample", inner)
+        unwrapped = Unwrapped.of(out, "sample")
+        _check_alone("decode", unwrapped)
+        pixels = unwrapped.value
         if not isinstance(pixels, Tensor):
-            raise TypeError(f"vae.decode must return pixels, got {type(inner).__name__}")
-        output = None if pixels is inner else type(inner)
-        return cls(output, in_tuple, None if pixels.dtype == dtype else pixels.dtype)
+            raise TypeError(f"vae.decode must return pixels, got {type(pixels).__name__}")
+        own_dtype = None if pixels.dtype == dtype else pixels.dtype
+        return cls(unwrapped.output, bool(unwrapped.entries), own_dtype)
 
     def make(self, pixels: Tensor, return_dict: bool = True) -> Any:
         """What `vae.decode` returns for these pixels, [B, 3, T, H, W]."""

@@ -27,7 +27,7 @@ from tiny_pipeline import (
     total_frames,
 )
 
-from cosmos3_fast.engines.diffusers import accelerate, last_encoding, restore
+from cosmos3_fast.acceleration import accelerate, last_encoding, restore
 
 
 @functools.cache

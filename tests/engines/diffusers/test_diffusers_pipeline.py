@@ -19,7 +19,7 @@ from diffusers import Cosmos3OmniPipeline
 from tiny_pipeline import FRAMES, VAE_CONFIG, cast, generate, make_inputs, make_modular, make_pipe
 from torch import nn
 
-from cosmos3_fast.engines.diffusers import accelerate, last_encoding, refresh, restore
+from cosmos3_fast.acceleration import accelerate, last_encoding, refresh, restore
 from cosmos3_fast.vae import UnsupportedVAEError
 from cosmos3_fast.vae.synthetic import synthetic_config, synthetic_vae
 

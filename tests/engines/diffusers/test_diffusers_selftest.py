@@ -10,9 +10,10 @@ import torch
 from diffusers import Cosmos3OmniPipeline
 from tiny_pipeline import generate, make_inputs, make_modular, make_pipe
 
+from cosmos3_fast.acceleration import accelerate
 from cosmos3_fast.engines import diffusers as engine
 from cosmos3_fast.engines import releases
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +32,7 @@ def test_this_release_passes_and_leaves_no_trace(
     caplog.set_level(logging.INFO, releases.__name__)
     pipe = make()
     vae, before = pipe.vae, torch.get_rng_state()
-    engine.accelerate(pipe, mode)
+    accelerate(pipe, mode)
     assert pipe.vae is vae
     assert torch.equal(torch.get_rng_state(), before)
     assert "passed the self-test in" in caplog.text
@@ -43,7 +44,7 @@ def test_this_release_passes_and_leaves_no_trace(
     [
         (
             "_encode_video",
-            lambda own: lambda self, x: own(self, x) * (1 + accelerated.is_accelerated(self.vae)),
+            lambda own: lambda self, x: own(self, x) * (1 + seam.is_accelerated(self.vae)),
             "image to video: result.returned[0] has other values",
         ),
         ("_encode_video", lambda own: lambda self, x: 1 / 0, "ZeroDivisionError"),
@@ -59,8 +60,8 @@ def test_an_engine_that_is_not_as_it_was_is_left_alone(
     pipe = make_pipe()
     own = getattr(Cosmos3OmniPipeline, method)
     monkeypatch.setattr(Cosmos3OmniPipeline, method, fault(own))
-    assert engine.accelerate(pipe, "exact") is pipe
-    assert not accelerated.is_accelerated(pipe.vae)
+    assert accelerate(pipe, "exact") is pipe
+    assert not seam.is_accelerated(pipe.vae)
     (warning,) = [r.getMessage() for r in caplog.records if r.name == releases.__name__]
     assert reason in warning
     assert "COSMOS3_FAST_TRUST=1" in warning
@@ -69,4 +70,4 @@ def test_an_engine_that_is_not_as_it_was_is_left_alone(
 def test_the_users_word_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(releases.TRUST_VARIABLE, "1")
     monkeypatch.setattr(engine, "_self_test", lambda *_: pytest.fail("it was asked"))
-    assert accelerated.is_accelerated(engine.accelerate(make_pipe()).vae)
+    assert seam.is_accelerated(accelerate(make_pipe()).vae)

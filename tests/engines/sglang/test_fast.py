@@ -33,8 +33,8 @@ from sglang_engine import (
 from torch import Tensor
 
 from cosmos3_fast.engines import sglang as engine
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.networks.encoder import PosteriorEncoder
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.networks.encoder import FrameEncoder
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 
@@ -170,9 +170,9 @@ def test_new_weights_are_folded_again(stage, tmp_path):
 
 def test_the_weights_are_folded_once(stage, monkeypatch):
     folds: list[object] = []
-    from_vae = PosteriorEncoder.from_vae
+    from_vae = FrameEncoder.from_vae
     monkeypatch.setattr(
-        PosteriorEncoder,
+        FrameEncoder,
         "from_vae",
         lambda vae, **options: folds.append(vae) or from_vae(vae, **options),
     )
@@ -214,7 +214,7 @@ def test_a_vae_that_cannot_be_folded_is_used_itself(stage, change, reason, caplo
         seen.clear()
         assert torch.equal(conditioned(stage, IMAGE), exact)
     assert seen == [1]
-    loggers = {engine.logger.name, accelerated.logger.name}
+    loggers = {engine.logger.name, seam.logger.name}
     warnings = [record for record in caplog.records if record.name in loggers]
     assert len(warnings) == 1
     assert reason in warnings[0].getMessage()

@@ -25,7 +25,7 @@ from sglang_engine import (
 from torch import Tensor
 
 from cosmos3_fast.frames import latent_frames, pixel_frames
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
 
 ACTION = {"data_type": DataType.ACTION, "domain_id": 3, "raw_action_dim": 5}
 
@@ -298,7 +298,7 @@ def test_a_vae_whose_clips_cannot_be_cut_gets_them_whole(change, reason, caplog,
         run(stage, make(CASES["v2v"][0]))
         run(stage, make(CASES["v2v"][0]))
     assert seen == [17, 17]
-    warnings = [record for record in caplog.records if record.name == accelerated.logger.name]
+    warnings = [record for record in caplog.records if record.name == seam.logger.name]
     assert len(warnings) == 1
     assert reason in warnings[0].getMessage()
 

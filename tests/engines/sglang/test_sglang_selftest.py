@@ -10,7 +10,7 @@ from sglang_engine import Cosmos3LatentPreparationStage, make_stage, make_vae, p
 
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import sglang as engine
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def untested(monkeypatch):
 def accelerates(mode: str) -> bool:
     with patched(mode):
         stage = make_stage(make_vae(base_dim=8))
-        return accelerated.is_accelerated(stage.vae)
+        return seam.is_accelerated(stage.vae)
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast"])
@@ -37,7 +37,7 @@ def test_this_release_passes_and_leaves_no_trace(untested, mode, caplog):
         torch.set_rng_state(before)
         assert engine._self_test(stage, mode) is None
         assert torch.equal(torch.get_rng_state(), before)
-        assert accelerated.is_accelerated(stage.vae)
+        assert seam.is_accelerated(stage.vae)
     assert accelerates(mode)
     assert "passed the self-test in" in caplog.text
 
@@ -49,9 +49,7 @@ def test_this_release_passes_and_leaves_no_trace(untested, mode, caplog):
         # Another normalisation of what the VAE gives, where it is cut short.
         (
             "_vae_encode",
-            lambda own: (
-                lambda self, video: own(self, video) * (1 + accelerated.is_accelerated(self.vae))
-            ),
+            lambda own: lambda self, video: own(self, video) * (1 + seam.is_accelerated(self.vae)),
             "result.latents",
         ),
         # Latent frames that nobody is conditioned on are used all the same.

@@ -24,7 +24,7 @@ from torch import Tensor
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.frames import latent_frames, pixel_frames
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error
 
 pytestmark = pytest.mark.skipif(
@@ -174,6 +174,6 @@ def test_what_the_gate_refuses_is_the_engines(mode: str, monkeypatch: pytest.Mon
     with registered(mode):
         pipeline = load(vae)
         got, calls = image_to_video(pipeline)
-    assert not accelerated.is_accelerated(pipeline.vae)
+    assert not seam.is_accelerated(pipeline.vae)
     assert calls == own_calls
     assert_equal(got, wanted)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vllm_omni.diffusion.models.cosmos3 import pipeline_cosmos3
 
 from cosmos3_fast.engines import vllm_omni as adapter
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error, rms
 
 FOLDED = [name for name, case in CASES.items() if case.folded]
@@ -321,11 +321,11 @@ def test_loaded_weights_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     with registered("fast"):
         assert served.load_weights([(name, weight)]) == {name}
         before = image_latent(served, clip(1))
-        assert accelerated.last_encoding(served.vae).path == "fast"
+        assert seam.last_encoding(served.vae).path == "fast"
         weight.view(-1)[-1] += 10.0
         served.load_weights([(name, weight)])
         after = image_latent(served, clip(1))
-        assert accelerated.last_encoding(served.vae).path == "fast"
+        assert seam.last_encoding(served.vae).path == "fast"
     engine.get_parameter(name).data.copy_(weight)
     wanted = image_latent(engine, clip(1))
     assert largest(wanted - before) > 100 * FLOAT32_BOUND * largest(wanted)
@@ -363,10 +363,10 @@ def test_a_vae_made_in_inference_mode() -> None:
         engine, fast = both(vae)
         wanted = engine._encode_video_tensor(clip(1))
         assert_within_bound(fast._encode_video_tensor(clip(1)), wanted)
-        assert accelerated.last_encoding(fast.vae).path == "fast"
+        assert seam.last_encoding(fast.vae).path == "fast"
         for each in (vae, fast.vae):
             each.encoder.conv_in.bias.mul_(-3)
-        accelerated.refresh(fast.vae)
+        seam.refresh(fast.vae)
         changed = engine._encode_video_tensor(clip(1))
         assert largest(changed - wanted) > 100 * FLOAT32_BOUND * largest(wanted)
         assert_within_bound(fast._encode_video_tensor(clip(1)), changed)
@@ -401,7 +401,7 @@ def test_forwards_that_the_engine_fuses_do_not_keep_it_from_folding(
     monkeypatch.setattr(conv, "forward", MethodType(forward, conv), raising=False)
     pipeline = make_fast(vae)
     video_latent(pipeline, clip(1))
-    assert accelerated.last_encoding(vae).path == "fast"
+    assert seam.last_encoding(vae).path == "fast"
     forward.__module__ = "somewhere.else"
     video_latent(pipeline, clip(1))
-    assert accelerated.last_encoding(vae).path == "whole"
+    assert seam.last_encoding(vae).path == "whole"

@@ -25,7 +25,8 @@ from vllm_omni import plugins
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.engines.common import MODE_VARIABLE
-from cosmos3_fast.vae.live import accelerated
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
 
 GROUP = "vllm_omni.general_plugins"
 ARCHITECTURES = ["Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"]
@@ -55,8 +56,8 @@ def load_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def patched() -> bool:
-    announces = hasattr(EnginePipeline._prepare_latents_i2v, adapter._MARK)
-    adopts = hasattr(EnginePipeline.load_weights, adapter._MARK)
+    announces = hasattr(EnginePipeline._prepare_latents_i2v, ATTRIBUTE)
+    adopts = hasattr(EnginePipeline.load_weights, ATTRIBUTE)
     assert announces == (adopts and ENCODES_ALL_FRAMES)
     return adopts
 
@@ -172,7 +173,7 @@ def test_this_release_passes_the_self_test(
     assert torch.equal(before, state)
     with registered(mode):
         adapter._adopt(pipeline, mode)
-    assert accelerated.is_accelerated(pipeline.vae)
+    assert seam.is_accelerated(pipeline.vae)
     assert torch.equal(torch.get_rng_state(), state)
     assert "passed the self-test in" in caplog.text
 
@@ -182,7 +183,7 @@ def off_where_accelerated(method: str) -> Any:
     original = getattr(EnginePipeline, method)
 
     def replacement(self: Any, *args: Any) -> Any:
-        return original(self, *args) * (1.0 + accelerated.is_accelerated(self.vae))
+        return original(self, *args) * (1.0 + seam.is_accelerated(self.vae))
 
     return replacement
 
@@ -222,7 +223,7 @@ def test_an_engine_that_is_not_as_it_was_is_left_alone(
     pipeline = make_pipeline(EnginePipeline, make_vae())
     with registered(mode):
         adapter._adopt(pipeline, mode)
-    assert not accelerated.is_accelerated(pipeline.vae)
+    assert not seam.is_accelerated(pipeline.vae)
     (warning,) = [r.getMessage() for r in caplog.records if r.name == releases.__name__]
     assert reason in warning
     assert "tested releases: 0.0.1" in warning

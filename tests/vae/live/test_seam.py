@@ -15,10 +15,12 @@ import torch
 from torch import nn
 
 from cosmos3_fast import UnsupportedVAEError, accelerate, refresh, restore
-from cosmos3_fast.vae.live import accelerated
-from cosmos3_fast.vae.live.accelerated import before_own_code, last_encoding, wanted_frames
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.announce import wanted_frames
+from cosmos3_fast.vae.live.engine import Engine
+from cosmos3_fast.vae.live.seam import last_encoding
 from cosmos3_fast.vae.networks.decoder import FrameDecoder
-from cosmos3_fast.vae.networks.encoder import PosteriorEncoder
+from cosmos3_fast.vae.networks.encoder import FrameEncoder
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
 diffusers = pytest.importorskip("diffusers")
@@ -431,7 +433,7 @@ def test_any_values_are_encoded(vae: Any) -> None:
 @pytest.mark.parametrize(
     ("network", "method", "run", "make"),
     [
-        (PosteriorEncoder, "forward", parameters, lambda vae: pixels()),
+        (FrameEncoder, "forward", parameters, lambda vae: pixels()),
         (
             FrameDecoder,
             "decode_unnormalized",
@@ -473,10 +475,10 @@ def test_an_engines_cache_is_asked_first(wan: Any) -> None:
     asked: list[str] = []
     kept: dict[Any, torch.Tensor] = {}
 
-    def cached(encode: Any) -> Any:
+    def cached(name: str, encode: Any) -> Any:
         def method(vae: Any, frames: torch.Tensor) -> torch.Tensor:
-            asked.append(encode.__name__)
-            key = (encode.__name__, frames.shape, frames.sum().item())
+            asked.append(name)
+            key = (name, frames.shape, frames.sum().item())
             if key not in kept:
                 kept[key] = encode(vae, frames)
             return kept[key].clone()
@@ -485,7 +487,7 @@ def test_an_engines_cache_is_asked_first(wan: Any) -> None:
 
     clip = pixels(9)
     with torch.no_grad():
-        accelerated.accelerate(wan, "fast", cached)
+        seam.accelerate(wan, "fast", Engine(cached))
         first = parameters(wan, pixels())
         assert torch.equal(parameters(wan, pixels()), first)
         with wanted_frames(2):
@@ -498,13 +500,14 @@ def test_an_engines_cache_is_asked_first(wan: Any) -> None:
 
 def test_what_fetches_the_vae_is_called_before_its_own_code_only(wan: Any) -> None:
     fetched: list[int] = []
+    pending: list[Any] = [lambda: fetched.append(1)]
     with torch.no_grad():
-        accelerate(wan)
-        with before_own_code(lambda: fetched.append(1)):
-            wan.encode(pixels())
-            assert fetched == []
-            wan.encode(pixels(5))
+        seam.accelerate(wan, "fast", Engine(pending_fetch=lambda: pending[0]))
+        wan.encode(pixels())
+        assert fetched == []
+        wan.encode(pixels(5))
         assert fetched == [1]
+        pending[0] = None
         wan.encode(pixels(5))
     assert fetched == [1]
 
@@ -526,3 +529,25 @@ def test_a_decorator_that_hides_the_signature_is_seen_through(wan: Any) -> None:
         assert torch.equal(posterior.parameters, parameters(wan, pixels()))
         with pytest.raises(TypeError):
             wan.encode(pixels(), nonsense=True)
+
+
+def test_forwards_that_the_engine_vouches_for(wan: Any) -> None:
+    conv = wan.encoder.conv_in
+
+    def fused(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        return type(conv).forward(conv, x, *args)
+
+    conv.forward = fused
+    wanted = parameters(wan, pixels())
+    seam.accelerate(wan, "fast")
+    assert_own(wan, pixels(), wanted)
+    seam.accelerate(wan, "fast", Engine(is_equivalent=lambda forward: forward is fused))
+    assert close(parameters(wan, pixels()), wanted)
+    assert last_encoding(wan).path == "fast"
+
+
+def test_copies_and_pickles_keep_the_engine(wan: Any) -> None:
+    engine = Engine(is_equivalent=callable)
+    seam.accelerate(wan, "exact", engine)
+    assert seam.engine_of(copy.deepcopy(wan)) is engine
+    assert seam.engine_of(pickle.loads(pickle.dumps(wan))) == engine

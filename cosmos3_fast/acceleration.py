@@ -1,0 +1,128 @@
+"""`accelerate`, `restore`, `refresh` and `last_encoding`, for a VAE or the pipeline that has one.
+
+    accelerate(pipe, mode="fast")
+    restore(pipe)
+
+All computing is the VAE's (`cosmos3_fast.vae.live`). What an engine needs beside it is its
+adapter's, in `cosmos3_fast.engines`, which is imported when such a pipeline or VAE is met.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, TypeVar
+
+from torch import nn
+
+from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.engine import Engine
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
+from cosmos3_fast.vae.live.paths import Encoding, check_mode
+from cosmos3_fast.vae.topology import UnsupportedVAEError
+
+__all__ = ["Encoding", "accelerate", "last_encoding", "refresh", "restore"]
+
+T = TypeVar("T")
+
+# Pipelines that need to announce what they use, by the name of a class they derive from, and the
+# module whose `announce(pipe, mode)` sees to it.
+_ANNOUNCERS = {
+    "Cosmos3OmniPipeline": "cosmos3_fast.engines.diffusers",
+    "Cosmos3OmniModularPipeline": "cosmos3_fast.engines.diffusers",
+}
+# Packages whose VAEs are surrounded by more than a VAE by itself, and the module whose `ENGINE`
+# says by what.
+_ENGINES = {"vllm_omni": "cosmos3_fast.engines.vllm_omni"}
+
+
+def accelerate(target: T, mode: str = "fast") -> T:
+    """Accelerate a VAE of the Wan family, or the pipeline that has one.
+
+    Any pipeline of diffusers whose `vae` is `AutoencoderKLWan` or `AutoencoderKLQwenImage`: single
+    frames are encoded and decoded as 2-D networks. Cosmos3's, task and modular, encode only the
+    frames that the video depends on: none for text, one for an image and the actions "policy" and
+    "forward_dynamics", 4·max(condition_frame_indexes_vision) + 1 for a video. Inverse dynamics,
+    transfer controls, and modular pipelines in which something else reads the encoder's latents,
+    are encoded whole.
+
+    In a release of diffusers that the tests have not run on, a Cosmos3 pipeline has to pass a
+    self-test, or is left as it is with a warning.
+
+    Called again it changes the mode. The state is the VAE's: pipelines that share it share the
+    acceleration.
+
+    Args:
+        target: a VAE or a pipeline. Changed in place.
+        mode: see `cosmos3_fast.vae.live.seam.accelerate`. In "exact" a Cosmos3 pipeline's
+            results equal the unpatched pipeline's, the sign of zeros apart.
+
+    Returns:
+        `target` itself.
+
+    Raises:
+        TypeError: `target` is neither.
+        ValueError: an unknown mode.
+        UnsupportedVAEError: (a ValueError) the VAE is none of this family.
+    """
+    checked = check_mode(mode)
+    if checked == "off":
+        return restore(target)
+    if _is_vae(target):
+        return seam.accelerate(target, checked, _engine_of(target))
+    vae = getattr(target, "vae", None)
+    names = [base.__name__ for base in type(target).__mro__]
+    announcer = next((_ANNOUNCERS[name] for name in names if name in _ANNOUNCERS), None)
+    if announcer is None and vae is None:
+        name = f"{type(target).__module__}.{type(target).__qualname__}"
+        if hasattr(target, "vae"):
+            raise UnsupportedVAEError(f"{name} has no vae yet")
+        raise TypeError(f"target must be a VAE or a pipeline with one, got {name}")
+    if vae is not None:
+        seam.accelerate(vae, checked, _engine_of(vae))
+    if announcer is None or importlib.import_module(announcer).announce(target, checked):
+        return target
+    return restore(target)
+
+
+def restore(target: T) -> T:
+    """Undo `accelerate`; what is not accelerated is left as it is.
+
+    Returns:
+        `target` itself.
+    """
+    if not _is_vae(target):
+        getattr(target, "__dict__", {}).pop(ATTRIBUTE, None)
+    seam.restore(_vae_of(target))
+    return target
+
+
+def refresh(target: T) -> T:
+    """Fold again at the next use: for weights that were changed without a trace.
+
+    Args:
+        target: a VAE or a pipeline.
+
+    Returns:
+        `target` itself.
+    """
+    seam.refresh(_vae_of(target))
+    return target
+
+
+def last_encoding(target: Any) -> Encoding | None:
+    """How an accelerated VAE, or that of a pipeline, encoded latest; None before the first time."""
+    return seam.last_encoding(_vae_of(target))
+
+
+def _is_vae(target: Any) -> bool:
+    return isinstance(seam.uncompiled(target), nn.Module) and hasattr(target, "encode")
+
+
+def _vae_of(target: Any) -> Any:
+    return target if _is_vae(target) else getattr(target, "vae", None)
+
+
+def _engine_of(vae: Any) -> Engine | None:
+    packages = (base.__module__.partition(".")[0] for base in type(seam.uncompiled(vae)).__mro__)
+    module = next((_ENGINES[package] for package in packages if package in _ENGINES), None)
+    return None if module is None else importlib.import_module(module).ENGINE

@@ -1,0 +1,70 @@
+"""Calls of a VAE's `encode` and `decode`: handed to what the VAE carries, where it carries it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cosmos3_fast.vae.live.patch import ATTRIBUTE, signature, wrap_where_defined
+
+# Inside a VAE's own code: what it calls of itself, as `super().encode`, is its own too. Another
+# thread or task may be outside of it meanwhile.
+_own: ContextVar[bool] = ContextVar("cosmos3_fast_own", default=False)
+
+
+def install(vae_class: type[Any]) -> None:
+    """Wrap `encode` and `decode` of the class, or of the base that defines them, once."""
+    for name, first in (("encode", "x"), ("decode", "z")):
+        wrap_where_defined(vae_class, name, functools.partial(_inert, name=name, first=first))
+
+
+def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
+    """`original`, but for objects that carry a `seam.Acceleration`, whose method `name` serves.
+
+    Args:
+        original: the VAE's own method.
+        name: "encode" or "decode".
+        first: name of what is encoded or decoded, should the method not show it.
+    """
+    empty = inspect.Parameter.empty
+    plain = {"self": empty, first: empty, "return_dict": True}
+    shown = signature(original, plain)
+    receiver, first = list(shown.parameters)[:2]
+    known = {receiver, first, "return_dict"}
+
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return original(self, *args, **kwargs)
+        state = self.__dict__.get(ATTRIBUTE)
+        if state is None or _own.get():
+            return original(self, *args, **kwargs)
+        try:
+            bound = shown.bind(self, *args, **kwargs)
+        except TypeError:  # its own words for it
+            return original(self, *args, **kwargs)
+        given = bound.arguments
+        x = given.get(first)
+
+        def own(tensor: Any) -> Any:
+            given[first] = tensor
+            fetch = state.engine.pending_fetch()
+            if fetch is not None:
+                fetch()
+            token = _own.set(True)
+            try:
+                return original(*bound.args, **bound.kwargs)
+            finally:
+                _own.reset(token)
+
+        others = [value for key, value in given.items() if key not in known]
+        if not isinstance(x, Tensor) or any(value is not None for value in others):
+            return own(x)
+        return getattr(state, name)(self, own, x, given.get("return_dict", True))
+
+    return wrapper

@@ -1,0 +1,225 @@
+"""The encoder and the decoder of a live VAE: their modules, their networks, what they return."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cosmos3_fast.frames import latent_frames, pixel_frames
+from cosmos3_fast.vae.compatibility import probe_posterior
+from cosmos3_fast.vae.live.engine import Encode, Engine
+from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
+from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
+from cosmos3_fast.vae.live.weights import Fold, Following
+from cosmos3_fast.vae.networks.decoder import FrameDecoder
+from cosmos3_fast.vae.networks.encoder import FrameEncoder
+from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
+
+
+class Part(ABC):
+    """One direction of a live VAE.
+
+    A subclass says which modules and methods it is, how its networks are folded and called, and
+    what shape a result has.
+
+    Args:
+        engine: what surrounds the VAE.
+        tell: warns, once per message; a function that does not refer back to the part.
+
+    Attributes:
+        returns: the form of what the VAE's own method returns; None until it is learnt, and from
+            then on there: it depends on the VAE's class and configuration, not on its weights.
+    """
+
+    modules: ClassVar[tuple[str, ...]]
+    """Names of the VAE's modules that the part consists of; the first has `conv_in`."""
+    methods: ClassVar[tuple[str, ...]]
+    """Of the VAE; the first is the one that users call."""
+
+    def __init__(self, engine: Engine, tell: Callable[[str], None]) -> None:
+        self.returns: Any = None
+        self._engine = engine
+        self._tell = tell
+        self._frame = Following()
+
+    @abstractmethod
+    def _fold_frame(self, vae: Any, device: torch.device) -> Any:
+        """The network for one frame; `returns` is known afterwards."""
+
+    @abstractmethod
+    def _call(self, network: Any, x: Tensor) -> Tensor:
+        """What the VAE's own method computes, by a network."""
+
+    @abstractmethod
+    def _sizes(self, topology: EncoderTopology, x: Tensor) -> tuple[Sequence[int], tuple[int, ...]]:
+        """Height and width in pixels, and the shape of the VAE's own result for `x`."""
+
+    @abstractmethod
+    def _refused(self, error: Exception) -> None:
+        """The part cannot be folded while the VAE is being accelerated."""
+
+    def _cached(self, run: Encode) -> Encode:
+        """`run` through the engine's cache, where it has one for this part."""
+        return run
+
+    def _network_for(self, frames: int) -> tuple[Following, Fold]:
+        """What serves so many frames; `paths.serves_fast` has said that something does."""
+        return self._frame, self._fold_frame
+
+    def forget(self) -> None:
+        """Fold again at the next use."""
+        self._frame.forget()
+
+    def prepare(self, vae: Any) -> None:
+        """Fold the network for one frame where the VAE is; what speaks against it is told."""
+        seen = self._survey(vae)
+        if seen.obstacle is not None:
+            self._tell_own(seen.obstacle)
+            return
+        try:
+            device = next(getattr(vae, self.modules[0]).parameters()).device
+            self._frame.snapshot(self._fold_frame, vae, seen, device)
+        except (UnsupportedVAEError, AttributeError, StopIteration) as error:
+            self._refused(error)
+
+    def run(
+        self, vae: Any, x: Tensor, topology: EncoderTopology
+    ) -> tuple[Tensor, None] | tuple[None, str]:
+        """The result of a folded network, or None and why the VAE's own code has to run.
+
+        Args:
+            vae: the live VAE.
+            x: what its own method takes, [B, C, T, H, W].
+            topology: of its encoder.
+        """
+        sizes, shape = self._sizes(topology, x)
+        reason = why_not_at_all(vae, x, self.methods) or why_tiled(vae, *sizes)
+        if reason is None:
+            seen = self._survey(vae)
+            reason = seen.obstacle
+            if torch.is_grad_enabled() and (x.requires_grad or seen.trainable):
+                reason = reason or "a gradient is wanted"
+        if reason is None:
+            weight = getattr(vae, self.modules[0]).conv_in.weight
+            moved = hasattr(vae, "_hf_hook") or self._engine.pending_fetch() is not None
+            if x.dtype != weight.dtype or (x.device != weight.device and not moved):
+                # The VAE's own code says what is wrong, or copes with it.
+                return None, f"the input is {x.dtype} on {x.device}, the VAE is not"
+            try:
+                return self._through_network(vae, x, shape, seen), None
+            except Exception as error:  # never stop a run that the VAE's own code can make
+                reason = str(error) or repr(error)
+        self._tell_own(reason)
+        return None, reason
+
+    def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
+        following, fold = self._network_for(x.shape[2])
+        snapshot = following.snapshot(fold, vae, seen, x.device)
+
+        def run(_: Any, given: Tensor) -> Tensor:
+            if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
+                return torch.cat([self._call(snapshot.network, each) for each in given.split(1)])
+            return self._call(snapshot.network, given)
+
+        with torch.no_grad():
+            result = self._cached(run)(vae, x)
+        if result.shape != shape or result.dtype != x.dtype:
+            reason = f"the folded network gave {list(result.shape)} in {result.dtype}"
+            following.refuse(snapshot, reason)
+            raise UnsupportedVAEError(reason)
+        return result
+
+    def _survey(self, vae: Any) -> Survey:
+        return survey(vae, self.modules, self._engine.is_equivalent)
+
+    def _tell_own(self, reason: str) -> None:
+        self._tell(f"the VAE's own {self.methods[0]} runs: {reason}")
+
+
+class EncoderPart(Part):
+    """Pixels to the posterior's parameters. A VAE whose encoder cannot be folded is refused."""
+
+    modules = ("encoder", "quant_conv")
+    methods = ("encode", "_encode")
+    returns: EncodeReturns | None
+
+    def _fold_frame(self, vae: Any, device: torch.device) -> Any:
+        own = bare(vae)
+        network = FrameEncoder.from_vae(own, device=device, probe=False, posterior=True)
+        self.returns = probe_posterior(own, network)
+        return network
+
+    def _call(self, network: Any, x: Tensor) -> Tensor:
+        return network(x)
+
+    def _sizes(self, topology: EncoderTopology, x: Tensor) -> tuple[Sequence[int], tuple[int, ...]]:
+        sizes, factor = x.shape[3:], topology.spatial_factor
+        frames = latent_frames(x.shape[2], topology.temporal_factor)
+        cells = (size // factor for size in sizes)
+        return sizes, (x.shape[0], 2 * topology.z_dim, frames, *cells)
+
+    def _refused(self, error: Exception) -> None:
+        raise UnsupportedVAEError(str(error)) from error
+
+    def _cached(self, run: Encode) -> Encode:
+        return self._engine.cached("encode_folded", run)
+
+    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns | None:
+        """`returns`, from the smallest frame where it is not known; None where that fails."""
+        if self.returns is None:
+            edge = topology.spatial_factor
+            try:
+                weight = next(p for p in vae.encoder.parameters())
+                device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
+                own = bare(vae)
+                if weight.is_meta:
+                    weight = torch.empty(0, device=device or "cpu", dtype=weight.dtype)
+                with torch.no_grad():
+                    out = own.encode(weight.new_zeros(1, 3, 1, edge, edge))
+                returns, parameters = EncodeReturns.of(out)
+                if parameters.shape[1] != 2 * topology.z_dim:
+                    returns = returns.without_variance(parameters.shape[1])
+                self.returns = returns
+            except Exception as error:
+                self._tell(f"all frames are encoded: what encode returns is not known ({error})")
+        return self.returns
+
+
+class DecoderPart(Part):
+    """Latents to pixels. A VAE whose decoder cannot be folded decodes by itself, with a warning."""
+
+    modules = ("decoder", "post_quant_conv")
+    methods = ("decode", "_decode")
+    returns: DecodeReturns | None
+
+    def _fold_frame(self, vae: Any, device: torch.device) -> Any:
+        own = bare(vae)
+        network = FrameDecoder.from_vae(own, device=device)
+        weight = vae.decoder.conv_in.weight
+        out = own.decode(weight.new_zeros(1, network.z_dim, 1, 1, 1))
+        self.returns = DecodeReturns.of(out, weight.dtype)
+        return network
+
+    def _call(self, network: Any, x: Tensor) -> Tensor:
+        return network.decode_unnormalized(x)
+
+    def _sizes(self, topology: EncoderTopology, x: Tensor) -> tuple[Sequence[int], tuple[int, ...]]:
+        sizes = [size * topology.spatial_factor for size in x.shape[3:]]
+        frames = pixel_frames(x.shape[2], topology.temporal_factor)
+        return sizes, (x.shape[0], 3, frames, *sizes)
+
+    def _refused(self, error: Exception) -> None:
+        self._tell(str(error))
+
+
+def bare(vae: Any) -> Any:
+    """The VAE's own code and modules, without what moves, shortens or replaces its methods."""
+    own = object.__new__(type(vae))
+    hidden = {"_hf_hook", ATTRIBUTE, "encode", "decode"}
+    vars(own).update({name: value for name, value in vars(vae).items() if name not in hidden})
+    return own

@@ -1,0 +1,112 @@
+"""What of a clip is asked for, and which ways of encoding or decoding it may serve, in order.
+
+The stage, the seam and the engines' adapters all decide here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from cosmos3_fast.frames import TEMPORAL_FACTOR, latent_frames, pixel_frames
+
+Mode = Literal["exact", "fast", "off"]
+MODES: tuple[Mode, ...] = ("exact", "fast", "off")
+
+Path = Literal["none", "fast", "exact", "whole"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How an accelerated VAE encoded.
+
+    Attributes:
+        path: "none" (nothing was wanted), "fast" (the folded 2-D encoder), "exact" (the VAE's own
+            code on a prefix of the clip) or "whole" (the VAE's own code on all of it).
+        pixel_frames: frames that were encoded.
+        of: frames that were given.
+        reason: why the path is not the one that the mode promises; None where it is.
+    """
+
+    path: Path
+    pixel_frames: int
+    of: int
+    reason: str | None = None
+
+
+class Asked(NamedTuple):
+    """What of a clip is asked for; see `ask`.
+
+    Attributes:
+        given: pixel frames of the clip.
+        total: latent frames of the clip.
+        wanted: latent frames that are used, the first ones.
+        needed: pixel frames that these depend on, the first ones.
+        is_plain: whether what is used ends with a whole group of frames: a rest is the VAE's to
+            judge.
+    """
+
+    given: int
+    total: int
+    wanted: int
+    needed: int
+    is_plain: bool
+
+
+def ask(given: int, announced: int | None = None, factor: int = TEMPORAL_FACTOR) -> Asked:
+    """What of a clip is asked for.
+
+    Args:
+        given: pixel frames of the clip, at least 1.
+        announced: the first so many latent frames are used; None: all, as nobody said otherwise.
+        factor: pixel frames per latent frame.
+    """
+    total = latent_frames(given, factor)
+    wanted = total if announced is None else min(announced, total)
+    needed = pixel_frames(wanted, factor) if wanted else 0
+    return Asked(given, total, wanted, needed, announced is not None or needed == given)
+
+
+def check_mode(mode: str, argument: str = "mode") -> Mode:
+    """`mode` itself.
+
+    Raises:
+        ValueError: it is none of "exact", "fast" and "off".
+    """
+    for known in MODES:
+        if mode == known:
+            return known
+    raise ValueError(f"{argument} must be one of {', '.join(MODES)}, got {mode!r}")
+
+
+def serves_fast(frames: int, clips: bool = False) -> bool:
+    """Whether folded networks take so many latent frames.
+
+    Args:
+        frames: to encode or to decode.
+        clips: whether there is a network for more than one.
+    """
+    return frames == 1 or (clips and frames > 1)
+
+
+def ways_to_encode(mode: Mode, asked: Asked, clips: bool = False) -> tuple[Path, ...]:
+    """The ways of encoding that may serve, the best first; the last is always open.
+
+    Args:
+        mode: what the user chose.
+        asked: of the clip.
+        clips: see `serves_fast`.
+    """
+    ways: list[Path] = []
+    if asked.wanted == 0:
+        ways.append("none")
+    if mode == "fast" and asked.is_plain and serves_fast(asked.wanted, clips):
+        ways.append("fast")
+    if 0 < asked.wanted < asked.total:
+        ways.append("exact")
+    return (*ways, "whole")
+
+
+def ways_to_decode(mode: Mode, frames: int, clips: bool = False) -> tuple[Path, ...]:
+    """The ways of decoding so many latent frames that may serve, as `ways_to_encode`."""
+    return ("fast", "whole") if mode == "fast" and serves_fast(frames, clips) else ("whole",)
