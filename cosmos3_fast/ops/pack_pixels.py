@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, register_autograd, select
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
 def pack_pixels(
@@ -107,6 +107,7 @@ register(
     check_pixels,
     eager=pack_pixels_reference,
     triton="pack_pixels:pack_pixels",
+    example=lambda device: (example_tensor(device, 1, 3, 4, 6), 2, torch.float64, 16),
 )
 
 

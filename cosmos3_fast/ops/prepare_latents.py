@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from cosmos3_fast.ops._torch import beneath_negation, has_address, redispatch
 from cosmos3_fast.ops.checks import check_device, check_dtype
 from cosmos3_fast.ops.registry import (
-    has_tangent,
+    REGISTERED,
+    example_tensor,
+    refuse_autograd,
     register,
     register_autograd,
     register_kernel,
     select,
 )
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def prepare_latents(
@@ -58,13 +62,14 @@ def prepare_latents(
 
     Raises:
         RuntimeError: arguments that do not fit; names the argument, what came and what is wanted.
+        TypeError: `condition_frames` is no list of frames, such as a mask that lacks its keyword.
         ValueError: an unknown backend, or frames and a mask together.
         BackendUnavailableError: the named backend cannot serve here.
     """
+    frames = _frame_list("prepare_latents", condition_frames)
     if condition_mask is None:
-        run = select("prepare_latents", backend, noise.device)
-        return run(cond_latent, noise, list(condition_frames))
-    if tuple(condition_frames) != (0,):
+        return select("prepare_latents", backend, noise.device)(cond_latent, noise, frames)
+    if frames != [0]:
         raise ValueError("prepare_latents: give condition_frames or condition_mask, not both")
     return select("prepare_latents.mask", backend, noise.device)(cond_latent, noise, condition_mask)
 
@@ -83,8 +88,25 @@ def prepare_latents_(
     `Tensor.copy_` the two must not overlap in part (the same view twice changes nothing; where
     strided views of one buffer interleave, `cond_latent` is read before anything is written).
     """
-    run = select("prepare_latents_", backend, noise.device)
-    return run(cond_latent, noise, list(condition_frames))
+    frames = _frame_list("prepare_latents_", condition_frames)
+    return select("prepare_latents_", backend, noise.device)(cond_latent, noise, frames)
+
+
+def _frame_list(op: str, condition_frames: Sequence[int]) -> list[int]:
+    if isinstance(condition_frames, Tensor):
+        if condition_frames.dim() != 1 or condition_frames.dtype not in INTEGERS:
+            hint = "" if op.endswith("_") else "; give a mask as condition_mask="
+            raise TypeError(
+                f"{op}: condition_frames must be a list of frames, got a tensor of shape "
+                f"{list(condition_frames.shape)} in {condition_frames.dtype}{hint}"
+            )
+        return condition_frames.tolist()
+    try:
+        return list(condition_frames)
+    except TypeError:
+        raise TypeError(
+            f"{op}: condition_frames must be a list of frames, got {condition_frames!r}"
+        ) from None
 
 
 def prepare_latents_formula(
@@ -112,21 +134,15 @@ def _fills_its_extent(x: Tensor) -> bool:
     return _extent(x) == x.numel()
 
 
-def _has_address(x: Tensor) -> bool:
-    return not isinstance(x, FakeTensor) and x.device.type != "meta"
-
-
 def _begin(x: Tensor) -> int | torch.SymInt:
-    return x.data_ptr() if _has_address(x) else x.storage_offset() * x.element_size()
+    return x.data_ptr() if has_address(x) else x.storage_offset() * x.element_size()
 
 
 def may_overlap(cond_latent: Tensor, noise: Tensor) -> bool:
     """Whether the memory of the two is interleaved or shared."""
-    if not _has_address(noise):
-        # The storage is still one or another.
-        storages = (cond_latent.untyped_storage(), noise.untyped_storage())
-        if storages[0]._cdata != storages[1]._cdata:
-            return False
+    # Without an address the storage is still one or another.
+    if not has_address(noise) and cond_latent.untyped_storage() is not noise.untyped_storage():
+        return False
     if cond_latent.numel() == 0 or noise.numel() == 0:
         return False
     ours, theirs = _begin(cond_latent), _begin(noise)
@@ -303,12 +319,23 @@ def check_frames_in_place(
         )
 
 
+def _example(device: str) -> tuple[Tensor, Tensor, list[int]]:
+    cond_latent = example_tensor(device, 1, 2, 1, 2, 3)
+    return cond_latent, example_tensor(device, 2, 2, 4, 2, 3), [0, 2]
+
+
+def _mask_example(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    cond_latent, noise, _ = _example(device)
+    return cond_latent, noise, example_tensor(device, 2, 1, 4, 1, 1).square()
+
+
 register(
     "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
     "(Tensor latents, Tensor velocity_mask)",
     check_frames,
     eager=prepare_latents_reference,
     triton="prepare_latents:prepare_latents",
+    example=_example,
 )
 register(
     "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
@@ -316,6 +343,7 @@ register(
     check_mask,
     eager=prepare_latents_mask_reference,
     triton="prepare_latents:prepare_latents_mask",
+    example=_mask_example,
 )
 register(
     "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
@@ -323,6 +351,7 @@ register(
     check_frames_in_place,
     eager=prepare_latents_in_place_reference,
     triton="prepare_latents:prepare_latents_",
+    example=_example,
 )
 
 
@@ -430,21 +459,8 @@ register_autograd(
 )
 
 
-def _refuse_gradients(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
-) -> Tensor:
-    tracked = torch.is_grad_enabled() and (cond_latent.requires_grad or noise.requires_grad)
-    if tracked or has_tangent(cond_latent, noise):
-        raise RuntimeError(
-            "prepare_latents_: cond_latent and noise must not require a gradient; "
-            "use prepare_latents, which is differentiable"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
-
-
 def _count_the_write(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+    keyset: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
     """As every in-place op of torch: also in inference mode, where no Autograd kernel runs."""
     if noise.is_inference() and not torch.is_inference_mode_enabled():
@@ -452,34 +468,43 @@ def _count_the_write(
             "prepare_latents_: noise must not be an inference tensor outside torch.inference_mode; "
             "clone it"
         )
-    with torch._C._ExcludeDispatchKeyGuard(_ADINPLACEORVIEW):
-        velocity_mask = torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+    arguments = cond_latent, noise, condition_frames
+    velocity_mask = redispatch(REGISTERED["prepare_latents_"], keyset, *arguments)
     if not noise.is_inference():
         torch.autograd.graph.increment_version(noise)
     return velocity_mask
 
 
 def _write_negated(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+    _: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
     """For views that torch negates when they are read, such as `z.conj().imag`."""
     cond_latent = cond_latent.resolve_neg()
-    if noise.is_neg():
+    if not noise.is_neg():
+        return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+    beneath = beneath_negation(noise)
+    if beneath is not None:
         # Writing -x into the memory beneath the view.
-        cond_latent, noise = -cond_latent, torch._neg_view(noise)
-    return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+        return torch.ops.cosmos3.prepare_latents_(-cond_latent, beneath, condition_frames)
+    written = noise.resolve_neg()
+    velocity_mask = torch.ops.cosmos3.prepare_latents_(cond_latent, written, condition_frames)
+    noise.copy_(written)
+    return velocity_mask
 
 
 def _resolve_conjugates(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+    _: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
     # Only complex tensors get here, which the op then refuses.
     arguments = cond_latent.resolve_conj(), noise.resolve_conj(), condition_frames
     return torch.ops.cosmos3.prepare_latents_(*arguments)
 
 
-_ADINPLACEORVIEW = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-register_kernel("prepare_latents_", _refuse_gradients, "Autograd")
+refuse_autograd(
+    "prepare_latents_",
+    "cond_latent and noise must not require a gradient; "
+    "use prepare_latents, which is differentiable",
+)
 register_kernel("prepare_latents_", _count_the_write, "ADInplaceOrView")
 register_kernel("prepare_latents_", _write_negated, "Negative")
 register_kernel("prepare_latents_", _resolve_conjugates, "Conjugate")

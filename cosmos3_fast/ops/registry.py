@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,22 +18,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
+from torch import Tensor
 from torch.autograd import forward_ad
+
+from cosmos3_fast.ops import _torch
+from cosmos3_fast.ops._torch import PLAIN_TENSORS
 
 BACKENDS = ("cpp", "triton", "eager")
 DEVICES = ("cpu", "cuda")
 
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+Kernel = Callable[..., Any]
 
-# Filled by `register`: the schemas, the names in them, `torch.ops.cosmos3.<op>` by name, and the
-# (name, device) that the library serves.
+# Filled by `register`: the schemas, the names in them, and by name `torch.ops.cosmos3.<op>`, its
+# check, its specification and the arguments of an example; the (name, device) of the library.
 SCHEMAS: list[str] = []
 OPS: list[str] = []
 REGISTERED: dict[str, Any] = {}
+CHECKS: dict[str, Kernel] = {}
+REFERENCES: dict[str, Kernel] = {}
+EXAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {}
 LIBRARY_KERNELS: set[tuple[str, str]] = set()
-
-Kernel = Callable[..., Any]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -66,9 +71,7 @@ def _load_library() -> str | None:
         return reason.read_text().strip() if reason.exists() else "this install has no library"
     path = str(libraries[0])
     # Loading it all the same ends the process: the second copy's initialisation is left half done.
-    if path not in torch.ops.loaded_libraries and torch._C._jit_get_schemas_for_operator(
-        "cosmos3::prepare_latents"
-    ):
+    if path not in torch.ops.loaded_libraries and hasattr(torch.ops.cosmos3, "prepare_latents"):
         raise ImportError(
             f"{path} cannot define torch.ops.cosmos3, which this process has already: another copy "
             "of cosmos3_fast is loaded. Remove one of the two"
@@ -93,12 +96,17 @@ _python_kernels: dict[tuple[str, str], Kernel] = {}
 
 
 def _library_serves(op: str, device: str) -> bool:
-    return LIBRARY_ERROR is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"cosmos3::{op}", device.upper()
-    )
+    return LIBRARY_ERROR is None and REGISTERED[op].has_kernel_for_dispatch_key(device.upper())
 
 
-def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = None) -> None:
+def register(
+    schema: str,
+    check: Kernel,
+    *,
+    eager: Kernel,
+    triton: str | None = None,
+    example: Callable[[str], tuple[Any, ...]] | None = None,
+) -> None:
     """Gives an op its Python backends, for use by name and where the library does not serve.
 
     Args:
@@ -107,6 +115,8 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
         check: takes the op's arguments; raises if they do not fit.
         eager, triton: take the same arguments; `triton` as "module:function" below
             `cosmos3_fast.ops.triton`, imported at the first call, or None if there is none.
+        example: takes a device and gives the arguments of a small call, floats in float64 where
+            the op takes it: what the tests of all ops at once call it with.
     """
     op = schema.split("(", maxsplit=1)[0]
     if LIBRARY_ERROR:
@@ -114,6 +124,10 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
     SCHEMAS.append(schema)
     OPS.append(op)
     REGISTERED[op] = _overload(op)
+    CHECKS[op] = check
+    REFERENCES[op] = eager
+    if example is not None:
+        EXAMPLES[op] = example
     LIBRARY_KERNELS.update((op, device) for device in DEVICES if _library_serves(op, device))
 
     def run_eager(*args: Any) -> Any:
@@ -148,17 +162,46 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
         _definitions.impl(op, run_cuda, "CUDA")
 
 
+def example_tensor(device: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Values in (-1, 1), none like its neighbors, for the `example` of `register`."""
+    count = torch.Size(shape).numel()
+    return torch.arange(1, count + 1, dtype=dtype, device=device).sin().reshape(shape) * 0.9
+
+
 def register_kernel(op: str, kernel: Kernel, key: str) -> None:
-    """Registers what runs above every backend, at the dispatch key `key`."""
-    _definitions.impl(op, kernel, key)
+    """Registers what runs above every backend, at the dispatch key `key`.
+
+    Args:
+        op: name in the schema, with its overload.
+        kernel: takes the keyset of the call, for `_torch.redispatch`, and the op's arguments.
+        key: name of the dispatch key.
+    """
+    _definitions.impl(op, kernel, key, with_keyset=True)
+
+
+def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
+    return [x for x in args if isinstance(x, Tensor)]
+
+
+def requires_grad(*args: Any) -> bool:
+    """Whether reverse-mode AD follows one of `args`."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args))
 
 
 def has_tangent(*args: Any) -> bool:
     """Whether forward-mode AD follows one of `args`."""
-    if forward_ad._current_level < 0:
-        return False
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+    return _torch.forward_mode_is_on() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in _tensors(args)
+    )
+
+
+def is_differentiated(*args: Any) -> bool:
+    """Whether derivatives are taken of one of `args`, in either mode, or may be, in a transform.
+
+    Then an op that has none cannot be called, nor an `out=` form of torch's.
+    """
+    # Of a tensor that a transform batches, torch refuses to say whether it has a tangent.
+    return requires_grad(*args) or _torch.in_transform(*_tensors(args)) or has_tangent(*args)
 
 
 def register_autograd(op: str, backward: Kernel, setup_context: Kernel, reference: Kernel) -> None:
@@ -167,17 +210,51 @@ def register_autograd(op: str, backward: Kernel, setup_context: Kernel, referenc
     Args:
         op: name in the schema, with its overload.
         backward, setup_context: as `torch.library.register_autograd` takes them.
-        reference: the op in plain torch, which runs in its place under forward-mode AD, for which
-            `torch.library` has no formula: without it every tangent would be zero.
+        reference: the op in plain torch, with its defaults. It runs in the op's place under
+            forward-mode AD, for which `torch.library` has no formula (without it every tangent
+            would be zero), and inside nested function transforms.
     """
-    reverse = make_autograd_impl(REGISTERED[op], Info(backward, setup_context))
+    overload = REGISTERED[op]
+    defaults = [each.default for each in inspect.signature(reference).parameters.values()]
 
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if has_tangent(*args, *kwargs.values()):
-            return reference(*args, **kwargs)
-        return reverse(keyset, *args, **kwargs)
+    def forward(ctx: Any, *args_and_keyset: Any) -> Any:
+        *args, keyset = args_and_keyset
+        output = _torch.redispatch(overload, keyset, *args)
+        setup_context(ctx, tuple(args), output)
+        return output
 
-    _definitions.impl(op, kernel, "Autograd", with_keyset=True)
+    def gradients(ctx: Any, *of_outputs: Any) -> tuple[Any, ...]:
+        found = backward(ctx, *of_outputs)
+        return *found, None
+
+    function: Any = type(
+        op.replace(".", "_"),
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        # What equals its default does not come.
+        args = (*args, *defaults[len(args) :])
+        if _torch.in_transform(*_tensors(args)) or has_tangent(*args):
+            CHECKS[op](*args)
+            return reference(*args)
+        if requires_grad(*args):
+            return function.apply(*args, keyset)
+        return _torch.redispatch(overload, keyset, *args)
+
+    register_kernel(op, kernel, "Autograd")
+
+
+def refuse_autograd(op: str, reason: str) -> None:
+    """Makes `op` raise a RuntimeError, which says `reason`, where an argument is differentiated."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if requires_grad(*args) or has_tangent(*args):
+            raise RuntimeError(f"{op}: {reason}")
+        return _torch.redispatch(REGISTERED[op], keyset, *args)
+
+    register_kernel(op, kernel, "Autograd")
 
 
 @functools.cache
@@ -225,21 +302,11 @@ def backend_error(
 
 def _needs_all_layers(args: tuple[Any, ...]) -> bool:
     """Whether anything but the backend's kernel has to see the call: gradients, tracing, modes."""
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    ):
-        return True
-    tracks = torch.is_grad_enabled()
-    for x in args:
-        if isinstance(x, torch.Tensor) and (
-            type(x) not in PLAIN_TENSORS or (tracks and x.requires_grad)
-        ):
-            return True
-    return False
+    return (
+        _torch.is_watched()
+        or any(type(x) not in PLAIN_TENSORS for x in _tensors(args))
+        or requires_grad(*args)
+    )
 
 
 def call(op: str, *args: Any) -> Any:
@@ -250,7 +317,7 @@ def call(op: str, *args: Any) -> Any:
         or _needs_all_layers(args)
     ):
         return REGISTERED[op](*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         return REGISTERED[op](*args)
 
 

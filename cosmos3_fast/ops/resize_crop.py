@@ -151,6 +151,12 @@ register(
     "-> Tensor",
     check_resize_crop,
     eager=resize_crop_reference,
+    example=lambda device: (
+        torch.arange(5 * 6 * 3, dtype=torch.uint8, device=device).reshape(5, 6, 3),
+        (4, 8),
+        (1, 2, 3, 5),
+        "lanczos",
+    ),
 )
 
 

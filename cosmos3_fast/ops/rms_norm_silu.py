@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, register_autograd, select
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
 
@@ -242,12 +242,30 @@ def check_add_pad(
     _check("add_pad", x, None, bias, residual)
 
 
+def _example(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and residual."""
+    x, residual = example_tensor(device, 1, 4, 2, 3), example_tensor(device, 1, 2, 4, 6)
+    weight, bias = 1 + example_tensor(device, 4), example_tensor(device, 4)
+    return x, weight, bias, residual
+
+
+def _norm_example(device: str) -> tuple[Any, ...]:
+    x, weight, bias, residual = _example(device)
+    return x, weight, True, bias, residual
+
+
+def _pad_example(device: str) -> tuple[Any, ...]:
+    x, _, bias, residual = _example(device)
+    return x, bias, residual
+
+
 register(
     "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
     "Tensor? residual=None) -> Tensor",
     check_norm,
     eager=rms_norm_silu_reference,
     triton="rms_norm_silu:rms_norm_silu",
+    example=_norm_example,
 )
 register(
     "add_rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
@@ -255,12 +273,14 @@ register(
     check_add_norm,
     eager=add_rms_norm_silu_reference,
     triton="rms_norm_silu:add_rms_norm_silu",
+    example=_norm_example,
 )
 register(
     "add_pad(Tensor x, Tensor? bias=None, Tensor? residual=None, bool pad=True) -> Tensor",
     check_add_pad,
     eager=add_pad_reference,
     triton="rms_norm_silu:add_pad",
+    example=_pad_example,
 )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, select
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
 def unpack_pixels(
@@ -73,6 +73,7 @@ register(
     check_patches,
     eager=unpack_pixels_reference,
     triton="unpack_pixels:unpack_pixels",
+    example=lambda device: (2 * example_tensor(device, 1, 12, 2, 3), 2),
 )
 
 
@@ -101,6 +102,4 @@ def _unpack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return gradient * ((x >= -1) & (x <= 1)), None, None
 
 
-torch.library.register_autograd(
-    "cosmos3::unpack_pixels", _unpack_backward, setup_context=_unpack_setup
-)
+register_autograd("unpack_pixels", _unpack_backward, _unpack_setup, unpack_pixels_reference)

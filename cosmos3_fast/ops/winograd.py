@@ -9,18 +9,18 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cosmos3_fast.ops._torch import PLAIN_TENSORS
 from cosmos3_fast.ops.checks import check_device, check_float32, check_rank
 from cosmos3_fast.ops.registry import (
     LIBRARY_KERNELS,
-    PLAIN_TENSORS,
-    has_tangent,
+    example_tensor,
+    is_differentiated,
+    refuse_autograd,
     register,
-    register_kernel,
     select,
 )
 
@@ -83,10 +83,7 @@ def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scal
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     # The packed weight is made of the weight's memory, which only a plain tensor has.
-    if (
-        type(weight) not in PLAIN_TENSORS
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if type(weight) not in PLAIN_TENSORS or is_differentiated(x, weight):
         return False
     tiles = x.shape[0] * -(-x.shape[2] * scale // 4) * -(-x.shape[3] * scale // 4)
     return (
@@ -95,7 +92,6 @@ def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scal
         and weight.shape[1] > 0
         and weight.shape[1] % 16 == 0
         and weight.shape[0] % 32 == 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and ("winograd_conv3x3", "cpu") in LIBRARY_KERNELS
     )
 
@@ -243,13 +239,20 @@ def _packed_message(op: str, x: Tensor, packed_weight: Tensor) -> str:
 
 
 register(
-    "winograd_pack(Tensor weight) -> Tensor", check_winograd_weight, eager=winograd_pack_reference
+    "winograd_pack(Tensor weight) -> Tensor",
+    check_winograd_weight,
+    eager=winograd_pack_reference,
+    example=lambda device: (example_tensor(device, 32, 16, 3, 3, dtype=torch.float32),),
 )
 register(
     "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
     "-> Tensor",
     check_winograd,
     eager=winograd_conv3x3_reference,
+    example=lambda device: tuple(
+        example_tensor(device, *shape, dtype=torch.float32)
+        for shape in ((1, 16, 5, 4), (36, 1, 16, 32), (32,), (1, 32, 5, 4))
+    ),
 )
 
 
@@ -273,16 +276,5 @@ def _(
     )
 
 
-def _refuse_winograd_gradients(op: str) -> Any:
-    def kernel(*args: Tensor | None) -> Tensor:
-        tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
-        if tracked or has_tangent(*args):
-            raise RuntimeError(f"{op}: no argument may require a gradient; use conv2d")
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.cosmos3, op)(*args)
-
-    return kernel
-
-
 for _op in ("winograd_pack", "winograd_conv3x3"):
-    register_kernel(_op, _refuse_winograd_gradients(_op), "Autograd")
+    refuse_autograd(_op, "no argument may require a gradient; use conv2d")

@@ -441,6 +441,37 @@ def test_frames_and_mask_exclude_each_other():
         )
 
 
+@pytest.mark.parametrize(
+    ("frames", "got"),
+    [
+        (torch.zeros(1, 1, 5, 1, 1), "a tensor of shape [1, 1, 5, 1, 1] in torch.float32"),
+        (torch.ones(5, dtype=torch.bool), "a tensor of shape [5] in torch.bool"),
+        (0, "0"),
+        (None, "None"),
+    ],
+    ids=["mask", "bool mask", "number", "None"],
+)
+def test_what_is_no_list_of_frames_is_named(frames: Any, got: str, device: str):
+    cond, noise = latent(COND, device=device), latent(NOISE, device=device)
+    for call, hint in (
+        (ops.prepare_latents, "; give a mask as condition_mask="),
+        (ops.prepare_latents_, ""),
+    ):
+        hint = hint if isinstance(frames, torch.Tensor) else ""  # noqa: PLW2901
+        with pytest.raises(TypeError) as raised:
+            call(cond, noise, frames)
+        name = call.__name__
+        wanted = f"{name}: condition_frames must be a list of frames, got {got}{hint}"
+        assert str(raised.value) == wanted
+
+
+def test_a_list_of_frames_may_be_any_integers(device: str):
+    cond, noise = latent(COND, device=device), latent(NOISE, device=device)
+    wanted, _ = ops.prepare_latents(cond, noise, [0, 2])
+    for frames in (torch.tensor([0, 2]), torch.tensor([0, 2], dtype=torch.uint8), range(0, 3, 2)):
+        assert torch.equal(ops.prepare_latents(cond, noise, frames)[0], wanted)
+
+
 def test_a_named_backend_that_is_absent_raises_the_original_error(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(registry, "triton_error", lambda: "ImportError: libtriton.so is broken")
     with pytest.raises(

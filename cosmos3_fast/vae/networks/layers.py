@@ -22,6 +22,7 @@ from cosmos3_fast.ops import (
     winograd_conv3x3,
     winograd_pack,
 )
+from cosmos3_fast.ops.registry import is_differentiated
 from cosmos3_fast.ops.winograd import same_bits
 from cosmos3_fast.vae.decoder_topology import UpStage
 from cosmos3_fast.vae.topology import Stage
@@ -357,9 +358,7 @@ def write_sum(to: Tensor, x: Tensor, y: Tensor | None) -> None:
     """`to[...] = x + y`, in one launch where torch can."""
     if y is None:
         to.copy_(x)
-    elif torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    ):
+    elif torch.compiler.is_compiling() or is_differentiated(x, y):
         to.copy_(x + y)
     else:
         torch.add(x, y, out=to)
