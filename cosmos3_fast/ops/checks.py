@@ -43,6 +43,15 @@ def check_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
     )
 
 
+def check_patch_size(op: str, patch_size: int) -> None:
+    """Raises RuntimeError unless `patch_size` is one of an image's patches."""
+    # Above 2^15 the square would not fit every integer type; no image has such patches.
+    torch._check(
+        1 <= patch_size <= 1 << 15,
+        lambda: f"{op}: patch_size must be in 1 … 32768, got {patch_size}",
+    )
+
+
 def check_float32(op: str, argument: str, tensor: Tensor) -> None:
     """Raises RuntimeError unless `tensor` is float32."""
     torch._check(

@@ -1,6 +1,6 @@
 """`cosmos3::pack_pixels`: bytes or floats to the patches that the first convolution reads.
 
-Kernels: `csrc/cpu/pack_pixels.cpp` and `ops/triton/pack_pixels.py`.
+Kernels: `csrc/cpu/pack_pixels.cpp`, `csrc/cuda/pack_pixels.cu` and `ops/triton/pack_pixels.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_rank
+from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_patch_size, check_rank
 from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
@@ -28,7 +28,7 @@ def pack_pixels(
         pixels: uint8 [B, H, W, 3], normalised here to [-1, 1] as the engines do
             (`2 (x / 255) - 1` in float32), or floating [B, 3, H, W], normalised already; any
             strides.
-        patch_size: divides H and W.
+        patch_size: 1 … 32768; divides H and W.
         dtype: of the result.
         channels: of the result, where more than 3·p²: the others are zeros, which make whole
             16-byte vectors of a pixel.
@@ -84,7 +84,7 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: 
         ),
     )
     check_dtype(op, "dtype", dtype)
-    torch._check(patch_size >= 1, lambda: f"{op}: patch_size must be at least 1, got {patch_size}")
+    check_patch_size(op, patch_size)
     for dim in (1, 2) if is_bytes else (2, 3):
         torch._check(
             pixels.shape[dim] % patch_size == 0,

@@ -1,6 +1,7 @@
 """`cosmos3::unpack_pixels`: what the last convolution writes to an image in floats or bytes.
 
-Kernels: `csrc/cpu/unpack_pixels.cpp` and `ops/triton/unpack_pixels.py`.
+Kernels: `csrc/cpu/unpack_pixels.cpp`, `csrc/cuda/unpack_pixels.cu` and
+`ops/triton/unpack_pixels.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.ops.checks import check_dtype, check_rank
+from cosmos3_fast.ops.checks import check_dtype, check_patch_size, check_rank
 from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
@@ -22,7 +23,7 @@ def unpack_pixels(
     Args:
         x: [B, 3·p², h, w] float32, bfloat16, float16 or float64, channels ordered as
             `pixel_shuffle` takes them; any strides, read fastest in channels-last memory.
-        patch_size: p.
+        patch_size: p, in 1 … 32768.
         as_bytes: give bytes instead of `x`'s dtype. They have no gradient.
         backend: as in `prepare_latents`.
 
@@ -55,11 +56,7 @@ def check_patches(x: Tensor, patch_size: int, as_bytes: bool = False) -> None:
     op = "unpack_pixels"
     check_rank(op, "x", x, 4, "[B, 3·p², h, w]")
     check_dtype(op, "x", x.dtype)
-    # Above 2^15 the square would not fit every integer type; no image has such patches.
-    torch._check(
-        1 <= patch_size <= 1 << 15,
-        lambda: f"{op}: patch_size must be in 1 … 32768, got {patch_size}",
-    )
+    check_patch_size(op, patch_size)
     torch._check(
         x.shape[1] == 3 * patch_size**2,
         lambda: (

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../addends.h"
+#include "../channels_last.h"
 #include "../dtypes.h"
-#include "channels_last.h"
 #include "simd.h"
 
 namespace cosmos3 {

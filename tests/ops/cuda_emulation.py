@@ -29,6 +29,8 @@ OPS = {
     "prepare_latents": ("prepare_latents", "prepare_latents.mask", "prepare_latents_"),
     "rms_norm_silu": ("rms_norm_silu", "add_rms_norm_silu", "add_pad"),
     "resize_crop": ("resize_crop",),
+    "pack_pixels": ("pack_pixels",),
+    "unpack_pixels": ("unpack_pixels",),
 }
 TORCH = Path(torch.__file__).parent
 FLAGS = {

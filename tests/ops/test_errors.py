@@ -258,7 +258,11 @@ ENCODER_FAULTS = {
         ),
         "patch size": (
             pixels_call((1, 3, 4, 4), patch_size=0),
-            "patch_size must be at least 1, got 0",
+            "patch_size must be in 1 … 32768, got 0",
+        ),
+        "large patch size": (
+            pixels_call((0, 3, 0, 0), patch_size=1 << 62),
+            f"patch_size must be in 1 … 32768, got {1 << 62}",
         ),
         "height": (
             pixels_call((1, 3, 5, 4)),
