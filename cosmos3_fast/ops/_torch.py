@@ -18,7 +18,7 @@ PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
 
 
 def _found(path: str) -> Any:
-    """What the dotted `path` names, or None where this torch has no such thing."""
+    """Gives what the dotted `path` names, or None where this torch has no such thing."""
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
@@ -36,7 +36,7 @@ _negative_view = _found("torch._neg_view")
 
 
 def below_autograd() -> Any:
-    """A context in which an op skips its Autograd kernel.
+    """Gives a context in which an op skips its Autograd kernel.
 
     Where torch has none, the op does not skip it (`is_watched` says so), and what an eager backend
     returns may be a view, which cannot be written to while it requires a gradient.
@@ -51,7 +51,7 @@ def redispatch(op: Any, keyset: Any, *args: Any) -> Any:
 
 
 def is_watched() -> bool:
-    """Whether a mode, a function transform, a tracer or forward-mode AD may have to see each call.
+    """Tells whether a mode, a transform, a tracer or forward-mode AD may have to see each call.
 
     True where torch does not tell: each call then goes through all of torch's layers, which costs
     the host some microseconds.
@@ -74,12 +74,12 @@ def is_watched() -> bool:
 
 
 def forward_mode_is_on() -> bool:
-    """Whether there may be tangents: True, too, where torch does not tell."""
+    """Tells whether there may be tangents; True, too, where torch does not say so."""
     return getattr(forward_ad, "_current_level", 0) >= 0
 
 
 def has_memory(x: Tensor) -> bool:
-    """Whether a plain tensor has elements in memory of its own; a function transform's has not."""
+    """Tells whether a plain tensor has memory of its own; those of transforms have none."""
     try:
         return x.data_ptr() != 0
     except RuntimeError:
@@ -87,7 +87,7 @@ def has_memory(x: Tensor) -> bool:
 
 
 def in_transform(*tensors: Tensor) -> bool:
-    """Whether a function transform of `torch.func` runs.
+    """Tells whether a function transform of `torch.func` runs.
 
     Where torch does not tell: whether one of `tensors` is a transform's.
     """
@@ -101,7 +101,7 @@ def _may_have_memory(x: Tensor) -> bool:
 
 
 def has_address(x: Tensor) -> bool:
-    """Whether the address of `x` means anything, which that of a fake tensor does not.
+    """Tells whether the address of `x` means anything, which that of a fake tensor does not.
 
     Where torch does not tell: whether `x` is of no subclass.
     """
@@ -111,5 +111,5 @@ def has_address(x: Tensor) -> bool:
 
 
 def beneath_negation(x: Tensor) -> Tensor | None:
-    """The memory of a view that torch negates when it is read, or None where torch keeps it."""
+    """Gives the memory of a view that torch negates when it is read; None where torch keeps it."""
     return None if _negative_view is None else _negative_view(x)

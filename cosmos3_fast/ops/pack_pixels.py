@@ -10,7 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_patch_size, check_rank
+from cosmos3_fast.ops.checks import (
+    FLOAT_DTYPES,
+    FLOAT_NAMES,
+    check_dtype,
+    check_patch_size,
+    check_rank,
+)
 from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
@@ -22,7 +28,7 @@ def pack_pixels(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """What the first convolution reads, from pixels, in one pass.
+    """Packs pixels into the patches that the first convolution reads, in one pass.
 
     Args:
         pixels: uint8 [B, H, W, 3], normalised here to [-1, 1] as the engines do
@@ -46,7 +52,7 @@ def pack_pixels(
 def pack_pixels_reference(
     pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: int = 0
 ) -> Tensor:
-    """Normalised pixels in the patch order of `pixel_unshuffle`, [B, 3·p², H/p, W/p], and zeros.
+    """Gives normalised pixels in the order of `pixel_unshuffle`, [B, 3·p², H/p, W/p], and zeros.
 
     Bytes [B, H, W, 3] are normalised as SGLang's `preprocess_image` does: `2 (x / 255) - 1` in
     float32. Floats [B, 3, H, W] are taken to be normalised already.
@@ -71,10 +77,8 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: 
     is_bytes = pixels.dtype == torch.uint8
     check_rank(op, "pixels", pixels, 4, "[B, 3, H, W], or [B, H, W, 3] in uint8")
     torch._check(
-        is_bytes or pixels.dtype in SUPPORTED_DTYPES,
-        lambda: (
-            f"{op}: pixels must be uint8, float32, bfloat16, float16 or float64, got {pixels.dtype}"
-        ),
+        is_bytes or pixels.dtype in FLOAT_DTYPES,
+        lambda: f"{op}: pixels must be uint8, {FLOAT_NAMES}, got {pixels.dtype}",
     )
     torch._check(
         pixels.shape[3 if is_bytes else 1] == 3,

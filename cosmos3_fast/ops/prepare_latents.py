@@ -38,7 +38,7 @@ def prepare_latents(
     condition_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Conditioned latents and their velocity mask, in one pass over the noise.
+    """Gives conditioned latents and their velocity mask, in one pass over the noise.
 
     With m = 1 at the conditioned frames, `latents = m * cond_latent + (1 - m) * noise` and
     `velocity_mask = 1 - m` (`prepare_latents_formula`).
@@ -70,7 +70,10 @@ def prepare_latents(
     if condition_mask is None:
         return select("prepare_latents", backend, noise.device)(cond_latent, noise, frames)
     if frames != [0]:
-        raise ValueError("prepare_latents: give condition_frames or condition_mask, not both")
+        raise ValueError(
+            "prepare_latents: condition_frames must be left out beside condition_mask, "
+            f"got {frames}"
+        )
     return select("prepare_latents.mask", backend, noise.device)(cond_latent, noise, condition_mask)
 
 
@@ -112,7 +115,10 @@ def _frame_list(op: str, condition_frames: Sequence[int]) -> list[int]:
 def prepare_latents_formula(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> tuple[Tensor, Tensor]:
-    """The engines' expression. A NaN leaks from the operand that is multiplied by zero."""
+    """Evaluates the engines' expression.
+
+    A NaN leaks from the operand that is multiplied by zero.
+    """
     cond_latent = cond_latent.to(noise.dtype)
     num_frames = noise.shape[2]
     condition_mask = noise.new_zeros(1, 1, num_frames, 1, 1)
@@ -126,7 +132,7 @@ def prepare_latents_formula(
 
 
 def _extent(x: Tensor) -> int:
-    """The elements from the first to the last of `x`."""
+    """Counts the elements from the first to the last of `x`."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
@@ -139,7 +145,7 @@ def _begin(x: Tensor) -> int | torch.SymInt:
 
 
 def may_overlap(cond_latent: Tensor, noise: Tensor) -> bool:
-    """Whether the memory of the two is interleaved or shared."""
+    """Tells whether the memory of the two is interleaved or shared."""
     # Without an address the storage is still one or another.
     if not has_address(noise) and cond_latent.untyped_storage() is not noise.untyped_storage():
         return False
@@ -162,8 +168,11 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def apart(cond_latent: Tensor, noise: Tensor) -> Tensor:
-    """What is read while `noise` is written: where views of one buffer interleave, a copy, so that
-    the result does not depend on the order of the writes."""
+    """Gives what is read while `noise` is written.
+
+    Where views of one buffer interleave it is a copy, so that the result does not depend on the
+    order of the writes.
+    """
     return cond_latent.clone() if may_overlap(cond_latent, noise) else cond_latent
 
 
@@ -197,7 +206,7 @@ def prepare_latents_reference(
 def prepare_latents_mask_reference(
     cond_latent: Tensor, noise: Tensor, condition_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`m * cond + (1 - m) * noise` in float32 (float64 for float64 noise), rounded once."""
+    """Blends, `m * cond + (1 - m) * noise`, in float32 (float64 for float64 noise); rounds once."""
     compute = torch.float64 if noise.dtype == torch.float64 else torch.float32
     mask = condition_mask.to(compute)
     cond = cond_latent.to(compute)
@@ -226,8 +235,8 @@ def _check_pair(op: str, cond_latent: Tensor, noise: Tensor) -> None:
         torch._check(
             cond_latent.shape[dim] == noise.shape[dim],
             lambda: (
-                f"{op}: cond_latent must agree with noise in C, H and W; got cond_latent "
-                f"{list(cond_latent.shape)} for noise {list(noise.shape)}"
+                f"{op}: cond_latent must have C, H and W of noise {list(noise.shape)}, "
+                f"got {list(cond_latent.shape)}"
             ),
         )
     if cond_latent.shape[0] != 1:
@@ -301,15 +310,17 @@ def check_mask(cond_latent: Tensor, noise: Tensor, condition_mask: Tensor) -> No
 def check_frames_in_place(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> None:
-    """As `check_frames`; and, as torch's own copy_ has it, `noise` must not hold one element at two
-    indices (expanded) nor overlap `cond_latent` in part."""
+    """Raises RuntimeError as `check_frames` does, and where torch's own `copy_` would.
+
+    `noise` must not hold one element at two indices (expanded) nor overlap `cond_latent` in part.
+    """
     op = "prepare_latents_"
     check_frames(cond_latent, noise, condition_frames, op)
     for dim, (size, stride) in enumerate(zip(noise.shape, noise.stride(), strict=True)):
         torch._check(
             noise.numel() == 0 or size <= 1 or stride != 0,
             lambda: (
-                f"{op}: noise must not be expanded: dimension {dim} has size {size} and stride 0"  # noqa: B023
+                f"{op}: noise must not be expanded, got stride 0 in dimension {dim} of size {size}"  # noqa: B023
             ),
         )
     if may_overlap(cond_latent, noise) and not _is_same_view(cond_latent, noise):
@@ -462,7 +473,7 @@ register_autograd(
 def _count_the_write(
     keyset: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
-    """As every in-place op of torch: also in inference mode, where no Autograd kernel runs."""
+    """Counts as every in-place op does, also in inference mode, where no Autograd kernel runs."""
     if noise.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "prepare_latents_: noise must not be an inference tensor outside torch.inference_mode; "
@@ -478,7 +489,7 @@ def _count_the_write(
 def _write_negated(
     _: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
-    """For views that torch negates when they are read, such as `z.conj().imag`."""
+    """Serves views that torch negates when they are read, such as `z.conj().imag`."""
     cond_latent = cond_latent.resolve_neg()
     if not noise.is_neg():
         return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)

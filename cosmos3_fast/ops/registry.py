@@ -45,7 +45,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def build_info() -> dict[str, str]:
-    """How the op library was built; empty when this install has none."""
+    """Says how the op library was built; empty when this install has none."""
     try:
         module = importlib.import_module("cosmos3_fast._build_info")
     except ImportError:
@@ -163,7 +163,7 @@ def register(
 
 
 def example_tensor(device: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Values in (-1, 1), none like its neighbors, for the `example` of `register`."""
+    """Makes values in (-1, 1), none like its neighbors, for the `example` of `register`."""
     count = torch.Size(shape).numel()
     return torch.arange(1, count + 1, dtype=dtype, device=device).sin().reshape(shape) * 0.9
 
@@ -184,19 +184,19 @@ def _tensors(args: tuple[Any, ...]) -> list[Tensor]:
 
 
 def requires_grad(*args: Any) -> bool:
-    """Whether reverse-mode AD follows one of `args`."""
+    """Tells whether reverse-mode AD follows one of `args`."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args))
 
 
 def has_tangent(*args: Any) -> bool:
-    """Whether forward-mode AD follows one of `args`."""
+    """Tells whether forward-mode AD follows one of `args`."""
     return _torch.forward_mode_is_on() and any(
         forward_ad.unpack_dual(x).tangent is not None for x in _tensors(args)
     )
 
 
 def is_differentiated(*args: Any) -> bool:
-    """Whether derivatives are taken of one of `args`, in either mode, or may be, in a transform.
+    """Tells whether one of `args` is differentiated, in either mode, or a transform runs.
 
     Then an op that has none cannot be called, nor an `out=` form of torch's.
     """
@@ -259,7 +259,7 @@ def refuse_autograd(op: str, reason: str) -> None:
 
 @functools.cache
 def triton_error() -> str | None:
-    """None if Triton can be imported, else why not."""
+    """Says why Triton cannot be imported; None if it can."""
     try:
         importlib.import_module("triton")
     except Exception as error:
@@ -268,7 +268,7 @@ def triton_error() -> str | None:
 
 
 def default_backend(device: torch.device | str = "cpu", op: str = "prepare_latents") -> str:
-    """The backend behind `torch.ops.cosmos3.<op>` on `device`: "cpp", "triton" or "eager"."""
+    """Names the backend behind `torch.ops.cosmos3.<op>` on `device`: "cpp", "triton" or "eager"."""
     kind = torch.device(device).type
     if (op, kind) in LIBRARY_KERNELS:
         return "cpp"
@@ -279,7 +279,7 @@ def default_backend(device: torch.device | str = "cpu", op: str = "prepare_laten
 def backend_error(
     backend: str, device: torch.device | str = "cpu", op: str = "prepare_latents"
 ) -> str | None:
-    """None if `backend` can serve `op` on `device`, else the reason, with the original error.
+    """Says why `backend` cannot serve `op` on `device`, with the original error; None if it can.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -301,7 +301,7 @@ def backend_error(
 
 
 def _needs_all_layers(args: tuple[Any, ...]) -> bool:
-    """Whether anything but the backend's kernel has to see the call: gradients, tracing, modes."""
+    """Tells whether gradients, tracing or modes have to see the call, besides its kernel."""
     return (
         _torch.is_watched()
         or any(type(x) not in PLAIN_TENSORS for x in _tensors(args))
@@ -310,7 +310,7 @@ def _needs_all_layers(args: tuple[Any, ...]) -> bool:
 
 
 def call(op: str, *args: Any) -> Any:
-    """Calls the registered op; below its Python autograd layer where nobody needs that layer."""
+    """Calls the registered op, below its Python autograd layer where nobody needs that layer."""
     if (
         torch.compiler.is_compiling()  # first: what follows cannot be traced
         or torch.is_inference_mode_enabled()  # the dispatcher goes below that layer by itself
@@ -322,7 +322,7 @@ def call(op: str, *args: Any) -> Any:
 
 
 def select(op: str, backend: str | None, device: torch.device) -> Kernel:
-    """What to call for `op` on `device`: the registered op, or a backend asked for by name.
+    """Gives what to call for `op` on `device`: the registered op, or a backend asked for by name.
 
     Raises:
         ValueError: `backend` is not None nor one of `BACKENDS`.

@@ -18,7 +18,7 @@ from cosmos3_fast.ops.registry import example_tensor, register, register_autogra
 def unpack_pixels(
     x: Tensor, patch_size: int, as_bytes: bool = False, *, backend: str | None = None
 ) -> Tensor:
-    """The image that patches make, clamped to [-1, 1], in one pass.
+    """Puts patches together to an image that is clamped to [-1, 1], in one pass.
 
     Args:
         x: [B, 3·p², h, w] float32, bfloat16, float16 or float64, channels ordered as
@@ -39,7 +39,7 @@ def unpack_pixels(
 
 
 def unpack_pixels_reference(x: Tensor, patch_size: int, as_bytes: bool = False) -> Tensor:
-    """`pixel_shuffle`, a clamp to [-1, 1] and, for bytes, `round(255 (x / 2 + 1/2))`."""
+    """Does `pixel_shuffle`, a clamp to [-1, 1] and, for bytes, `round(255 (x / 2 + 1/2))`."""
     # As pixel_shuffle, which leaves tensors without elements as they are.
     batch, _, rows, columns = x.shape
     p = patch_size

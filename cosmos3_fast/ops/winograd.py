@@ -26,10 +26,10 @@ from cosmos3_fast.ops.registry import (
 
 
 def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """Transform float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
+    """Transforms float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
 
     Cout must be a multiple of 32 and Cin of 16. Returns [36, Cout/32, Cin, 32], four times the
-    size of `weight`. Not differentiable.
+    size of `weight`. It is not differentiable.
     """
     return select("winograd_pack", backend, weight.device)(weight)
 
@@ -42,10 +42,10 @@ def winograd_conv3x3(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1) + residual` in float32 with a quarter of the products.
+    """Computes `conv2d(x, weight, bias, padding=1) + residual` with a quarter of the products.
 
-    Winograd's F(4x4, 3x3). Its rounding error is a few times that of direct convolution (the tests
-    state it). Not differentiable.
+    It is Winograd's F(4x4, 3x3), in float32. Its rounding error is a few times that of direct
+    convolution (the tests state it). It is not differentiable.
 
     Args:
         x: [B, Cin, H, W] float32; read fastest in channels-last memory.
@@ -69,10 +69,10 @@ MIN_TILES = 256
 
 
 def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scale: int = 1) -> bool:
-    """Whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
+    """Tells whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
 
-    On a CPU with a compiled kernel, in float32, without gradients, for channels that the kernel
-    takes and images of enough tiles.
+    It is on a CPU with a compiled kernel, in float32, where nothing is differentiated, for channels
+    that the kernel takes and images of enough tiles.
 
     Args:
         x: [B, Cin, H, W].
@@ -104,9 +104,9 @@ def _memcmp() -> Callable[[int, int, int], int]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two CPU tensors agree in dtype, shape and every bit.
+    """Tells whether two CPU tensors agree in dtype, shape and every bit.
 
-    Several times faster than `torch.equal`, and a NaN equals itself.
+    It is several times faster than `torch.equal`, and a NaN equals itself.
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -117,7 +117,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A^T [4, 6], G [6, 3] and B^T [6, 6] of F(4, 3) on the points 0, ±a, ±b, ∞, in float64."""
+    """Gives A^T [4, 6], G [6, 3] and B^T [6, 6] of F(4, 3) on 0, ±a, ±b and ∞, in float64."""
     a, b = 0.75, 1.5
     points = [0.0, a, -a, b, -b]
     inverse = [[p**i for p in points] + [float(i == 3)] for i in range(4)]
@@ -145,7 +145,7 @@ def _winograd_matrices(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def winograd_pack_reference(weight: Tensor) -> Tensor:
-    """`G g G^T` of every 3x3 kernel g of [Cout, Cin, 3, 3], as [36, Cout/32, Cin, 32]."""
+    """Computes `G g G^T` of every 3x3 kernel g of [Cout, Cin, 3, 3], as [36, Cout/32, Cin, 32]."""
     in_channels = weight.shape[1]
     _, kernel, _ = _winograd_matrices(weight)
     points = (kernel @ weight.double() @ kernel.T).to(weight.dtype).flatten(2)
@@ -155,7 +155,7 @@ def winograd_pack_reference(weight: Tensor) -> Tensor:
 def winograd_conv3x3_reference(
     x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Winograd's F(4x4, 3x3), whose own specification is `conv2d(x, weight, bias, padding=1)`.
+    """Runs Winograd's F(4x4, 3x3), whose own specification is `conv2d(x, weight, bias, padding=1)`.
 
     Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): with 6x6 input tiles
     d, the 4x4 outputs are `A^T [(G g G^T) ⊙ (B^T d B)] A`.

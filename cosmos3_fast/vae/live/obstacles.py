@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.ops.checks import FLOAT_DTYPES
+
 # Modules whose functions, as a module's `forward`, compute what its class's does: vLLM-Omni binds
 # them where it fuses operations of the VAE.
 _EQUIVALENT_FORWARDS = "vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath"
 # Weights in another dtype are stored for a hook to convert.
-_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_PLAIN_DTYPES = frozenset(FLOAT_DTYPES)
 
 
 class Survey(NamedTuple):
