@@ -128,6 +128,20 @@ test-releases: .venv-diffusers/stamp .venv-sglang/stamp .venv-vllm_omni/stamp
 	.venv-sglang/bin/python $(RUN_RELEASE) sglang
 	.venv-vllm_omni/bin/python $(RUN_RELEASE) vllm-omni
 
+## make test-torch    the op tests under another torch, with the library built for this one;
+##                    TORCH_NEXT=torch==2.15.0 TRITON_NEXT=triton==3.9.0
+TORCH_NEXT ?= torch==2.15.0
+TRITON_NEXT ?= triton==3.9.0
+NEXT := .venv-$(subst ==,-,$(TORCH_NEXT))
+.PHONY: test-torch
+$(NEXT)/stamp: $(VENV)/package.stamp
+	$(PYTHON) -m venv $(NEXT)
+	$(subst $(BIN),$(NEXT)/bin,$(PIP)) "$(TORCH_NEXT)" "$(TRITON_NEXT)" pytest hypothesis \
+		numpy pillow safetensors
+	@touch $@
+test-torch: $(NEXT)/stamp
+	$(NEXT)/bin/python -m pytest tests/ops
+
 ## make test-bulk    the tests of bulk encoding with Ray, whose environment is its own too
 test-bulk: .venv-bulk/stamp
 	.venv-bulk/bin/pytest tests/bulk

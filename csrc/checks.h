@@ -116,6 +116,13 @@ inline void check_rank(const char* op, const char* argument, const Tensor& tenso
   }
 }
 
+inline void check_patch_size(const char* op, int64_t patch_size) {
+  // Above 2^15 the square would not fit every integer type; no image has such patches.
+  if (patch_size < 1 || patch_size > 1 << 15) {
+    fail(op, ": patch_size must be in 1 … 32768, got ", patch_size);
+  }
+}
+
 inline void check_float32(const char* op, const char* argument, const Tensor& tensor) {
   if (tensor.scalar_type() != ScalarType::Float) {
     fail(op, ": ", argument, " must be float32, got ", name(tensor.scalar_type()));

@@ -60,8 +60,8 @@ inline void check_pair(const char* op, const Tensor& cond, const Tensor& noise) 
   check_device(op, "cond_latent", cond, "noise", noise);
   if (cond.size(1) != noise.size(1) || cond.size(3) != noise.size(3) ||
       cond.size(4) != noise.size(4)) {
-    fail(op, ": cond_latent must agree with noise in C, H and W; got cond_latent ",
-         list(cond.sizes()), " for noise ", list(noise.sizes()));
+    fail(op, ": cond_latent must have C, H and W of noise ", list(noise.sizes()), ", got ",
+         list(cond.sizes()));
   }
   if (cond.size(0) != 1 && cond.size(0) != noise.size(0)) {
     fail(op, ": cond_latent must have batch size 1 or that of noise (", noise.size(0), "), got ",
@@ -144,8 +144,8 @@ inline void check_frames_in_place(const char* op, const Tensor& cond, const Tens
   check_frames(op, cond, noise, frames);
   for (int64_t dim = 0; dim < 5; ++dim) {
     if (noise.numel() > 0 && noise.size(dim) > 1 && noise.stride(dim) == 0) {
-      fail(op, ": noise must not be expanded: dimension ", dim, " has size ", noise.size(dim),
-           " and stride 0");
+      fail(op, ": noise must not be expanded, got stride 0 in dimension ", dim, " of size ",
+           noise.size(dim));
     }
   }
   if (may_overlap(cond, noise) && !is_same_view(cond, noise) && Extent(cond).is_full(cond) &&

@@ -11,7 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What the ops, and so the networks, compute in.
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 
 
 def check_device(
@@ -36,10 +38,19 @@ def check_rank(op: str, argument: str, tensor: Tensor, rank: int, shape: str) ->
 
 
 def check_dtype(op: str, argument: str, dtype: torch.dtype) -> None:
-    """Raises RuntimeError unless `dtype` is one of `SUPPORTED_DTYPES`."""
+    """Raises RuntimeError unless `dtype` is one of `FLOAT_DTYPES`."""
     torch._check(
-        dtype in SUPPORTED_DTYPES,
-        lambda: f"{op}: {argument} must be float32, bfloat16, float16 or float64, got {dtype}",
+        dtype in FLOAT_DTYPES,
+        lambda: f"{op}: {argument} must be {FLOAT_NAMES}, got {dtype}",
+    )
+
+
+def check_patch_size(op: str, patch_size: int) -> None:
+    """Raises RuntimeError unless `patch_size` is one that an image's patches may have."""
+    # Above 2^15 the square would not fit every integer type; no image has such patches.
+    torch._check(
+        1 <= patch_size <= 1 << 15,
+        lambda: f"{op}: patch_size must be in 1 … 32768, got {patch_size}",
     )
 
 

@@ -1,6 +1,6 @@
 """`cosmos3::pack_pixels`: bytes or floats to the patches that the first convolution reads.
 
-Kernels: `csrc/cpu/pack_pixels.cpp` and `ops/triton/pack_pixels.py`.
+Kernels: `csrc/cpu/pack_pixels.cpp`, `csrc/cuda/pack_pixels.cu` and `ops/triton/pack_pixels.py`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.ops.checks import SUPPORTED_DTYPES, check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, register_autograd, select
+from cosmos3_fast.ops.checks import (
+    FLOAT_DTYPES,
+    FLOAT_NAMES,
+    check_dtype,
+    check_patch_size,
+    check_rank,
+)
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
 def pack_pixels(
@@ -22,13 +28,13 @@ def pack_pixels(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """What the first convolution reads, from pixels, in one pass.
+    """Packs pixels into the patches that the first convolution reads, in one pass.
 
     Args:
         pixels: uint8 [B, H, W, 3], normalised here to [-1, 1] as the engines do
             (`2 (x / 255) - 1` in float32), or floating [B, 3, H, W], normalised already; any
             strides.
-        patch_size: divides H and W.
+        patch_size: 1 … 32768; divides H and W.
         dtype: of the result.
         channels: of the result, where more than 3·p²: the others are zeros, which make whole
             16-byte vectors of a pixel.
@@ -46,7 +52,7 @@ def pack_pixels(
 def pack_pixels_reference(
     pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: int = 0
 ) -> Tensor:
-    """Normalised pixels in the patch order of `pixel_unshuffle`, [B, 3·p², H/p, W/p], and zeros.
+    """Gives normalised pixels in the order of `pixel_unshuffle`, [B, 3·p², H/p, W/p], and zeros.
 
     Bytes [B, H, W, 3] are normalised as SGLang's `preprocess_image` does: `2 (x / 255) - 1` in
     float32. Floats [B, 3, H, W] are taken to be normalised already.
@@ -71,10 +77,8 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: 
     is_bytes = pixels.dtype == torch.uint8
     check_rank(op, "pixels", pixels, 4, "[B, 3, H, W], or [B, H, W, 3] in uint8")
     torch._check(
-        is_bytes or pixels.dtype in SUPPORTED_DTYPES,
-        lambda: (
-            f"{op}: pixels must be uint8, float32, bfloat16, float16 or float64, got {pixels.dtype}"
-        ),
+        is_bytes or pixels.dtype in FLOAT_DTYPES,
+        lambda: f"{op}: pixels must be uint8, {FLOAT_NAMES}, got {pixels.dtype}",
     )
     torch._check(
         pixels.shape[3 if is_bytes else 1] == 3,
@@ -84,7 +88,7 @@ def check_pixels(pixels: Tensor, patch_size: int, dtype: torch.dtype, channels: 
         ),
     )
     check_dtype(op, "dtype", dtype)
-    torch._check(patch_size >= 1, lambda: f"{op}: patch_size must be at least 1, got {patch_size}")
+    check_patch_size(op, patch_size)
     for dim in (1, 2) if is_bytes else (2, 3):
         torch._check(
             pixels.shape[dim] % patch_size == 0,
@@ -107,6 +111,7 @@ register(
     check_pixels,
     eager=pack_pixels_reference,
     triton="pack_pixels:pack_pixels",
+    example=lambda device: (example_tensor(device, 1, 3, 4, 6), 2, torch.float64, 16),
 )
 
 

@@ -14,16 +14,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
+from cosmos3_fast.ops._torch import beneath_negation, has_address, redispatch
 from cosmos3_fast.ops.checks import check_device, check_dtype
 from cosmos3_fast.ops.registry import (
-    has_tangent,
+    REGISTERED,
+    example_tensor,
+    refuse_autograd,
     register,
     register_autograd,
     register_kernel,
     select,
 )
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def prepare_latents(
@@ -34,7 +38,7 @@ def prepare_latents(
     condition_mask: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Conditioned latents and their velocity mask, in one pass over the noise.
+    """Gives conditioned latents and their velocity mask, in one pass over the noise.
 
     With m = 1 at the conditioned frames, `latents = m * cond_latent + (1 - m) * noise` and
     `velocity_mask = 1 - m` (`prepare_latents_formula`).
@@ -58,14 +62,18 @@ def prepare_latents(
 
     Raises:
         RuntimeError: arguments that do not fit; names the argument, what came and what is wanted.
+        TypeError: `condition_frames` is no list of frames, such as a mask that lacks its keyword.
         ValueError: an unknown backend, or frames and a mask together.
         BackendUnavailableError: the named backend cannot serve here.
     """
+    frames = _frame_list("prepare_latents", condition_frames)
     if condition_mask is None:
-        run = select("prepare_latents", backend, noise.device)
-        return run(cond_latent, noise, list(condition_frames))
-    if tuple(condition_frames) != (0,):
-        raise ValueError("prepare_latents: give condition_frames or condition_mask, not both")
+        return select("prepare_latents", backend, noise.device)(cond_latent, noise, frames)
+    if frames != [0]:
+        raise ValueError(
+            "prepare_latents: condition_frames must be left out beside condition_mask, "
+            f"got {frames}"
+        )
     return select("prepare_latents.mask", backend, noise.device)(cond_latent, noise, condition_mask)
 
 
@@ -83,14 +91,34 @@ def prepare_latents_(
     `Tensor.copy_` the two must not overlap in part (the same view twice changes nothing; where
     strided views of one buffer interleave, `cond_latent` is read before anything is written).
     """
-    run = select("prepare_latents_", backend, noise.device)
-    return run(cond_latent, noise, list(condition_frames))
+    frames = _frame_list("prepare_latents_", condition_frames)
+    return select("prepare_latents_", backend, noise.device)(cond_latent, noise, frames)
+
+
+def _frame_list(op: str, condition_frames: Sequence[int]) -> list[int]:
+    if isinstance(condition_frames, Tensor):
+        if condition_frames.dim() != 1 or condition_frames.dtype not in INTEGERS:
+            hint = "" if op.endswith("_") else "; give a mask as condition_mask="
+            raise TypeError(
+                f"{op}: condition_frames must be a list of frames, got a tensor of shape "
+                f"{list(condition_frames.shape)} in {condition_frames.dtype}{hint}"
+            )
+        return condition_frames.tolist()
+    try:
+        return list(condition_frames)
+    except TypeError:
+        raise TypeError(
+            f"{op}: condition_frames must be a list of frames, got {condition_frames!r}"
+        ) from None
 
 
 def prepare_latents_formula(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> tuple[Tensor, Tensor]:
-    """The engines' expression. A NaN leaks from the operand that is multiplied by zero."""
+    """Evaluates the engines' expression.
+
+    A NaN leaks from the operand that is multiplied by zero.
+    """
     cond_latent = cond_latent.to(noise.dtype)
     num_frames = noise.shape[2]
     condition_mask = noise.new_zeros(1, 1, num_frames, 1, 1)
@@ -104,7 +132,7 @@ def prepare_latents_formula(
 
 
 def _extent(x: Tensor) -> int:
-    """The elements from the first to the last of `x`."""
+    """Counts the elements from the first to the last of `x`."""
     return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
@@ -112,21 +140,15 @@ def _fills_its_extent(x: Tensor) -> bool:
     return _extent(x) == x.numel()
 
 
-def _has_address(x: Tensor) -> bool:
-    return not isinstance(x, FakeTensor) and x.device.type != "meta"
-
-
 def _begin(x: Tensor) -> int | torch.SymInt:
-    return x.data_ptr() if _has_address(x) else x.storage_offset() * x.element_size()
+    return x.data_ptr() if has_address(x) else x.storage_offset() * x.element_size()
 
 
 def may_overlap(cond_latent: Tensor, noise: Tensor) -> bool:
-    """Whether the memory of the two is interleaved or shared."""
-    if not _has_address(noise):
-        # The storage is still one or another.
-        storages = (cond_latent.untyped_storage(), noise.untyped_storage())
-        if storages[0]._cdata != storages[1]._cdata:
-            return False
+    """Tells whether the memory of the two is interleaved or shared."""
+    # Without an address the storage is still one or another.
+    if not has_address(noise) and cond_latent.untyped_storage() is not noise.untyped_storage():
+        return False
     if cond_latent.numel() == 0 or noise.numel() == 0:
         return False
     ours, theirs = _begin(cond_latent), _begin(noise)
@@ -146,8 +168,11 @@ def _is_same_view(a: Tensor, b: Tensor) -> bool:
 
 
 def apart(cond_latent: Tensor, noise: Tensor) -> Tensor:
-    """What is read while `noise` is written: where views of one buffer interleave, a copy, so that
-    the result does not depend on the order of the writes."""
+    """Gives what is read while `noise` is written.
+
+    Where views of one buffer interleave it is a copy, so that the result does not depend on the
+    order of the writes.
+    """
     return cond_latent.clone() if may_overlap(cond_latent, noise) else cond_latent
 
 
@@ -181,7 +206,7 @@ def prepare_latents_reference(
 def prepare_latents_mask_reference(
     cond_latent: Tensor, noise: Tensor, condition_mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`m * cond + (1 - m) * noise` in float32 (float64 for float64 noise), rounded once."""
+    """Blends, `m * cond + (1 - m) * noise`, in float32 (float64 for float64 noise); rounds once."""
     compute = torch.float64 if noise.dtype == torch.float64 else torch.float32
     mask = condition_mask.to(compute)
     cond = cond_latent.to(compute)
@@ -210,8 +235,8 @@ def _check_pair(op: str, cond_latent: Tensor, noise: Tensor) -> None:
         torch._check(
             cond_latent.shape[dim] == noise.shape[dim],
             lambda: (
-                f"{op}: cond_latent must agree with noise in C, H and W; got cond_latent "
-                f"{list(cond_latent.shape)} for noise {list(noise.shape)}"
+                f"{op}: cond_latent must have C, H and W of noise {list(noise.shape)}, "
+                f"got {list(cond_latent.shape)}"
             ),
         )
     if cond_latent.shape[0] != 1:
@@ -285,15 +310,17 @@ def check_mask(cond_latent: Tensor, noise: Tensor, condition_mask: Tensor) -> No
 def check_frames_in_place(
     cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> None:
-    """As `check_frames`; and, as torch's own copy_ has it, `noise` must not hold one element at two
-    indices (expanded) nor overlap `cond_latent` in part."""
+    """Raises RuntimeError as `check_frames` does, and where torch's own `copy_` would.
+
+    `noise` must not hold one element at two indices (expanded) nor overlap `cond_latent` in part.
+    """
     op = "prepare_latents_"
     check_frames(cond_latent, noise, condition_frames, op)
     for dim, (size, stride) in enumerate(zip(noise.shape, noise.stride(), strict=True)):
         torch._check(
             noise.numel() == 0 or size <= 1 or stride != 0,
             lambda: (
-                f"{op}: noise must not be expanded: dimension {dim} has size {size} and stride 0"  # noqa: B023
+                f"{op}: noise must not be expanded, got stride 0 in dimension {dim} of size {size}"  # noqa: B023
             ),
         )
     if may_overlap(cond_latent, noise) and not _is_same_view(cond_latent, noise):
@@ -303,12 +330,23 @@ def check_frames_in_place(
         )
 
 
+def _example(device: str) -> tuple[Tensor, Tensor, list[int]]:
+    cond_latent = example_tensor(device, 1, 2, 1, 2, 3)
+    return cond_latent, example_tensor(device, 2, 2, 4, 2, 3), [0, 2]
+
+
+def _mask_example(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    cond_latent, noise, _ = _example(device)
+    return cond_latent, noise, example_tensor(device, 2, 1, 4, 1, 1).square()
+
+
 register(
     "prepare_latents(Tensor cond_latent, Tensor noise, int[] condition_frames=[0]) -> "
     "(Tensor latents, Tensor velocity_mask)",
     check_frames,
     eager=prepare_latents_reference,
     triton="prepare_latents:prepare_latents",
+    example=_example,
 )
 register(
     "prepare_latents.mask(Tensor cond_latent, Tensor noise, Tensor condition_mask) -> "
@@ -316,6 +354,7 @@ register(
     check_mask,
     eager=prepare_latents_mask_reference,
     triton="prepare_latents:prepare_latents_mask",
+    example=_mask_example,
 )
 register(
     "prepare_latents_(Tensor cond_latent, Tensor(a!) noise, int[] condition_frames=[0]) -> "
@@ -323,6 +362,7 @@ register(
     check_frames_in_place,
     eager=prepare_latents_in_place_reference,
     triton="prepare_latents:prepare_latents_",
+    example=_example,
 )
 
 
@@ -430,56 +470,52 @@ register_autograd(
 )
 
 
-def _refuse_gradients(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
-) -> Tensor:
-    tracked = torch.is_grad_enabled() and (cond_latent.requires_grad or noise.requires_grad)
-    if tracked or has_tangent(cond_latent, noise):
-        raise RuntimeError(
-            "prepare_latents_: cond_latent and noise must not require a gradient; "
-            "use prepare_latents, which is differentiable"
-        )
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
-
-
 def _count_the_write(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+    keyset: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
-    """As every in-place op of torch: also in inference mode, where no Autograd kernel runs."""
+    """Counts as every in-place op does, also in inference mode, where no Autograd kernel runs."""
     if noise.is_inference() and not torch.is_inference_mode_enabled():
         raise RuntimeError(
             "prepare_latents_: noise must not be an inference tensor outside torch.inference_mode; "
             "clone it"
         )
-    with torch._C._ExcludeDispatchKeyGuard(_ADINPLACEORVIEW):
-        velocity_mask = torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+    arguments = cond_latent, noise, condition_frames
+    velocity_mask = redispatch(REGISTERED["prepare_latents_"], keyset, *arguments)
     if not noise.is_inference():
         torch.autograd.graph.increment_version(noise)
     return velocity_mask
 
 
 def _write_negated(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+    _: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
-    """For views that torch negates when they are read, such as `z.conj().imag`."""
+    """Serves views that torch negates when they are read, such as `z.conj().imag`."""
     cond_latent = cond_latent.resolve_neg()
-    if noise.is_neg():
+    if not noise.is_neg():
+        return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+    beneath = beneath_negation(noise)
+    if beneath is not None:
         # Writing -x into the memory beneath the view.
-        cond_latent, noise = -cond_latent, torch._neg_view(noise)
-    return torch.ops.cosmos3.prepare_latents_(cond_latent, noise, condition_frames)
+        return torch.ops.cosmos3.prepare_latents_(-cond_latent, beneath, condition_frames)
+    written = noise.resolve_neg()
+    velocity_mask = torch.ops.cosmos3.prepare_latents_(cond_latent, written, condition_frames)
+    noise.copy_(written)
+    return velocity_mask
 
 
 def _resolve_conjugates(
-    cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
+    _: Any, cond_latent: Tensor, noise: Tensor, condition_frames: Sequence[int] = (0,)
 ) -> Tensor:
     # Only complex tensors get here, which the op then refuses.
     arguments = cond_latent.resolve_conj(), noise.resolve_conj(), condition_frames
     return torch.ops.cosmos3.prepare_latents_(*arguments)
 
 
-_ADINPLACEORVIEW = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-register_kernel("prepare_latents_", _refuse_gradients, "Autograd")
+refuse_autograd(
+    "prepare_latents_",
+    "cond_latent and noise must not require a gradient; "
+    "use prepare_latents, which is differentiable",
+)
 register_kernel("prepare_latents_", _count_the_write, "ADInplaceOrView")
 register_kernel("prepare_latents_", _write_negated, "Negative")
 register_kernel("prepare_latents_", _resolve_conjugates, "Conjugate")

@@ -10,29 +10,34 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch._library.autograd import Info, make_autograd_impl
+from torch import Tensor
 from torch.autograd import forward_ad
+
+from cosmos3_fast.ops import _torch
+from cosmos3_fast.ops._torch import PLAIN_TENSORS
 
 BACKENDS = ("cpp", "triton", "eager")
 DEVICES = ("cpu", "cuda")
 
-PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+Kernel = Callable[..., Any]
 
-# Filled by `register`: the schemas, the names in them, `torch.ops.cosmos3.<op>` by name, and the
-# (name, device) that the library serves.
+# Filled by `register`: the schemas, the names in them, and by name `torch.ops.cosmos3.<op>`, its
+# check, its specification and the arguments of an example; the (name, device) of the library.
 SCHEMAS: list[str] = []
 OPS: list[str] = []
 REGISTERED: dict[str, Any] = {}
+CHECKS: dict[str, Kernel] = {}
+REFERENCES: dict[str, Kernel] = {}
+EXAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {}
 LIBRARY_KERNELS: set[tuple[str, str]] = set()
-
-Kernel = Callable[..., Any]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -40,7 +45,7 @@ class BackendUnavailableError(RuntimeError):
 
 
 def build_info() -> dict[str, str]:
-    """How the op library was built; empty when this install has none."""
+    """Says how the op library was built; empty when this install has none."""
     try:
         module = importlib.import_module("cosmos3_fast._build_info")
     except ImportError:
@@ -66,9 +71,7 @@ def _load_library() -> str | None:
         return reason.read_text().strip() if reason.exists() else "this install has no library"
     path = str(libraries[0])
     # Loading it all the same ends the process: the second copy's initialisation is left half done.
-    if path not in torch.ops.loaded_libraries and torch._C._jit_get_schemas_for_operator(
-        "cosmos3::prepare_latents"
-    ):
+    if path not in torch.ops.loaded_libraries and hasattr(torch.ops.cosmos3, "prepare_latents"):
         raise ImportError(
             f"{path} cannot define torch.ops.cosmos3, which this process has already: another copy "
             "of cosmos3_fast is loaded. Remove one of the two"
@@ -99,12 +102,17 @@ _python_kernels: dict[tuple[str, str], Kernel] = {}
 
 
 def _library_serves(op: str, device: str) -> bool:
-    return LIBRARY_ERROR is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"cosmos3::{op}", device.upper()
-    )
+    return LIBRARY_ERROR is None and REGISTERED[op].has_kernel_for_dispatch_key(device.upper())
 
 
-def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = None) -> None:
+def register(
+    schema: str,
+    check: Kernel,
+    *,
+    eager: Kernel,
+    triton: str | None = None,
+    example: Callable[[str], tuple[Any, ...]] | None = None,
+) -> None:
     """Gives an op its Python backends, for use by name and where the library does not serve.
 
     Args:
@@ -113,6 +121,8 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
         check: takes the op's arguments; raises if they do not fit.
         eager, triton: take the same arguments; `triton` as "module:function" below
             `cosmos3_fast.ops.triton`, imported at the first call, or None if there is none.
+        example: takes a device and gives the arguments of a small call, floats in float64 where
+            the op takes it: what the tests of all ops at once call it with.
     """
     op = schema.split("(", maxsplit=1)[0]
     if not _is_defined(op):  # no library, or one that was built before the op came
@@ -120,6 +130,10 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
     SCHEMAS.append(schema)
     OPS.append(op)
     REGISTERED[op] = _overload(op)
+    CHECKS[op] = check
+    REFERENCES[op] = eager
+    if example is not None:
+        EXAMPLES[op] = example
     LIBRARY_KERNELS.update((op, device) for device in DEVICES if _library_serves(op, device))
 
     def run_eager(*args: Any) -> Any:
@@ -154,25 +168,53 @@ def register(schema: str, check: Kernel, *, eager: Kernel, triton: str | None = 
         _definitions.impl(op, run_cuda, "CUDA")
 
 
+def example_tensor(device: str, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Makes values in (-1, 1), none like its neighbors, for the `example` of `register`."""
+    count = torch.Size(shape).numel()
+    return torch.arange(1, count + 1, dtype=dtype, device=device).sin().reshape(shape) * 0.9
+
+
 def register_kernel(op: str, kernel: Kernel, key: str) -> None:
-    """Registers what runs above every backend, at the dispatch key `key`."""
-    _definitions.impl(op, kernel, key)
+    """Registers what runs above every backend, at the dispatch key `key`.
+
+    Args:
+        op: name in the schema, with its overload.
+        kernel: takes the keyset of the call, for `_torch.redispatch`, and the op's arguments.
+        key: name of the dispatch key.
+    """
+    _definitions.impl(op, kernel, key, with_keyset=True)
 
 
-def _tensors_of(args: Iterable[Any]) -> Iterator[torch.Tensor]:
+def _tensors(args: Iterable[Any]) -> list[Tensor]:
     """The tensors among the arguments of an op, and those of its lists of tensors."""
+    found: list[Tensor] = []
     for x in args:
-        if isinstance(x, torch.Tensor):
-            yield x
-        elif isinstance(x, list) and x and isinstance(x[0], torch.Tensor):
-            yield from x
+        if isinstance(x, Tensor):
+            found.append(x)
+        elif isinstance(x, list) and x and isinstance(x[0], Tensor):
+            found += x
+    return found
+
+
+def requires_grad(*args: Any) -> bool:
+    """Tells whether reverse-mode AD follows one of `args`."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in _tensors(args))
 
 
 def has_tangent(*args: Any) -> bool:
-    """Whether forward-mode AD follows one of `args`."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(forward_ad.unpack_dual(x).tangent is not None for x in _tensors_of(args))
+    """Tells whether forward-mode AD follows one of `args`."""
+    return _torch.forward_mode_is_on() and any(
+        forward_ad.unpack_dual(x).tangent is not None for x in _tensors(args)
+    )
+
+
+def is_differentiated(*args: Any) -> bool:
+    """Tells whether one of `args` is differentiated, in either mode, or a transform runs.
+
+    Then an op that has none cannot be called, nor an `out=` form of torch's.
+    """
+    # Of a tensor that a transform batches, torch refuses to say whether it has a tangent.
+    return requires_grad(*args) or _torch.in_transform(*_tensors(args)) or has_tangent(*args)
 
 
 def register_autograd(op: str, backward: Kernel, setup_context: Kernel, reference: Kernel) -> None:
@@ -181,22 +223,56 @@ def register_autograd(op: str, backward: Kernel, setup_context: Kernel, referenc
     Args:
         op: name in the schema, with its overload.
         backward, setup_context: as `torch.library.register_autograd` takes them.
-        reference: the op in plain torch, which runs in its place under forward-mode AD, for which
-            `torch.library` has no formula: without it every tangent would be zero.
+        reference: the op in plain torch, with its defaults. It runs in the op's place under
+            forward-mode AD, for which `torch.library` has no formula (without it every tangent
+            would be zero), and inside nested function transforms.
     """
-    reverse = make_autograd_impl(REGISTERED[op], Info(backward, setup_context))
+    overload = REGISTERED[op]
+    defaults = [each.default for each in inspect.signature(reference).parameters.values()]
 
-    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Any:
-        if has_tangent(*args, *kwargs.values()):
-            return reference(*args, **kwargs)
-        return reverse(keyset, *args, **kwargs)
+    def forward(ctx: Any, *args_and_keyset: Any) -> Any:
+        *args, keyset = args_and_keyset
+        output = _torch.redispatch(overload, keyset, *args)
+        setup_context(ctx, tuple(args), output)
+        return output
 
-    _definitions.impl(op, kernel, "Autograd", with_keyset=True)
+    def gradients(ctx: Any, *of_outputs: Any) -> tuple[Any, ...]:
+        found = backward(ctx, *of_outputs)
+        return *found, None
+
+    function: Any = type(
+        op.replace(".", "_"),
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        # What equals its default does not come.
+        args = (*args, *defaults[len(args) :])
+        if _torch.in_transform(*_tensors(args)) or has_tangent(*args):
+            CHECKS[op](*args)
+            return reference(*args)
+        if requires_grad(*args):
+            return function.apply(*args, keyset)
+        return _torch.redispatch(overload, keyset, *args)
+
+    register_kernel(op, kernel, "Autograd")
+
+
+def refuse_autograd(op: str, reason: str) -> None:
+    """Makes `op` raise a RuntimeError, which says `reason`, where an argument is differentiated."""
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if requires_grad(*args) or has_tangent(*args):
+            raise RuntimeError(f"{op}: {reason}")
+        return _torch.redispatch(REGISTERED[op], keyset, *args)
+
+    register_kernel(op, kernel, "Autograd")
 
 
 @functools.cache
 def triton_error() -> str | None:
-    """None if Triton can be imported, else why not."""
+    """Says why Triton cannot be imported; None if it can."""
     try:
         importlib.import_module("triton")
     except Exception as error:
@@ -205,7 +281,7 @@ def triton_error() -> str | None:
 
 
 def default_backend(device: torch.device | str = "cpu", op: str = "prepare_latents") -> str:
-    """The backend behind `torch.ops.cosmos3.<op>` on `device`: "cpp", "triton" or "eager"."""
+    """Names the backend behind `torch.ops.cosmos3.<op>` on `device`: "cpp", "triton" or "eager"."""
     kind = torch.device(device).type
     if (op, kind) in LIBRARY_KERNELS:
         return "cpp"
@@ -216,7 +292,7 @@ def default_backend(device: torch.device | str = "cpu", op: str = "prepare_laten
 def backend_error(
     backend: str, device: torch.device | str = "cpu", op: str = "prepare_latents"
 ) -> str | None:
-    """None if `backend` can serve `op` on `device`, else the reason, with the original error.
+    """Says why `backend` cannot serve `op` on `device`, with the original error; None if it can.
 
     Raises:
         ValueError: `backend` is not one of `BACKENDS`.
@@ -238,35 +314,28 @@ def backend_error(
 
 
 def _needs_all_layers(args: tuple[Any, ...]) -> bool:
-    """Whether anything but the backend's kernel has to see the call: gradients, tracing, modes."""
-    if (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._len_torch_function_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._is_tracing()
-    ):
-        return True
-    tracks = torch.is_grad_enabled()
-    return any(
-        type(x) not in PLAIN_TENSORS or (tracks and x.requires_grad) for x in _tensors_of(args)
+    """Tells whether gradients, tracing or modes have to see the call, besides its kernel."""
+    return (
+        _torch.is_watched()
+        or any(type(x) not in PLAIN_TENSORS for x in _tensors(args))
+        or requires_grad(*args)
     )
 
 
 def call(op: str, *args: Any) -> Any:
-    """Calls the registered op; below its Python autograd layer where nobody needs that layer."""
+    """Calls the registered op, below its Python autograd layer where nobody needs that layer."""
     if (
         torch.compiler.is_compiling()  # first: what follows cannot be traced
         or torch.is_inference_mode_enabled()  # the dispatcher goes below that layer by itself
         or _needs_all_layers(args)
     ):
         return REGISTERED[op](*args)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _torch.below_autograd():
         return REGISTERED[op](*args)
 
 
 def select(op: str, backend: str | None, device: torch.device) -> Kernel:
-    """What to call for `op` on `device`: the registered op, or a backend asked for by name.
+    """Gives what to call for `op` on `device`: the registered op, or a backend asked for by name.
 
     Raises:
         ValueError: `backend` is not None nor one of `BACKENDS`.

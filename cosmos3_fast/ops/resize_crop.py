@@ -28,7 +28,7 @@ def resize_crop(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """A part of the resized image, at the cost of that part.
+    """Resizes an image as far as a part of the result takes it, at the cost of that part.
 
     The bytes are those of Pillow's `Image.resize((width, height), filter).crop(box)`: weights of 22
     fractional bits, two passes, rounded and clamped to bytes after each.
@@ -56,7 +56,7 @@ def resize_crop(
 
 
 def vertical_first_in_pillow(image_size: Sequence[int], size: Sequence[int]) -> bool:
-    """Whether the installed Pillow makes the vertical pass of a resize first.
+    """Tells whether the installed Pillow makes the vertical pass of a resize first.
 
     Args:
         image_size, size: height and width before and after.
@@ -86,7 +86,7 @@ def resize_crop_reference(
     filter: str,
     vertical_first: bool = False,
 ) -> Tensor:
-    """Pillow's `resize` of one direction after the other, then its `crop`."""
+    """Runs Pillow's `resize` of one direction after the other, then its `crop`."""
     import numpy as np
     from PIL import Image
 
@@ -151,6 +151,12 @@ register(
     "-> Tensor",
     check_resize_crop,
     eager=resize_crop_reference,
+    example=lambda device: (
+        torch.arange(5 * 6 * 3, dtype=torch.uint8, device=device).reshape(5, 6, 3),
+        (4, 8),
+        (1, 2, 3, 5),
+        "lanczos",
+    ),
 )
 
 

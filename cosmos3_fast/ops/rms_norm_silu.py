@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, register_autograd, select
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
 
@@ -28,9 +28,10 @@ def rms_norm_silu(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`act(y / max(‖y‖₂, 1e-12) * (√C * weight))` over the channels of `y = x + bias + residual`.
+    """Computes `act(y / max(‖y‖₂, 1e-12) * (√C * weight))` over the channels of a sum, y.
 
-    The RMS norm of the Wan VAEs (`weight` is its gamma), followed by SiLU, in one pass.
+    It is the RMS norm of the Wan VAEs (`weight` is its gamma) of `y = x + bias + residual`,
+    followed by SiLU, in one pass.
 
     Args:
         x: [B, C, H, W] float32, bfloat16, float16 or float64; read fastest in channels-last memory.
@@ -60,9 +61,9 @@ def add_rms_norm_silu(
     *,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`x + bias + residual`, and `rms_norm_silu` of it before it is rounded.
+    """Gives `x + bias + residual`, and `rms_norm_silu` of it before it is rounded.
 
-    Arguments and errors are those of `rms_norm_silu`; both results are as its own.
+    Arguments and errors are those of `rms_norm_silu`; both results have its dtype and layout.
     """
     return select("add_rms_norm_silu", backend, x.device)(x, weight, silu, bias, residual)
 
@@ -75,7 +76,7 @@ def add_pad(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`x + bias + residual`, with `pad` one row of zeros below and one column of them to the right.
+    """Adds up `x + bias + residual`; with `pad`, a row of zeros is below and a column to the right.
 
     Arguments and errors are those of `rms_norm_silu`.
 
@@ -95,9 +96,9 @@ def factors(x: Tensor, residual: Tensor) -> tuple[int, int]:
 
 
 def add_up(x: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    """`x + bias + residual` (see `rms_norm_silu`) in float32, or float64 for float64.
+    """Adds up `x + bias + residual` (see `rms_norm_silu`) in float32, or float64 for float64.
 
-    `x` itself where there is nothing to add.
+    It is `x` itself where there is nothing to add.
     """
     if bias is None and residual is None:
         return x
@@ -141,9 +142,9 @@ def rms_norm_silu_reference(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`act(y / max(‖y‖₂, 1e-12) * (√C * weight))`, the norm taken over dim 1 of [B, C, H, W].
+    """Computes `act(y / max(‖y‖₂, 1e-12) * (√C * weight))`, normed over dim 1 of [B, C, H, W].
 
-    The VAE's RMS norm with `weight` its gamma. Everything is computed in float32 (float64 for
+    It is the VAE's RMS norm with `weight` its gamma. Everything is computed in float32 (float64 for
     float64) and rounded once; √C stays out of the stored weight because rounding their product to
     bfloat16 would cost as much accuracy as rounding the result. Without `weight`, no √C either.
     """
@@ -157,7 +158,7 @@ def add_rms_norm_silu_reference(
     bias: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The sum, rounded once, and `rms_norm_silu_reference`."""
+    """Gives the sum, rounded once, and `rms_norm_silu_reference`."""
     total = add_up(x, bias, residual)
     return _rounded(total, x), _rounded(normalized(total, weight, silu), x)
 
@@ -165,7 +166,7 @@ def add_rms_norm_silu_reference(
 def add_pad_reference(
     x: Tensor, bias: Tensor | None = None, residual: Tensor | None = None, pad: bool = True
 ) -> Tensor:
-    """The sum, rounded once, with zeros below and to the right."""
+    """Gives the sum, rounded once, with zeros below and to the right."""
     total = add_up(x, bias, residual)
     return _rounded(F.pad(total, (0, 1, 0, 1)) if pad else total, x)
 
@@ -247,12 +248,30 @@ def check_add_pad(
     _check("add_pad", x, None, bias, residual)
 
 
+def _example(device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and residual."""
+    x, residual = example_tensor(device, 1, 4, 2, 3), example_tensor(device, 1, 2, 4, 6)
+    weight, bias = 1 + example_tensor(device, 4), example_tensor(device, 4)
+    return x, weight, bias, residual
+
+
+def _norm_example(device: str) -> tuple[Any, ...]:
+    x, weight, bias, residual = _example(device)
+    return x, weight, True, bias, residual
+
+
+def _pad_example(device: str) -> tuple[Any, ...]:
+    x, _, bias, residual = _example(device)
+    return x, bias, residual
+
+
 register(
     "rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
     "Tensor? residual=None) -> Tensor",
     check_norm,
     eager=rms_norm_silu_reference,
     triton="rms_norm_silu:rms_norm_silu",
+    example=_norm_example,
 )
 register(
     "add_rms_norm_silu(Tensor x, Tensor? weight, bool silu=True, Tensor? bias=None, "
@@ -260,12 +279,14 @@ register(
     check_add_norm,
     eager=add_rms_norm_silu_reference,
     triton="rms_norm_silu:add_rms_norm_silu",
+    example=_norm_example,
 )
 register(
     "add_pad(Tensor x, Tensor? bias=None, Tensor? residual=None, bool pad=True) -> Tensor",
     check_add_pad,
     eager=add_pad_reference,
     triton="rms_norm_silu:add_pad",
+    example=_pad_example,
 )
 
 
@@ -315,8 +336,10 @@ def _(
 def _norm_gradients(
     gradient: Tensor, total: Tensor, weight: Tensor | None, silu: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Of the normalised value with respect to the sum and to the weight; the first in float32, or
-    float64 for float64."""
+    """Differentiates the normalised value with respect to the sum and to the weight.
+
+    The first gradient is in float32, or float64 for float64.
+    """
     # With n = y/‖y‖, z = s n, out = z sigmoid(z): dout/dz = sigmoid(z) (1 + z (1 - sigmoid(z)))
     # and, for g = s dout/dz dout, dy = (g - n Σ g n) / ‖y‖ (no second term where the norm is
     # clamped).
@@ -342,7 +365,7 @@ def _norm_gradients(
 def _sum_gradients(
     gradient: Tensor, x: Tensor, bias: Tensor | None, residual: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """With respect to x, bias and residual, of what `gradient` is that of their sum."""
+    """Differentiates with respect to x, bias and residual, given the gradient of their sum."""
     grad_bias = None if bias is None else gradient.sum((0, 2, 3)).to(bias.dtype)
     grad_residual = None
     if residual is not None:

@@ -1,6 +1,7 @@
 """`cosmos3::unpack_pixels`: what the last convolution writes to an image in floats or bytes.
 
-Kernels: `csrc/cpu/unpack_pixels.cpp` and `ops/triton/unpack_pixels.py`.
+Kernels: `csrc/cpu/unpack_pixels.cpp`, `csrc/cuda/unpack_pixels.cu` and
+`ops/triton/unpack_pixels.py`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.ops.checks import check_dtype, check_rank
-from cosmos3_fast.ops.registry import register, select
+from cosmos3_fast.ops.checks import check_dtype, check_patch_size, check_rank
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 
 
 def unpack_pixels(
     x: Tensor, patch_size: int, as_bytes: bool = False, *, backend: str | None = None
 ) -> Tensor:
-    """The image that patches make, clamped to [-1, 1], in one pass.
+    """Puts patches together to an image that is clamped to [-1, 1], in one pass.
 
     Args:
         x: [B, 3·p², h, w] float32, bfloat16, float16 or float64, channels ordered as
             `pixel_shuffle` takes them; any strides, read fastest in channels-last memory.
-        patch_size: p.
+        patch_size: p, in 1 … 32768.
         as_bytes: give bytes instead of `x`'s dtype. They have no gradient.
         backend: as in `prepare_latents`.
 
@@ -38,7 +39,7 @@ def unpack_pixels(
 
 
 def unpack_pixels_reference(x: Tensor, patch_size: int, as_bytes: bool = False) -> Tensor:
-    """`pixel_shuffle`, a clamp to [-1, 1] and, for bytes, `round(255 (x / 2 + 1/2))`."""
+    """Does `pixel_shuffle`, a clamp to [-1, 1] and, for bytes, `round(255 (x / 2 + 1/2))`."""
     # As pixel_shuffle, which leaves tensors without elements as they are.
     batch, _, rows, columns = x.shape
     p = patch_size
@@ -55,11 +56,7 @@ def check_patches(x: Tensor, patch_size: int, as_bytes: bool = False) -> None:
     op = "unpack_pixels"
     check_rank(op, "x", x, 4, "[B, 3·p², h, w]")
     check_dtype(op, "x", x.dtype)
-    # Above 2^15 the square would not fit every integer type; no image has such patches.
-    torch._check(
-        1 <= patch_size <= 1 << 15,
-        lambda: f"{op}: patch_size must be in 1 … 32768, got {patch_size}",
-    )
+    check_patch_size(op, patch_size)
     torch._check(
         x.shape[1] == 3 * patch_size**2,
         lambda: (
@@ -73,6 +70,7 @@ register(
     check_patches,
     eager=unpack_pixels_reference,
     triton="unpack_pixels:unpack_pixels",
+    example=lambda device: (2 * example_tensor(device, 1, 12, 2, 3), 2),
 )
 
 
@@ -101,6 +99,4 @@ def _unpack_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
     return gradient * ((x >= -1) & (x <= 1)), None, None
 
 
-torch.library.register_autograd(
-    "cosmos3::unpack_pixels", _unpack_backward, setup_context=_unpack_setup
-)
+register_autograd("unpack_pixels", _unpack_backward, _unpack_setup, unpack_pixels_reference)

@@ -9,28 +9,28 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from cosmos3_fast.ops._torch import PLAIN_TENSORS
 from cosmos3_fast.ops.checks import check_device, check_float32, check_rank
 from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.ops.registry import (
     LIBRARY_KERNELS,
-    PLAIN_TENSORS,
-    has_tangent,
+    example_tensor,
+    is_differentiated,
+    refuse_autograd,
     register,
-    register_kernel,
     select,
 )
 
 
 def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
-    """Transform float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
+    """Transforms float32 [Cout, Cin, 3, 3] kernels, once, for `winograd_conv3x3`.
 
     Cout must be a multiple of 32 and Cin of 16. Returns [36, Cout/32, Cin, 32], four times the
-    size of `weight`. Not differentiable.
+    size of `weight`. It is not differentiable.
     """
     return select("winograd_pack", backend, weight.device)(weight)
 
@@ -43,10 +43,10 @@ def winograd_conv3x3(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """`conv2d(x, weight, bias, padding=1) + residual` in float32 with a quarter of the products.
+    """Computes `conv2d(x, weight, bias, padding=1) + residual` with a quarter of the products.
 
-    Winograd's F(4x4, 3x3). Its rounding error is a few times that of direct convolution (the tests
-    state it). Not differentiable.
+    It is Winograd's F(4x4, 3x3), in float32. Its rounding error is a few times that of direct
+    convolution (the tests state it). It is not differentiable.
 
     Args:
         x: [B, Cin, H, W] float32; read fastest in channels-last memory.
@@ -70,10 +70,10 @@ MIN_TILES = 256
 
 
 def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scale: int = 1) -> bool:
-    """Whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
+    """Tells whether `conv2d(x, weight, padding=1)` is better done by `winograd_conv3x3`.
 
-    On a CPU with a compiled kernel, in float32, without gradients, for channels that the kernel
-    takes and images of enough tiles.
+    It is on a CPU with a compiled kernel, in float32, where nothing is differentiated, for channels
+    that the kernel takes and images of enough tiles.
 
     Args:
         x: [B, Cin, H, W].
@@ -84,10 +84,7 @@ def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scal
     if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
         return False
     # The packed weight is made of the weight's memory, which only a plain tensor has.
-    if (
-        type(weight) not in PLAIN_TENSORS
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
+    if type(weight) not in PLAIN_TENSORS or is_differentiated(x, weight):
         return False
     tiles = x.shape[0] * -(-x.shape[2] * scale // 4) * -(-x.shape[3] * scale // 4)
     return (
@@ -96,7 +93,6 @@ def takes_winograd(x: Tensor, weight: Tensor, min_tiles: int | None = None, scal
         and weight.shape[1] > 0
         and weight.shape[1] % 16 == 0
         and weight.shape[0] % 32 == 0
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and ("winograd_conv3x3", "cpu") in LIBRARY_KERNELS
     )
 
@@ -109,9 +105,9 @@ def _memcmp() -> Callable[[int, int, int], int]:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two CPU tensors agree in dtype, shape and every bit.
+    """Tells whether two CPU tensors agree in dtype, shape and every bit.
 
-    Several times faster than `torch.equal`, and a NaN equals itself.
+    It is several times faster than `torch.equal`, and a NaN equals itself.
     """
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -122,7 +118,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def winograd_pack_reference(weight: Tensor) -> Tensor:
-    """`G g G^T` of every 3x3 kernel g of [Cout, Cin, 3, 3], as [36, Cout/32, Cin, 32]."""
+    """Computes `G g G^T` of every 3x3 kernel g of [Cout, Cin, 3, 3], as [36, Cout/32, Cin, 32]."""
     in_channels = weight.shape[1]
     _, kernel, _ = cook_toom_tensors(4, weight)
     points = (kernel @ weight.double() @ kernel.T).to(weight.dtype).flatten(2)
@@ -132,7 +128,7 @@ def winograd_pack_reference(weight: Tensor) -> Tensor:
 def winograd_conv3x3_reference(
     x: Tensor, packed_weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """Winograd's F(4x4, 3x3), whose own specification is `conv2d(x, weight, bias, padding=1)`.
+    """Runs Winograd's F(4x4, 3x3), whose own specification is `conv2d(x, weight, bias, padding=1)`.
 
     Lavin & Gray, "Fast Algorithms for Convolutional Neural Networks" (2015): with 6x6 input tiles
     d, the 4x4 outputs are `A^T [(G g G^T) ⊙ (B^T d B)] A`.
@@ -216,13 +212,20 @@ def _packed_message(op: str, x: Tensor, packed_weight: Tensor) -> str:
 
 
 register(
-    "winograd_pack(Tensor weight) -> Tensor", check_winograd_weight, eager=winograd_pack_reference
+    "winograd_pack(Tensor weight) -> Tensor",
+    check_winograd_weight,
+    eager=winograd_pack_reference,
+    example=lambda device: (example_tensor(device, 32, 16, 3, 3, dtype=torch.float32),),
 )
 register(
     "winograd_conv3x3(Tensor x, Tensor packed_weight, Tensor? bias=None, Tensor? residual=None) "
     "-> Tensor",
     check_winograd,
     eager=winograd_conv3x3_reference,
+    example=lambda device: tuple(
+        example_tensor(device, *shape, dtype=torch.float32)
+        for shape in ((1, 16, 5, 4), (36, 1, 16, 32), (32,), (1, 32, 5, 4))
+    ),
 )
 
 
@@ -246,16 +249,5 @@ def _(
     )
 
 
-def _refuse_winograd_gradients(op: str) -> Any:
-    def kernel(*args: Tensor | None) -> Tensor:
-        tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in args)
-        if tracked or has_tangent(*args):
-            raise RuntimeError(f"{op}: no argument may require a gradient; use conv2d")
-        with torch._C._AutoDispatchBelowAutograd():
-            return getattr(torch.ops.cosmos3, op)(*args)
-
-    return kernel
-
-
 for _op in ("winograd_pack", "winograd_conv3x3"):
-    register_kernel(_op, _refuse_winograd_gradients(_op), "Autograd")
+    refuse_autograd(_op, "no argument may require a gradient; use conv2d")

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../addends.h"
+#include "../channels_last.h"
 #include "../dtypes.h"
-#include "channels_last.h"
 #include "norms.h"
 #include "simd.h"
 

@@ -3,29 +3,10 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
-
-#include "../checks.h"
-#include "../dtypes.h"
+#include "../unpack_pixels.h"
 
 namespace cosmos3 {
 namespace {
-
-// A NaN stays one.
-template <typename T>
-T clamped(T value) {
-  if constexpr (std::is_same_v<T, float> || std::is_same_v<T, double>) {
-    return value < T(-1) ? T(-1) : value > T(1) ? T(1) : value;
-  } else {
-    return convert<T>(clamped(convert<float>(value)));
-  }
-}
-
-// round(255 (x / 2 + 1/2)) in float32, halves to even; 0 for a NaN.
-uint8_t byte_of(float value) {
-  const float inside = value >= -1.0f ? (value <= 1.0f ? value : 1.0f) : -1.0f;
-  return static_cast<uint8_t>(std::nearbyintf(255.0f * (inside * 0.5f + 0.5f)));
-}
 
 // Calls write(b, color, y, x, value) for every pixel, one image row after the other.
 template <typename In, typename Write>
@@ -67,28 +48,9 @@ void unpack_bytes(Tensor& out, const Tensor& x, int64_t patch) {
   });
 }
 
-void check_patches(const Tensor& x, int64_t patch_size) {
-  const char* op = "unpack_pixels";
-  check_rank(op, "x", x, 4, "[B, 3·p², h, w]");
-  check_dtype(op, "x", x.scalar_type());
-  // Above 2^15 the square would not fit every integer type; no image has such patches.
-  if (patch_size < 1 || patch_size > 1 << 15) {
-    fail(op, ": patch_size must be in 1 … 32768, got ", patch_size);
-  }
-  if (x.size(1) != 3 * patch_size * patch_size) {
-    fail(op, ": x must have 3·patch_size² = ", 3 * patch_size * patch_size, " channels, got ",
-         list(x.sizes()));
-  }
-}
-
 Tensor unpack_pixels(Tensor x, int64_t patch_size, bool as_bytes) {
   check_patches(x, patch_size);
-  const int64_t batch = x.size(0), height = x.size(2) * patch_size;
-  const int64_t width = x.size(3) * patch_size;
-  Tensor out = allocating("unpack_pixels", [&] {
-    return as_bytes ? torch::stable::new_empty(x, {batch, height, width, 3}, ScalarType::Byte)
-                    : torch::stable::new_empty(x, {batch, 3, height, width});
-  });
+  Tensor out = empty_image(x, patch_size, as_bytes);
   dispatch(x.scalar_type(), [&](auto tag) {
     using T = decltype(tag);
     if (as_bytes) {

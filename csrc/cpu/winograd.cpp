@@ -12,8 +12,8 @@
 #include <new>
 #include <optional>
 
+#include "../channels_last.h"
 #include "../checks.h"
-#include "channels_last.h"
 #include "simd.h"
 
 namespace cosmos3 {

@@ -87,3 +87,31 @@ __device__ T* shared_memory() {
 }  // namespace cosmos3
 
 #endif
+
+#include <algorithm>
+
+namespace cosmos3 {
+
+// (blocks along a row, rows, batch entries), so that no index takes a division; y and z of a grid
+// end at 65535, beyond which a block takes further rows and batch entries: `for_each_row`.
+inline dim3 grid_of_rows(int64_t batch, int64_t rows, int64_t threads_of_row, unsigned threads) {
+  auto clamped = [](int64_t size) { return static_cast<unsigned>(std::min<int64_t>(size, 65535)); };
+  return dim3(static_cast<unsigned>((threads_of_row + threads - 1) / threads), clamped(rows),
+              clamped(batch));
+}
+
+template <typename F>
+__device__ void for_each_row(int64_t batch, int64_t rows, F&& f) {
+  for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
+    for (int64_t row = blockIdx.y; row < rows; row += gridDim.y) {
+      f(b, row);
+    }
+  }
+}
+
+// Of this thread, along a row.
+__device__ inline int64_t index_in_row() {
+  return int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+}
+
+}  // namespace cosmos3

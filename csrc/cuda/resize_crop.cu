@@ -49,25 +49,14 @@ __device__ void combine(uint8_t* __restrict__ out, const uint8_t* __restrict__ f
   out[2] = to_byte(blue);
 }
 
-// The pixel of a thread: columns in x, so that no index takes a division; y and z of a grid end at
-// 65535, beyond which a block takes further rows and images.
-template <typename F>
-__device__ void for_each_pixel(int64_t batch, int64_t height, int64_t width, F&& f) {
-  const int64_t x = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (x >= width) {
-    return;
-  }
-  for (int64_t b = blockIdx.z; b < batch; b += gridDim.z) {
-    for (int64_t y = blockIdx.y; y < height; y += gridDim.y) {
-      f(b, y, x);
-    }
-  }
-}
-
 __global__ void resize_columns_kernel(uint8_t* __restrict__ out, const Images images,
                                       const int64_t batch, const int64_t height,
                                       const DeviceAxis columns) {
-  for_each_pixel(batch, height, columns.outputs, [&](int64_t b, int64_t y, int64_t x) {
+  const int64_t x = index_in_row();
+  if (x >= columns.outputs) {
+    return;
+  }
+  for_each_row(batch, height, [&](int64_t b, int64_t y) {
     combine(out + ((b * height + y) * columns.outputs + x) * 3,
             images.data + b * images.sb + y * images.sh, images.sw, images.sc, columns, x);
   });
@@ -76,16 +65,14 @@ __global__ void resize_columns_kernel(uint8_t* __restrict__ out, const Images im
 __global__ void resize_rows_kernel(uint8_t* __restrict__ out, const Images images,
                                    const int64_t batch, const int64_t width,
                                    const DeviceAxis rows) {
-  for_each_pixel(batch, rows.outputs, width, [&](int64_t b, int64_t y, int64_t x) {
+  const int64_t x = index_in_row();
+  if (x >= width) {
+    return;
+  }
+  for_each_row(batch, rows.outputs, [&](int64_t b, int64_t y) {
     combine(out + ((b * rows.outputs + y) * width + x) * 3,
             images.data + b * images.sb + x * images.sw, images.sh, images.sc, rows, y);
   });
-}
-
-dim3 grid_of(int64_t batch, int64_t height, int64_t width) {
-  auto clamped = [](int64_t size) { return static_cast<unsigned>(std::min<int64_t>(size, 65535)); };
-  return dim3(static_cast<unsigned>((width + kThreads - 1) / kThreads), clamped(height),
-              clamped(batch));
 }
 
 // Starts and weights of an axis on the device of `like`, for whose copy the host waits.
@@ -137,14 +124,14 @@ Tensor resize_crop(Tensor image, std::vector<int64_t> size, std::vector<int64_t>
   const cudaStream_t stream = current_stream(image.get_device_index());
 
   auto along_rows = [&, table = column_table](const Tensor& from, const Tensor& to) {
-    launch(op, resize_columns_kernel, grid_of(batch, from.size(1), wanted.width), kThreads, stream,
-           static_cast<uint8_t*>(to.mutable_data_ptr()), images_of(from), batch, from.size(1),
-           on_device(columns, table));
+    launch(op, resize_columns_kernel, grid_of_rows(batch, from.size(1), wanted.width, kThreads),
+           kThreads, stream, static_cast<uint8_t*>(to.mutable_data_ptr()), images_of(from), batch,
+           from.size(1), on_device(columns, table));
   };
   auto across_rows = [&, table = row_table](const Tensor& from, const Tensor& to) {
-    launch(op, resize_rows_kernel, grid_of(batch, wanted.height, from.size(2)), kThreads, stream,
-           static_cast<uint8_t*>(to.mutable_data_ptr()), images_of(from), batch, from.size(2),
-           on_device(rows, table));
+    launch(op, resize_rows_kernel, grid_of_rows(batch, wanted.height, from.size(2), kThreads),
+           kThreads, stream, static_cast<uint8_t*>(to.mutable_data_ptr()), images_of(from), batch,
+           from.size(2), on_device(rows, table));
   };
   auto between = [&](int64_t height, int64_t width) {
     return allocating(op,

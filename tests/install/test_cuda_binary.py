@@ -46,6 +46,16 @@ def test_dense_rows_move_16_bytes_at_a_time(kernels: list[cuda_binary.Kernel]):
             assert re.search(r"STG\.E\.128", kernel.sass), where
 
 
+def test_pixels_are_stored_16_bytes_at_a_time(kernels: list[cuda_binary.Kernel]):
+    for kernel in kernels:
+        if kernel.name.startswith(("pack_pixels_kernel", "unpack_pixels_kernel")):
+            where = f"{kernel.name} on {kernel.architecture}"
+            assert re.search(r"STG\.E\.128", kernel.sass), where
+            # All of a thread's loads before its first store.
+            accesses = "".join(re.findall(r"(L|S)(?:D|T)G\.E", kernel.sass))
+            assert accesses.startswith("LL"), where
+
+
 def test_copies_have_several_loads_in_flight(kernels: list[cuda_binary.Kernel]):
     for kernel in kernels:
         if kernel.name.startswith(("prepare_latents_kernel", "write_frames_kernel")):

@@ -30,6 +30,8 @@ OPS = {
     "rms_norm_silu": ("rms_norm_silu", "add_rms_norm_silu", "add_pad"),
     "resize_crop": ("resize_crop",),
     "transform_frames": ("transform_frames",),
+    "pack_pixels": ("pack_pixels",),
+    "unpack_pixels": ("unpack_pixels",),
 }
 TORCH = Path(torch.__file__).parent
 FLAGS = {

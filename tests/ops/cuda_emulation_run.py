@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import cuda_emulation_cases
 import cuda_emulation_frames
 import cuda_emulation_norms
+import cuda_emulation_pixels
 import cuda_emulation_resizes
 from cuda_emulation import Emulation
 
@@ -21,6 +23,8 @@ RUNS = {
     "rms_norm_silu": cuda_emulation_norms.run,
     "resize_crop": cuda_emulation_resizes.run,
     "transform_frames": cuda_emulation_frames.run,
+    "pack_pixels": partial(cuda_emulation_pixels.run, "pack_pixels"),
+    "unpack_pixels": partial(cuda_emulation_pixels.run, "unpack_pixels"),
 }
 
 

@@ -175,6 +175,50 @@ RESIZES = {
     ),
 }  # fmt: skip
 
+PACKING = {
+    "row stride for column stride": ("offset += image.sw;", "offset += image.sh;"),
+    "color of a thread's first element left out": ("color * image.sc + start", "start"),
+    "row of a thread's first element left out": ("start.dy * image.sh + ", ""),
+    "next color in the row after": ("offset += to_color;", ""),
+    "next patch is the first one": ("offset = column;", "offset = start_column;"),
+    "columns one by one": ("patches.channels * size * image.sw", "patches.channels * image.sw"),
+    "batch stride left out": ("b * image.sb + row * size", "row * size"),
+    "rows one by one": ("row * size * image.sh", "row * image.sh"),
+    "further channels as the pixels after": ("channel.index < filled && first", "first"),
+    "bytes not normalised": ("convert<Out>(normalized(value))",
+                             "convert<Out>(static_cast<float>(value))"),
+    "vectors where a row is not whole ones": ("length % kLanes == 0 &&", "true &&"),
+    "rows written into the next one": ("if (first + lane < length) {", "{"),
+}  # fmt: skip
+
+SILENT_PACKING = {
+    "further channels read too": (
+        "held[lane] = is_filled[lane] ?", "held[lane] = first + lane < length ?",
+    ),
+}  # fmt: skip
+
+UNPACKING = {
+    "a color every row of a patch": ("patches.sc * size * size;", "patches.sc * size;"),
+    "column of a thread's first element left out": ("start_dx * patches.sc +", ""),
+    "color of a thread's first element left out": ("start_color * color_step +", ""),
+    "row within its patch left out": ("y % size * size * patches.sc +", ""),
+    "row within its patch without its columns": ("y % size * size *", "y % size *"),
+    "patches one row each": ("y / size * patches.sh", "y * patches.sh"),
+    "floats of the first color alone": ("row / height * color_step +", ""),
+    "next patch without its way back": ("offset += patches.sw - size * patches.sc;",
+                                        "offset += patches.sw;"),
+    "batch stride left out": ("b * patches.sb + row", "row"),
+    "not clamped": ("lanes[lane] = clamped(held[lane]);", "lanes[lane] = held[lane];"),
+    "vectors where a row is not whole ones": ("length % kLanes == 0 &&", "true &&"),
+    "rows written into the next one": ("if (first + lane < length) {", "{"),
+}  # fmt: skip
+
+SILENT_UNPACKING = {
+    "elements beyond a row's end read too": (
+        "first + lane < length ? from[offset] : In{}", "from[offset]",
+    ),
+}  # fmt: skip
+
 # By source and name: what is to be replaced, by what, and whether only the trace shows it.
 MUTATIONS = {
     (source, name): (*change, silent)
@@ -184,6 +228,10 @@ MUTATIONS = {
         ("rms_norm_silu", False, NORMS),
         ("rms_norm_silu", True, SILENT_NORMS),
         ("resize_crop", False, RESIZES),
+        ("pack_pixels", False, PACKING),
+        ("pack_pixels", True, SILENT_PACKING),
+        ("unpack_pixels", False, UNPACKING),
+        ("unpack_pixels", True, SILENT_UNPACKING),
     )
     for name, change in changes.items()
 }

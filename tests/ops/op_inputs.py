@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from cosmos3_fast.ops.checks import FLOAT_DTYPES
+
+DTYPES = FLOAT_DTYPES
 LAYOUTS = (
     "contiguous",
     "channels_last_3d",

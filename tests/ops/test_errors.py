@@ -54,18 +54,15 @@ FRAME_FAULTS = {
     ),
     "channels": (
         frames_call(cond=(1, 4, 1, 4, 6)),
-        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 4, 1, 4, 6] "
-        "for noise [2, 3, 5, 4, 6]",
+        "cond_latent must have C, H and W of noise [2, 3, 5, 4, 6], got [1, 4, 1, 4, 6]",
     ),
     "height": (
         frames_call(cond=(1, 3, 1, 5, 6)),
-        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 3, 1, 5, 6] "
-        "for noise [2, 3, 5, 4, 6]",
+        "cond_latent must have C, H and W of noise [2, 3, 5, 4, 6], got [1, 3, 1, 5, 6]",
     ),
     "width": (
         frames_call(cond=(1, 3, 1, 4, 1)),
-        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 3, 1, 4, 1] "
-        "for noise [2, 3, 5, 4, 6]",
+        "cond_latent must have C, H and W of noise [2, 3, 5, 4, 6], got [1, 3, 1, 4, 1]",
     ),
     "batch": (
         frames_call(cond=(3, 3, 1, 4, 6)),
@@ -140,8 +137,7 @@ MASK_FAULTS = {
     ),
     "mask with wrong channels": (
         mask_call(cond=(1, 2, 1, 4, 6)),
-        "cond_latent must agree with noise in C, H and W; got cond_latent [1, 2, 1, 4, 6] "
-        "for noise [2, 3, 5, 4, 6]",
+        "cond_latent must have C, H and W of noise [2, 3, 5, 4, 6], got [1, 2, 1, 4, 6]",
     ),
 }
 
@@ -258,7 +254,11 @@ ENCODER_FAULTS = {
         ),
         "patch size": (
             pixels_call((1, 3, 4, 4), patch_size=0),
-            "patch_size must be at least 1, got 0",
+            "patch_size must be in 1 … 32768, got 0",
+        ),
+        "large patch size": (
+            pixels_call((0, 3, 0, 0), patch_size=1 << 62),
+            f"patch_size must be in 1 … 32768, got {1 << 62}",
         ),
         "height": (
             pixels_call((1, 3, 5, 4)),
@@ -334,7 +334,7 @@ CALLS = {
     },
     ("prepare_latents_", "expanded noise"): (
         lambda: (torch.zeros(COND), torch.zeros(2, 3, 5, 1, 6).expand(NOISE), [0]),
-        "prepare_latents_: noise must not be expanded: dimension 3 has size 4 and stride 0",
+        "prepare_latents_: noise must not be expanded, got stride 0 in dimension 3 of size 4",
     ),
 }
 parametrize_faults = pytest.mark.parametrize(
@@ -435,10 +435,41 @@ def test_an_unknown_backend_is_a_value_error():
 
 
 def test_frames_and_mask_exclude_each_other():
-    with pytest.raises(ValueError, match="condition_frames or condition_mask, not both"):
+    with pytest.raises(ValueError, match=r"condition_frames must be left out .*, got \[1\]"):
         ops.prepare_latents(
             latent(COND), latent(NOISE), (1,), condition_mask=torch.zeros(1, 1, 5, 1, 1)
         )
+
+
+@pytest.mark.parametrize(
+    ("frames", "got"),
+    [
+        (torch.zeros(1, 1, 5, 1, 1), "a tensor of shape [1, 1, 5, 1, 1] in torch.float32"),
+        (torch.ones(5, dtype=torch.bool), "a tensor of shape [5] in torch.bool"),
+        (0, "0"),
+        (None, "None"),
+    ],
+    ids=["mask", "bool mask", "number", "None"],
+)
+def test_what_is_no_list_of_frames_is_named(frames: Any, got: str, device: str):
+    cond, noise = latent(COND, device=device), latent(NOISE, device=device)
+    for call, hint in (
+        (ops.prepare_latents, "; give a mask as condition_mask="),
+        (ops.prepare_latents_, ""),
+    ):
+        hint = hint if isinstance(frames, torch.Tensor) else ""  # noqa: PLW2901
+        with pytest.raises(TypeError) as raised:
+            call(cond, noise, frames)
+        name = call.__name__
+        wanted = f"{name}: condition_frames must be a list of frames, got {got}{hint}"
+        assert str(raised.value) == wanted
+
+
+def test_a_list_of_frames_may_be_any_integers(device: str):
+    cond, noise = latent(COND, device=device), latent(NOISE, device=device)
+    wanted, _ = ops.prepare_latents(cond, noise, [0, 2])
+    for frames in (torch.tensor([0, 2]), torch.tensor([0, 2], dtype=torch.uint8), range(0, 3, 2)):
+        assert torch.equal(ops.prepare_latents(cond, noise, frames)[0], wanted)
 
 
 def test_a_named_backend_that_is_absent_raises_the_original_error(monkeypatch: pytest.MonkeyPatch):

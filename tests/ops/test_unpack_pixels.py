@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from op_inputs import DTYPES
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -15,7 +16,6 @@ from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
 
 OP = torch.ops.cosmos3.unpack_pixels
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LAYOUTS = ("channels_last", "contiguous", "sliced", "expanded", "stepped")
 
 

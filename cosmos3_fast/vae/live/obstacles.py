@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.ops.checks import FLOAT_DTYPES
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 
 # Weights in another dtype are stored for a hook to convert.
-_PLAIN_DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16, torch.float64})
+_PLAIN_DTYPES = frozenset(FLOAT_DTYPES)
 
 
 class Survey(NamedTuple):

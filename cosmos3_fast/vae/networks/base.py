@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import TEMPORAL_FACTOR
+from cosmos3_fast.ops.checks import FLOAT_DTYPES as _DTYPES
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.compatibility import check_modules
 from cosmos3_fast.vae.fold import fold
@@ -18,8 +19,6 @@ from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 if TYPE_CHECKING:
     from typing import Self
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class FoldedNetwork(nn.Module):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cosmos3_fast.arguments import as_int, quoted
 from cosmos3_fast.frames import TEMPORAL_FACTOR, is_whole, latent_frames, pixel_frames
 from cosmos3_fast.ops import pack_pixels
+from cosmos3_fast.ops._torch import has_memory
 from cosmos3_fast.vae.compatibility import probe_encoder, probe_posterior
 from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form
 from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Sum, Temporal, Terms
@@ -369,7 +370,7 @@ def check_values(pixels: Tensor) -> None:
         or not pixels.numel()
         or torch.compiler.is_compiling()
         or type(pixels) not in (Tensor, nn.Parameter)
-        or torch._C._functorch.is_functorch_wrapped_tensor(pixels)
+        or not has_memory(pixels)
     ):
         return
     low, high = (float(value) for value in pixels.detach().aminmax())

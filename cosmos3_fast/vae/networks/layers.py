@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos3_fast.ops.registry import is_differentiated
 from cosmos3_fast.vae.networks.causal import (
     TAPS,
     CausalConv,
@@ -389,9 +390,7 @@ def write_sum(to: Tensor, x: Tensor, y: Tensor | None) -> None:
     """`to[...] = x + y`, in one launch where torch can."""
     if y is None:
         to.copy_(x)
-    elif torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
-    ):
+    elif torch.compiler.is_compiling() or is_differentiated(x, y):
         to.copy_(x + y)
     else:
         torch.add(x, y, out=to)
