@@ -157,10 +157,10 @@ __device__ void write(const Rows& rows, int64_t offset, const Value (&values)[kL
 template <typename Value>
 __device__ Value element(const Rows& rows, int64_t offset) {
   switch (rows.dtype) {
-    case ScalarType::Float:
-      return convert<Value>(*rows.at<float>(offset));
     case ScalarType::Double:
       return convert<Value>(*rows.at<double>(offset));
+    case ScalarType::Float:
+      return convert<Value>(*rows.at<float>(offset));
     case ScalarType::Half:
       return convert<Value>(*rows.at<Half>(offset));
     default:
@@ -383,12 +383,13 @@ __device__ void write_windows(const Value (&window)[kAtOnce + 2][kLanes], const 
   }
 }
 
-// Blocks that a multiprocessor has the registers for; eight or twelve products need more of them.
-template <int kProducts>
-constexpr int kResident = kProducts == 3 || kProducts == 4 ? 1 : 2;
+// Blocks that a multiprocessor has the registers for: eight or twelve products in flight need more
+// of them, and so do residuals of twice the size of products.
+template <typename S, int kProducts>
+constexpr int kResident = kProducts == 3 || kProducts == 4 || S::kSum > S::kProduct ? 1 : 2;
 
 template <typename S, int kProducts>
-__global__ void __launch_bounds__(kMostThreads, kResident<kProducts>)
+__global__ void __launch_bounds__(kMostThreads, kResident<S, kProducts>)
     transform_kernel(const Job<typename S::Value> job) {
   using Value = typename S::Value;
   constexpr int kLanes = S::kLanes;
@@ -467,18 +468,24 @@ __global__ void __launch_bounds__(kMostThreads, kResident<kProducts>)
 
 template <typename Value>
 __device__ void write_element(const Rows& rows, int64_t offset, Value value) {
-  switch (rows.dtype) {
-    case ScalarType::Float:
-      *rows.to<float>(offset) = convert<float>(value);
-      break;
-    case ScalarType::Double:
-      *rows.to<double>(offset) = convert<double>(value);
-      break;
-    case ScalarType::Half:
-      *rows.to<Half>(offset) = convert<Half>(value);
-      break;
-    default:
-      *rows.to<BFloat16>(offset) = convert<BFloat16>(value);
+  if constexpr (std::is_same_v<Value, double>) {
+    *rows.to<double>(offset) = value;
+  } else if (rows.dtype == ScalarType::Float) {
+    *rows.to<float>(offset) = value;
+  } else if (rows.dtype == ScalarType::Half) {
+    *rows.to<Half>(offset) = convert<Half>(value);
+  } else {
+    *rows.to<BFloat16>(offset) = convert<BFloat16>(value);
+  }
+}
+
+// Of a tensor that is float64 where the others are.
+template <typename Value>
+__device__ Value frame_element(const Rows& rows, int64_t offset) {
+  if constexpr (std::is_same_v<Value, double>) {
+    return *rows.at<double>(offset);
+  } else {
+    return element<Value>(rows, offset);
   }
 }
 
@@ -489,7 +496,8 @@ __device__ Value sum_of(const Job<Value>& job, int64_t t, int64_t pixel, int cha
   Value terms[kProducts], sum = 0;
 #pragma unroll
   for (int k = 0; k < kProducts; ++k) {
-    terms[k] = element<Value>(job.product[k], job.offset(t / m, pixel) + channel) * job.scale[k];
+    terms[k] =
+        frame_element<Value>(job.product[k], job.offset(t / m, pixel) + channel) * job.scale[k];
   }
   each_of<m>([&](auto index) {
     constexpr int i = decltype(index)::value;
@@ -501,7 +509,7 @@ __device__ Value sum_of(const Job<Value>& job, int64_t t, int64_t pixel, int cha
     sum += element<Value>(job.bias, channel);
   }
   if (job.residual) {
-    sum += element<Value>(job.residual, job.offset(t, pixel) + channel);
+    sum += frame_element<Value>(job.residual, job.offset(t, pixel) + channel);
   }
   return sum;
 }
@@ -543,7 +551,8 @@ __global__ void __launch_bounds__(kThreads, 2) transform_elements_kernel(const J
           break;
         }
         if (t < 0) {
-          window[i] = job.past ? element<Value>(job.past, job.offset(t + 2, pixel) + channel) : 0;
+          window[i] =
+              job.past ? frame_element<Value>(job.past, job.offset(t + 2, pixel) + channel) : 0;
         } else if (t < job.frames) {
           window[i] = sum_of<kProducts>(job, t, pixel, channel);
           if (job.weight) {
