@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMostProducts = 6;
 constexpr int kAtOnce = 4;  // frames; a multiple of those of every block
-// Threads of a block: as many as a pixel takes, at least these, at most those.
+// Threads of a block: whole pixels' of up to a warp, or one pixel's of up to kMostThreads.
 constexpr int kThreads = 128, kMostThreads = 256;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
@@ -48,6 +48,7 @@ template <typename Value>
 struct Job {
   Rows product[kMostProducts];
   Value scale[kMostProducts];
+  Value root;  // of the number of channels
   Rows bias, residual, weight, past, sum, transformed, last;
   int64_t frames, pixels;  // pixels of one frame of the whole batch
   int64_t blocks;          // of `to` frames
@@ -237,10 +238,10 @@ __device__ Value silu_of(Value x) {
   }
 }
 
-// sqrt(C) / max(norm, least).
+// root / max(norm, least).
 template <bool is_quick, typename Value>
-__device__ Value factor_of(Value squares, int channels) {
-  const Value root = std::sqrt(static_cast<Value>(channels)), least = static_cast<Value>(kNormEps);
+__device__ Value factor_of(Value squares, Value root) {
+  const Value least = static_cast<Value>(kNormEps);
   if constexpr (is_quick) {
     return root * quick_reciprocal_root(squares < least * least ? least * least : squares);
   } else {
@@ -337,7 +338,7 @@ __device__ void activate(Value (&y)[kAtOnce][kLanes], const Job<Value>& job, int
     read_parameters(weight, job.weight, channel);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const Value factor = factor_of<is_quick>(squares[i], job.channels);
+      const Value factor = factor_of<is_quick>(squares[i], job.root);
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
         const Value scaled = y[i][lane] * (factor * weight[lane]);
@@ -557,7 +558,7 @@ __global__ void __launch_bounds__(kThreads, 2) transform_elements_kernel(const J
           window[i] = sum_of<kProducts>(job, t, pixel, channel);
           if (job.weight) {
             const Value weight = element<Value>(job.weight, channel);
-            const Value scaled = window[i] * (factor_of<false>(squares[i], job.channels) * weight);
+            const Value scaled = window[i] * (factor_of<false>(squares[i], job.root) * weight);
             window[i] = job.silu ? silu_of<false>(scaled) : scaled;
           }
         }
@@ -643,12 +644,10 @@ bool run_vectors(const char* op, const FrameArguments& arguments, Job<typename S
     for (job.group = 1; job.group < needed; job.group *= 2) {
     }
   }
-  const int threads = std::max(kThreads, job.group);
-  const int per_block = job.group > kWarp ? 1 : threads / job.group;
+  const int threads = job.group > kWarp ? job.group : kThreads;
   with_products(arguments.products.size(), [&](auto count) {
     launch_blocks(op, transform_kernel<S, decltype(count)::value>,
-                  dim3(blocks_for(job.pixels, per_block)), job.group > kWarp ? job.group : threads,
-                  stream, job);
+                  dim3(blocks_for(job.pixels, threads / job.group)), threads, stream, job);
   });
   return true;
 }
@@ -703,6 +702,7 @@ void transform_all(const char* op, const FrameArguments& arguments, bool silu,
   job.pixels = arguments.batch() * first.size(2) * first.size(3);
   job.blocks = blocks_of(arguments.frames, std::max<int64_t>(arguments.to, 1));
   job.channels = static_cast<int>(first.size(1));
+  job.root = std::sqrt(static_cast<Value>(first.size(1)));
   job.to = static_cast<int>(arguments.to);
   job.silu = silu;
   const cudaStream_t stream = current_stream(first.get_device_index());

@@ -203,7 +203,7 @@ FRAMES = {
         "  __syncthreads();  // before the next four", "  // before the next four",
     ),
     "the square root of the channels left out": (
-        "root = std::sqrt(static_cast<Value>(channels)), least", "root = 1, least",
+        "job.root = std::sqrt(static_cast<Value>(first.size(1)));", "job.root = 1;",
     ),
     "norm not clamped": ("(norm < least ? least : norm)", "norm"),
     "SiLU always": (

@@ -59,20 +59,25 @@ def test_every_cuda_source_is_emulated():
 
 def test_random_calls_equal_the_reference(source: str, tmp_path: Path):
     library = build_or_skip(source, "plain", tmp_path)
-    count = {"prepare_latents": 3000, "rms_norm_silu": 1500, "resize_crop": 200}[source]
+    count = {
+        "prepare_latents": 3000,
+        "rms_norm_silu": 1500,
+        "resize_crop": 200,
+        "transform_frames": 400,
+    }[source]
     assert calls_made(source, library, "--count", str(count)) > count
 
 
 def test_sanitizers_find_nothing(source: str, tmp_path: Path):
     library = build_or_skip(source, "sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
-    count = 30 if source == "resize_crop" else 500
+    count = {"resize_crop": 30, "transform_frames": 150}.get(source, 500)
     options = ("--first", "10000", "--count", str(count))
     assert calls_made(source, library, *options, preload=preload) >= count
 
 
 # What the two passes of a resize leave for each other lies in memory of the op's own.
-@pytest.mark.parametrize("source", ["prepare_latents", "rms_norm_silu"])
+@pytest.mark.parametrize("source", ["prepare_latents", "rms_norm_silu", "transform_frames"])
 def test_each_load_and_store_is_its_tensor_s_and_each_byte_is_written_once(
     source: str, tmp_path: Path
 ):
