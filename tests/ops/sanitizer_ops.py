@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from frame_products import DTYPES as FRAME_DTYPES
-from frame_products import FORMS, make_call
+from frame_products import FORMS, Call, fault, make_call
 from op_inputs import latent, sample_inputs
 from torch import Tensor
 
@@ -44,11 +44,6 @@ def cases(device: str) -> Iterator[Case]:
             yield "rms_norm_silu", (each, gamma, True, gamma, each)
             yield "add_rms_norm_silu", (each, gamma, True, None, each.repeat(1, 1, 2, 2))
             yield "add_pad", (each, gamma, each)
-    for seed, (count, to) in enumerate(FORMS):
-        dtypes = FRAME_DTYPES[seed % len(FRAME_DTYPES)]
-        for channels, layout in ((3, "sliced"), (96, "channels_last"), (520, "channels_last")):
-            call = make_call(count, to, 5, (1, channels, 2, 3), dtypes, layout, device, seed)
-            yield "transform_frames", call.all()
     generator = torch.Generator().manual_seed(0)
     image = torch.randint(0, 256, (2, 10, 14, 3), generator=generator, dtype=torch.uint8).to(device)
     floats = (torch.rand((2, 3, 10, 14), generator=generator) * 2 - 1).to(device)
@@ -72,11 +67,8 @@ def cases(device: str) -> Iterator[Case]:
 def run(op: str, arguments: tuple[Any, ...], backend: str | None) -> tuple[Tensor, ...]:
     """The outputs of an op, or of its reference where `backend` is None."""
     name, _, overload = op.partition(".")
-    first = arguments[0][0] if isinstance(arguments[0], list) else arguments[0]
     if backend is None:
-        result = registry.select(op, "eager", first.device)(*arguments)
-    elif op == "transform_frames":  # whose wrapper takes most of them by name
-        result = registry.select(op, backend, first.device)(*arguments)
+        result = registry.select(op, "eager", arguments[0].device)(*arguments)
     elif overload:
         cond, noise, mask = arguments
         result = ops.prepare_latents(cond, noise, condition_mask=mask, backend=backend)
@@ -85,6 +77,14 @@ def run(op: str, arguments: tuple[Any, ...], backend: str | None) -> tuple[Tenso
     outputs = result if isinstance(result, tuple) else (result,)
     # What it wrote in place is an output too.
     return (*outputs, arguments[1]) if op.endswith("_") else outputs
+
+
+def frame_calls(device: str) -> Iterator[Call]:
+    """Calls of `transform_frames` on `device`; the same values on every device."""
+    for seed, (count, to) in enumerate(FORMS):
+        dtypes = FRAME_DTYPES[seed % len(FRAME_DTYPES)]
+        for channels, layout in ((3, "sliced"), (96, "channels_last"), (520, "channels_last")):
+            yield make_call(count, to, 5, (1, channels, 2, 3), dtypes, layout, device, seed)
 
 
 def check(device: str, which: tuple[str, ...] = ("cpp", "triton")) -> Counter[str]:
@@ -113,6 +113,12 @@ def check(device: str, which: tuple[str, ...] = ("cpp", "triton")) -> Counter[st
                     msg=lambda text, at=f"{op} {backend} output {i}": f"{at}: {text}",
                 )
             made[f"{op} {backend}"] += 1
+        if registry.backend_error(backend, device, "transform_frames") is None:
+            for call, same in zip(frame_calls(device), frame_calls("cpu"), strict=True):
+                got = ops.transform_frames(*call.positional, **call.named, backend=backend)
+                found = fault(same, tuple(x.cpu() for x in got))
+                assert found is None, f"transform_frames {backend}: {found} in {call}"
+                made[f"transform_frames {backend}"] += 1
     return made
 
 
