@@ -207,15 +207,42 @@ inline void check_transform(const char* op, const FrameArguments& arguments) {
                     "[2, B, C, H, W]", arguments);
 }
 
-// [..., H, W, C] seen as [..., C, H, W].
+// A contiguous [..., H, W, C] seen as [..., C, H, W]. Not by torch's ops, each of which costs the
+// host a microsecond.
 inline Tensor channels_before_image(const Tensor& x) {
-  return torch::stable::transpose(torch::stable::transpose(x, -1, -2), -2, -3);
+  const int64_t dims = x.dim();
+  std::vector<int64_t> sizes, strides;
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t dim = i < dims - 3 ? i : i == dims - 3 ? dims - 1 : i - 1;
+    sizes.push_back(x.size(dim));
+    strides.push_back(x.stride(dim));
+  }
+  AtenTensorHandle seen = nullptr;
+  if (aoti_torch__reinterpret_tensor(x.get(), dims, sizes.data(), strides.data(), 0, &seen)) {
+    fail("transform_frames: torch did not give a view of a tensor's memory");
+  }
+  return Tensor(seen);
+}
+
+// Whether [..., C, H, W] lies in memory as a contiguous [..., H, W, C].
+inline bool has_dense_rows(const Tensor& x) {
+  const int64_t dims = x.dim();
+  int64_t expected = 1;
+  for (int64_t i = 0; i < dims; ++i) {
+    const int64_t dim = i == 0 ? dims - 3 : i < 3 ? dims - i : dims - 1 - i;
+    if (x.size(dim) != 1 && x.stride(dim) != expected) {
+      return false;
+    }
+    expected *= x.size(dim);
+  }
+  return true;
 }
 
 // What is read, its channels last and without gaps in memory.
 inline Tensor dense_rows(const Tensor& x) {
-  return torch::stable::contiguous(
-      torch::stable::transpose(torch::stable::transpose(x, -3, -2), -2, -1));
+  return has_dense_rows(x) ? x
+                           : torch::stable::contiguous(torch::stable::transpose(
+                                 torch::stable::transpose(x, -3, -2), -2, -1));
 }
 inline std::optional<Tensor> dense_rows(const std::optional<Tensor>& x) {
   return x.has_value() ? std::make_optional(dense_rows(*x)) : std::nullopt;

@@ -22,7 +22,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMostProducts = 6;
 constexpr int kAtOnce = 4;  // frames; a multiple of those of every block
-// Threads of a block: as many as a pixel takes, at least these, at most those.
+// Threads of a block: whole pixels' of up to a warp, or one pixel's of up to kMostThreads.
 constexpr int kThreads = 128, kMostThreads = 256;
 constexpr int kMostWarps = kMostThreads / kWarp;
 
@@ -48,6 +48,7 @@ template <typename Value>
 struct Job {
   Rows product[kMostProducts];
   Value scale[kMostProducts];
+  Value root;  // of the number of channels
   Rows bias, residual, weight, past, sum, transformed, last;
   int64_t frames, pixels;  // pixels of one frame of the whole batch
   int64_t blocks;          // of `to` frames
@@ -157,10 +158,10 @@ __device__ void write(const Rows& rows, int64_t offset, const Value (&values)[kL
 template <typename Value>
 __device__ Value element(const Rows& rows, int64_t offset) {
   switch (rows.dtype) {
-    case ScalarType::Float:
-      return convert<Value>(*rows.at<float>(offset));
     case ScalarType::Double:
       return convert<Value>(*rows.at<double>(offset));
+    case ScalarType::Float:
+      return convert<Value>(*rows.at<float>(offset));
     case ScalarType::Half:
       return convert<Value>(*rows.at<Half>(offset));
     default:
@@ -237,10 +238,10 @@ __device__ Value silu_of(Value x) {
   }
 }
 
-// sqrt(C) / max(norm, least).
+// root / max(norm, least).
 template <bool is_quick, typename Value>
-__device__ Value factor_of(Value squares, int channels) {
-  const Value root = std::sqrt(static_cast<Value>(channels)), least = static_cast<Value>(kNormEps);
+__device__ Value factor_of(Value squares, Value root) {
+  const Value least = static_cast<Value>(kNormEps);
   if constexpr (is_quick) {
     return root * quick_reciprocal_root(squares < least * least ? least * least : squares);
   } else {
@@ -337,7 +338,7 @@ __device__ void activate(Value (&y)[kAtOnce][kLanes], const Job<Value>& job, int
     read_parameters(weight, job.weight, channel);
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
-      const Value factor = factor_of<is_quick>(squares[i], job.channels);
+      const Value factor = factor_of<is_quick>(squares[i], job.root);
 #pragma unroll
       for (int lane = 0; lane < kLanes; ++lane) {
         const Value scaled = y[i][lane] * (factor * weight[lane]);
@@ -383,12 +384,13 @@ __device__ void write_windows(const Value (&window)[kAtOnce + 2][kLanes], const 
   }
 }
 
-// Blocks that a multiprocessor has the registers for; eight or twelve products need more of them.
-template <int kProducts>
-constexpr int kResident = kProducts == 3 || kProducts == 4 ? 1 : 2;
+// Blocks that a multiprocessor has the registers for: eight or twelve products in flight need more
+// of them, and so do residuals of twice the size of products.
+template <typename S, int kProducts>
+constexpr int kResident = kProducts == 3 || kProducts == 4 || S::kSum > S::kProduct ? 1 : 2;
 
 template <typename S, int kProducts>
-__global__ void __launch_bounds__(kMostThreads, kResident<kProducts>)
+__global__ void __launch_bounds__(kMostThreads, kResident<S, kProducts>)
     transform_kernel(const Job<typename S::Value> job) {
   using Value = typename S::Value;
   constexpr int kLanes = S::kLanes;
@@ -467,18 +469,24 @@ __global__ void __launch_bounds__(kMostThreads, kResident<kProducts>)
 
 template <typename Value>
 __device__ void write_element(const Rows& rows, int64_t offset, Value value) {
-  switch (rows.dtype) {
-    case ScalarType::Float:
-      *rows.to<float>(offset) = convert<float>(value);
-      break;
-    case ScalarType::Double:
-      *rows.to<double>(offset) = convert<double>(value);
-      break;
-    case ScalarType::Half:
-      *rows.to<Half>(offset) = convert<Half>(value);
-      break;
-    default:
-      *rows.to<BFloat16>(offset) = convert<BFloat16>(value);
+  if constexpr (std::is_same_v<Value, double>) {
+    *rows.to<double>(offset) = value;
+  } else if (rows.dtype == ScalarType::Float) {
+    *rows.to<float>(offset) = value;
+  } else if (rows.dtype == ScalarType::Half) {
+    *rows.to<Half>(offset) = convert<Half>(value);
+  } else {
+    *rows.to<BFloat16>(offset) = convert<BFloat16>(value);
+  }
+}
+
+// Of a tensor that is float64 where the others are.
+template <typename Value>
+__device__ Value frame_element(const Rows& rows, int64_t offset) {
+  if constexpr (std::is_same_v<Value, double>) {
+    return *rows.at<double>(offset);
+  } else {
+    return element<Value>(rows, offset);
   }
 }
 
@@ -489,7 +497,8 @@ __device__ Value sum_of(const Job<Value>& job, int64_t t, int64_t pixel, int cha
   Value terms[kProducts], sum = 0;
 #pragma unroll
   for (int k = 0; k < kProducts; ++k) {
-    terms[k] = element<Value>(job.product[k], job.offset(t / m, pixel) + channel) * job.scale[k];
+    terms[k] =
+        frame_element<Value>(job.product[k], job.offset(t / m, pixel) + channel) * job.scale[k];
   }
   each_of<m>([&](auto index) {
     constexpr int i = decltype(index)::value;
@@ -501,7 +510,7 @@ __device__ Value sum_of(const Job<Value>& job, int64_t t, int64_t pixel, int cha
     sum += element<Value>(job.bias, channel);
   }
   if (job.residual) {
-    sum += element<Value>(job.residual, job.offset(t, pixel) + channel);
+    sum += frame_element<Value>(job.residual, job.offset(t, pixel) + channel);
   }
   return sum;
 }
@@ -543,12 +552,13 @@ __global__ void __launch_bounds__(kThreads, 2) transform_elements_kernel(const J
           break;
         }
         if (t < 0) {
-          window[i] = job.past ? element<Value>(job.past, job.offset(t + 2, pixel) + channel) : 0;
+          window[i] =
+              job.past ? frame_element<Value>(job.past, job.offset(t + 2, pixel) + channel) : 0;
         } else if (t < job.frames) {
           window[i] = sum_of<kProducts>(job, t, pixel, channel);
           if (job.weight) {
             const Value weight = element<Value>(job.weight, channel);
-            const Value scaled = window[i] * (factor_of<false>(squares[i], job.channels) * weight);
+            const Value scaled = window[i] * (factor_of<false>(squares[i], job.root) * weight);
             window[i] = job.silu ? silu_of<false>(scaled) : scaled;
           }
         }
@@ -634,12 +644,10 @@ bool run_vectors(const char* op, const FrameArguments& arguments, Job<typename S
     for (job.group = 1; job.group < needed; job.group *= 2) {
     }
   }
-  const int threads = std::max(kThreads, job.group);
-  const int per_block = job.group > kWarp ? 1 : threads / job.group;
+  const int threads = job.group > kWarp ? job.group : kThreads;
   with_products(arguments.products.size(), [&](auto count) {
     launch_blocks(op, transform_kernel<S, decltype(count)::value>,
-                  dim3(blocks_for(job.pixels, per_block)), job.group > kWarp ? job.group : threads,
-                  stream, job);
+                  dim3(blocks_for(job.pixels, threads / job.group)), threads, stream, job);
   });
   return true;
 }
@@ -694,6 +702,7 @@ void transform_all(const char* op, const FrameArguments& arguments, bool silu,
   job.pixels = arguments.batch() * first.size(2) * first.size(3);
   job.blocks = blocks_of(arguments.frames, std::max<int64_t>(arguments.to, 1));
   job.channels = static_cast<int>(first.size(1));
+  job.root = std::sqrt(static_cast<Value>(first.size(1)));
   job.to = static_cast<int>(arguments.to);
   job.silu = silu;
   const cudaStream_t stream = current_stream(first.get_device_index());

@@ -39,7 +39,10 @@ def test_no_kernel_spills(kernels: list[cuda_binary.Kernel]):
 def test_dense_rows_move_16_bytes_at_a_time(kernels: list[cuda_binary.Kernel]):
     for kernel in kernels:
         if kernel.name.startswith(
-            ("prepare_latents_kernel", "blend_kernel", "write_frames_kernel", "vectors_kernel")
+            (
+                *("prepare_latents_kernel", "blend_kernel", "write_frames_kernel"),
+                *("vectors_kernel", "transform_kernel"),
+            )
         ):
             where = f"{kernel.name} on {kernel.architecture}"
             assert re.search(r"LDG\.E\.128", kernel.sass), where
@@ -78,6 +81,16 @@ def test_pixels_are_reduced_within_their_warp(kernels: list[cuda_binary.Kernel])
             assert kernel.shared == 0, where
             assert "SHFL.BFLY" in kernel.sass, where
             assert "BAR.SYNC" not in kernel.sass, where
+
+
+def test_products_and_residuals_have_all_their_loads_in_flight(kernels: list[cuda_binary.Kernel]):
+    """Those of the fewest products of four frames, and of their residuals."""
+    for kernel in kernels:
+        if kernel.name.startswith("transform_kernel"):
+            wide = "".join(re.findall(r"(L|S)(?:D|T)G\.E\.128", kernel.sass))
+            where = f"{kernel.name} on {kernel.architecture}"
+            assert max(map(len, re.findall("L+", wide))) >= 8, where
+            assert kernel.shared <= 256, where  # four norms of eight warps
 
 
 def test_float32_blends_without_fused_multiply_add(kernels: list[cuda_binary.Kernel]):

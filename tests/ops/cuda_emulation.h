@@ -1,7 +1,8 @@
 // csrc/cuda/launch.h for a C++ compiler: a launch calls the kernel once per thread, and the threads
 // of all blocks come in one shuffled order. Where threads exchange values within their warp
 // (launch_warps) or their block (launch_blocks), the warps or blocks come in a shuffled order, and
-// the threads of one are fibers that take turns in one: each runs until it waits for the others.
+// the threads of one are fibers that take turns in one: each runs until it waits for the others
+// of its warp, and warps go on by themselves up to a barrier.
 // Shared memory comes from shared_memory() alone, and is poisoned before each block.
 //
 // The ops are registered under a namespace of their own, for CPU tensors. With COSMOS3_TRACED,
@@ -64,8 +65,9 @@ EMULATION_UNTRACED inline void find_stack() {
   stack_end = stack_begin + size;
 }
 
-// The memory that the threads of a block share.
+// The memory that the threads of a block share, and how much of it a kernel has asked for.
 alignas(16) inline std::array<char, 48 * 1024> shared;
+inline size_t asked = 0;
 // Whether the kernel is one that was launched with launch_blocks.
 inline bool shares = false;
 
@@ -74,22 +76,17 @@ constexpr uint32_t kWarp = 32;
 // The threads of a warp or of a block, each with a stack of its own.
 struct Team {
   static constexpr size_t kStack = 128 * 1024;
+  static constexpr uint32_t kMost = 1024;
 
-  explicit Team(uint32_t threads)
-      : size(threads),
-        stacks(threads * kStack),
-        fibers(threads),
-        is_done(threads),
-        exchanges(threads),
-        offered{std::vector<uint64_t>(threads), std::vector<uint64_t>(threads)} {}
+  explicit Team(uint32_t threads) : size(threads), stacks(threads * kStack) {}
 
   uint32_t size;
   std::vector<char> stacks;
-  std::vector<ucontext_t> fibers;
-  std::vector<char> is_done;
-  std::vector<uint32_t> exchanges;  // and barriers, that each thread has entered
+  std::array<ucontext_t, kMost> fibers;
+  std::array<bool, kMost> is_done;
+  std::array<uint32_t, kMost> exchanges, barriers;  // that each thread has entered
   // What each thread offers to the others, for this exchange and the next one.
-  std::array<std::vector<uint64_t>, 2> offered;
+  std::array<std::array<uint64_t, kMost>, 2> offered;
   ucontext_t scheduler;
   uint32_t current = 0;
   std::function<void()> body;
@@ -116,27 +113,54 @@ struct Team {
       fibers[lane].uc_link = &scheduler;
       makecontext(&fibers[lane], &Team::run_current, 0);
     }
-    std::fill(is_done.begin(), is_done.end(), false);
-    std::fill(exchanges.begin(), exchanges.end(), 0);
-    std::fill(shared.begin(), shared.end(), -1);  // NaN
-    std::vector<uint32_t> turns(size);
+    is_done.fill(false);
+    exchanges.fill(0);
+    barriers.fill(0);
+    shared.fill(-1);  // NaN
+    // Warps that have not come to the next barrier. One of them goes on for a while, or up to
+    // there.
+    std::vector<uint32_t> warps(size / kWarp), turns(kWarp);
+    std::iota(warps.begin(), warps.end(), 0);
     std::iota(turns.begin(), turns.end(), 0);
-    while (!is_done[0]) {
-      std::shuffle(turns.begin(), turns.end(), order);
-      for (const uint32_t lane : turns) {
-        current = lane;
-        enter(lane);
-        recording = true;
-        swapcontext(&scheduler, &fibers[lane]);
-        recording = false;
+    uint32_t passed = 0;
+    while (!warps.empty()) {
+      const size_t which = order() % warps.size();
+      const uint32_t first = warps[which] * kWarp;
+      const bool goes_far = order() % 2;
+      do {
+        std::shuffle(turns.begin(), turns.end(), order);
+        for (const uint32_t lane : turns) {
+          current = first + lane;
+          enter(current);
+          recording = true;
+          swapcontext(&scheduler, &fibers[current]);
+          recording = false;
+        }
+        for (uint32_t lane = first + 1; lane < first + kWarp; ++lane) {
+          if (is_done[lane] != is_done[first] || exchanges[lane] != exchanges[first] ||
+              barriers[lane] != barriers[first]) {
+            return false;
+          }
+        }
+      } while (goes_far && !is_done[first] && barriers[first] == passed);
+      if (is_done[first] || barriers[first] > passed) {
+        warps.erase(warps.begin() + which);
       }
-      for (uint32_t lane = 1; lane < size; ++lane) {
-        if (is_done[lane] != is_done[0] || exchanges[lane] != exchanges[0]) {
-          return false;
+      if (warps.empty() && !is_done[first]) {  // all wait there
+        ++passed;
+        for (uint32_t warp = 0; warp < size / kWarp; ++warp) {
+          if (barriers[warp * kWarp] != passed) {
+            return false;
+          }
+          warps.push_back(warp);
         }
       }
     }
-    return true;
+    if (std::any_of(shared.begin() + asked, shared.end(), [](char byte) { return byte != -1; })) {
+      cosmos3::fail("a thread writes beyond the memory that its block shares");
+    }
+    return std::all_of(barriers.begin(), barriers.begin() + size,
+                       [passed](uint32_t entered) { return entered == passed; });
   }
 
   // What the thread `partner` offers in the same exchange.
@@ -152,6 +176,13 @@ struct Team {
     recording = true;
     return value;
   }
+
+  EMULATION_UNTRACED void barrier() {
+    recording = false;
+    ++barriers[current];
+    swapcontext(&fibers[current], &scheduler);
+    recording = true;
+  }
 };
 
 inline Team* team = nullptr;  // the one that runs
@@ -162,7 +193,8 @@ EMULATION_UNTRACED inline void record(void* pointer, uint32_t size, bool is_stor
   }
   recording = false;
   const uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
-  const void* ours[] = {&gridDim, &blockDim, &blockIdx, &threadIdx, &recording, &team, &shares};
+  const void* ours[] = {&gridDim,   &blockDim, &blockIdx, &threadIdx,
+                        &recording, &team,     &shares,   &asked};
   const bool is_ours = std::any_of(std::begin(ours), std::end(ours), [&](const void* variable) {
     return address - reinterpret_cast<uintptr_t>(variable) < sizeof(dim3);
   });
@@ -196,7 +228,7 @@ EMULATION_UNTRACED inline void __syncthreads() {
   if (emulation::team == nullptr || !emulation::shares) {
     cosmos3::fail("a block's threads wait for each other only below launch_blocks");
   }
-  emulation::team->exchange(0, emulation::team->current);
+  emulation::team->barrier();
 }
 
 inline float quick_exp(float x) {
@@ -329,12 +361,14 @@ template <typename... Parameters, typename... Arguments>
 void launch_blocks(const char* op, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
                    cudaStream_t, const Arguments&... arguments) {
   emulation::shares = true;
+  emulation::asked = 0;
   launch_teams(op, kernel, grid, threads, threads, arguments...);
 }
 
 template <typename T, int n>
-T* shared_memory() {
+EMULATION_UNTRACED T* shared_memory() {
   static_assert(n * sizeof(T) <= sizeof(emulation::shared), "a block shares at most 48 KiB");
+  emulation::asked = std::max(emulation::asked, n * sizeof(T));
   return reinterpret_cast<T*>(emulation::shared.data());
 }
 

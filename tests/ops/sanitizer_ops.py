@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from frame_products import DTYPES as FRAME_DTYPES
+from frame_products import FORMS, Call, fault, make_call
 from op_inputs import latent, sample_inputs
 from torch import Tensor
 
@@ -77,6 +79,14 @@ def run(op: str, arguments: tuple[Any, ...], backend: str | None) -> tuple[Tenso
     return (*outputs, arguments[1]) if op.endswith("_") else outputs
 
 
+def frame_calls(device: str) -> Iterator[Call]:
+    """Calls of `transform_frames` on `device`; the same values on every device."""
+    for seed, (count, to) in enumerate(FORMS):
+        dtypes = FRAME_DTYPES[seed % len(FRAME_DTYPES)]
+        for channels, layout in ((3, "sliced"), (96, "channels_last"), (520, "channels_last")):
+            yield make_call(count, to, 5, (1, channels, 2, 3), dtypes, layout, device, seed)
+
+
 def check(device: str, which: tuple[str, ...] = ("cpp", "triton")) -> Counter[str]:
     """Run everything that the backends `which` serve on `device`.
 
@@ -103,6 +113,12 @@ def check(device: str, which: tuple[str, ...] = ("cpp", "triton")) -> Counter[st
                     msg=lambda text, at=f"{op} {backend} output {i}": f"{at}: {text}",
                 )
             made[f"{op} {backend}"] += 1
+        if registry.backend_error(backend, device, "transform_frames") is None:
+            for call, same in zip(frame_calls(device), frame_calls("cpu"), strict=True):
+                got = ops.transform_frames(*call.positional, **call.named, backend=backend)
+                found = fault(same, tuple(x.cpu() for x in got))
+                assert found is None, f"transform_frames {backend}: {found} in {call}"
+                made[f"transform_frames {backend}"] += 1
     return made
 
 

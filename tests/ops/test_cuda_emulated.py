@@ -59,7 +59,7 @@ def test_every_cuda_source_is_emulated():
 
 def test_random_calls_equal_the_reference(source: str, tmp_path: Path):
     library = build_or_skip(source, "plain", tmp_path)
-    count = {"prepare_latents": 3000, "resize_crop": 200}.get(source, 1500)
+    count = {"prepare_latents": 3000, "resize_crop": 200, "transform_frames": 400}.get(source, 1500)
     assert calls_made(source, library, "--count", str(count)) > count
 
 
@@ -67,7 +67,7 @@ def test_random_calls_equal_the_reference(source: str, tmp_path: Path):
 def test_sanitizers_find_nothing(source: str, tmp_path: Path):
     library = build_or_skip(source, "sanitized", tmp_path)
     preload = cuda_emulation.sanitizer_runtime()
-    count = 30 if source == "resize_crop" else 500
+    count = {"resize_crop": 30, "transform_frames": 150}.get(source, 500)
     options = ("--first", "10000", "--count", str(count))
     assert calls_made(source, library, *options, preload=preload) >= count
 

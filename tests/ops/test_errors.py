@@ -221,7 +221,105 @@ def winograd_call(
     )
 
 
+def frames_of(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.zeros(shape, dtype=dtype) for shape in shapes]
+
+
+def transform_call(
+    products: list[torch.Tensor] | None = None, frames: int = 5, to: int = 1, **named: Any
+) -> Callable[[], tuple[Any, ...]]:
+    names = ("bias", "residual", "weight", "silu", "past", "scales", "keep_sum")
+    given = {"silu": True, "keep_sum": True, **named}
+    rest = [given.get(name) for name in (*names, "sum_dtype", "frames_dtype")]
+    chosen = frames_of((10, 3, 4, 6)) if products is None else products
+    return lambda: (chosen, frames, to, *rest)
+
+
+TRANSFORM_FAULTS = {
+    "count": (
+        transform_call(frames_of(*[(10, 3, 4, 6)] * 2)),
+        "products must be 1, 3, 4 or 6 tensors, got 2",
+    ),
+    "target": (transform_call(to=3), "to must be 0, 1, 2 or 4, got 3"),
+    "frames": (transform_call(frames=0), "frames must be at least 1, got 0"),
+    "rank": (
+        transform_call(frames_of((10, 3, 4))),
+        "products must have shape [N, C, H, W], got [10, 3, 4]",
+    ),
+    "dtype": (
+        transform_call(frames_of((10, 3, 4, 6), dtype=torch.int32)),
+        "products must be float32, bfloat16, float16 or float64, got torch.int32",
+    ),
+    "dtypes": (
+        transform_call(
+            [*frames_of(*[(10, 3, 4, 6)] * 2), *frames_of((10, 3, 4, 6), dtype=torch.float16)]
+        ),
+        "products must have one dtype, torch.float32, got torch.float16",
+    ),
+    **{
+        f"shapes {shape}": (
+            transform_call(frames_of((10, 3, 4, 6), shape, (10, 3, 4, 6))),
+            f"products must have one shape, [10, 3, 4, 6], got {list(shape)}",
+        )
+        for shape in [(5, 3, 4, 6), (10, 3, 4, 5), (10, 3, 4)]
+    },
+    "channels": (
+        transform_call(frames_of((10, 0, 4, 6))),
+        "products must have channels, got [10, 0, 4, 6]",
+    ),
+    "batch of frames": (
+        transform_call(frames_of((9, 3, 4, 6))),
+        "products must have N a multiple of 5, for 5 frames in blocks of 1, got [9, 3, 4, 6]",
+    ),
+    "batch of blocks": (
+        transform_call(frames_of(*[(3, 3, 4, 6)] * 6)),
+        "products must have N a multiple of 2, for 5 frames in blocks of 4, got [3, 3, 4, 6]",
+    ),
+    "scales": (transform_call(scales=[1.0, 2.0]), "scales must be 1 numbers, got 2"),
+    "sum_dtype": (
+        transform_call(sum_dtype=torch.int8),
+        "sum_dtype must be float32, bfloat16, float16 or float64, got torch.int8",
+    ),
+    "float64 frames": (
+        transform_call(frames_dtype=torch.float64),
+        "frames_dtype must be float64 where the products are, and only there (torch.float32), "
+        "got torch.float64",
+    ),
+    "float32 sum of float64": (
+        transform_call(frames_of((10, 3, 4, 6), dtype=torch.float64), sum_dtype=torch.float32),
+        "sum_dtype must be float64 where the products are, and only there (torch.float64), "
+        "got torch.float32",
+    ),
+    "bias": (
+        transform_call(bias=torch.zeros(4)),
+        "bias must have the C = 3 elements of products, got 4",
+    ),
+    "weight": (transform_call(weight=torch.zeros(3, 1)), "weight must have shape [C], got [3, 1]"),
+    "residual rank": (
+        transform_call(residual=torch.zeros(10, 3, 4, 6)),
+        "residual must have shape [frames, B, C, H, W], got [10, 3, 4, 6]",
+    ),
+    "residual dtype": (
+        transform_call(residual=torch.zeros(5, 2, 3, 4, 6), sum_dtype=torch.bfloat16),
+        "residual must have sum_dtype, torch.bfloat16, got torch.float32",
+    ),
+    "residual shape": (
+        transform_call(residual=torch.zeros(4, 2, 3, 4, 6)),
+        "residual must have shape [5, 2, 3, 4, 6], got [4, 2, 3, 4, 6]",
+    ),
+    "past dtype": (
+        transform_call(past=torch.zeros(2, 2, 3, 4, 6), frames_dtype=torch.float16),
+        "past must have frames_dtype, torch.float16, got torch.float32",
+    ),
+    "past shape": (
+        transform_call(past=torch.zeros(2, 2, 3, 4, 7)),
+        "past must have shape [2, 2, 3, 4, 6], got [2, 2, 3, 4, 7]",
+    ),
+}
+
+
 ENCODER_FAULTS = {
+    "transform_frames": TRANSFORM_FAULTS,
     "rms_norm_silu": NORM_FAULTS,
     "add_rms_norm_silu": NORM_FAULTS,
     "add_pad": {
@@ -342,19 +440,23 @@ parametrize_faults = pytest.mark.parametrize(
 )
 
 
+def on_device(argument: Any, device: str) -> Any:
+    """With sizes and strides as they are: `.to` would make a tensor that is expanded dense."""
+    if isinstance(argument, torch.Tensor):
+        shape, strides = argument.shape, argument.stride()
+        return torch.empty_strided(shape, strides, dtype=argument.dtype, device=device).zero_()
+    if isinstance(argument, list | tuple):
+        return [on_device(each, device) for each in argument]
+    return argument
+
+
 @parametrize_faults
 @pytest.mark.parametrize("backend", [None, *registry.BACKENDS])
 def test_each_backend_says_the_same(op: str, fault: str, backend: str | None, device: str):
     if backend and (error := registry.backend_error(backend, device, op)) is not None:
         pytest.skip(error)
     make_arguments, message = CALLS[op, fault]
-    # Sizes and strides as they are: `.to` would make a tensor that is expanded dense.
-    arguments = [
-        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=device).zero_()
-        if isinstance(a, torch.Tensor)
-        else a
-        for a in make_arguments()
-    ]
+    arguments = on_device(make_arguments(), device)
     with pytest.raises(RuntimeError) as raised:
         registry.select(op, backend, torch.device(device))(*arguments)
     assert str(raised.value) == message
@@ -368,12 +470,7 @@ def test_the_fake_says_the_same(op: str, fault: str, fake_device: str):
     make_arguments, message = CALLS[op, fault]
     arguments = make_arguments()
     with FakeTensorMode():
-        fakes = [
-            torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=fake_device)
-            if isinstance(a, torch.Tensor)
-            else a
-            for a in arguments
-        ]
+        fakes = on_device(arguments, fake_device)
         with pytest.raises(RuntimeError) as raised:
             registry.select(op, None, torch.device(fake_device))(*fakes)
     assert str(raised.value) == message
@@ -404,6 +501,14 @@ def test_devices_of_the_encoder_ops_must_agree():
             (lambda: ops.rms_norm_silu(x, on_cpu[:16]), "rms_norm_silu: weight must be on the dev"),
             (lambda: ops.add_pad(x, on_cpu[:16]), "add_pad: bias must be on the dev"),
             (lambda: ops.add_pad(x, None, x.cpu()), "add_pad: residual must be on the dev"),
+            (
+                lambda: ops.transform_frames([x] * 3, 1, weight=on_cpu[:16]),
+                "transform_frames: weight must be on the device of products",
+            ),
+            (
+                lambda: ops.transform_frames([x, x, x.cpu()], 1),
+                "transform_frames: products must be on the device of the first of them",
+            ),
             (lambda: ops.winograd_conv3x3(x, packed.cpu()), "conv3x3: packed_weight must be on"),
             (lambda: ops.winograd_conv3x3(x, packed, on_cpu), "conv3x3: bias must be on the dev"),
         ]:

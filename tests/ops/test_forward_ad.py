@@ -21,6 +21,7 @@ from cosmos3_fast.ops.rms_norm_silu import (
     add_rms_norm_silu_reference,
     rms_norm_silu_reference,
 )
+from cosmos3_fast.ops.transform_frames import transform_frames_reference
 
 OPS = torch.ops.cosmos3
 
@@ -60,6 +61,12 @@ CASES: dict[str, tuple[tuple[str, ...], Function, Function, Function]] = {
         lambda x, w, b, r: OPS.add_rms_norm_silu(x, w, True, b, r)[0],
         lambda x, w, b, r: ops.add_rms_norm_silu(x, w, True, b, r)[0],
         lambda x, w, b, r: add_rms_norm_silu_reference(x, w, True, b, r)[0],
+    ),
+    "transformed frames": (
+        ("x", "weight", "bias"),
+        lambda x, w, b: OPS.transform_frames([x, x, 2 * x], 2, 2, b, None, w)[1],
+        lambda x, w, b: ops.transform_frames([x, x, 2 * x], 2, to=2, bias=b, weight=w)[1],
+        lambda x, w, b: transform_frames_reference([x, x, 2 * x], 2, 2, b, None, w)[1],
     ),
     "add and pad": (("x", "bias", "residual"), OPS.add_pad, ops.add_pad, add_pad_reference),
     "pack": (

@@ -43,6 +43,9 @@ CALLS = {
         (0, 0, 1 << 30, 1 << 30),
         backend=backend,
     ),
+    "transform_frames": lambda backend: ops.transform_frames(
+        [huge(1 << 20, 16, 1 << 12, 1 << 10)], 4, backend=backend
+    ),
     "winograd_pack": lambda backend: ops.winograd_pack(
         huge(1 << 20, 1 << 20, 3, 3), backend=backend
     ),

@@ -30,6 +30,12 @@ CALLS = {
     "rms_norm_silu": (((2, 3, 4, 5), (3,)), lambda x, w: (x, w, True)),
     "add_pad": (((2, 3, 4, 5), (3,), (2, 3, 4, 5)), lambda *arguments: arguments),
     "pack_pixels": (((1, 3, 4, 6),), lambda p: (p, 2, torch.float32)),
+    "transform_frames": (
+        (*[(2, 3, 4, 5)] * 3, (3,), (2, 1, 3, 4, 5), (3,), (2, 1, 3, 4, 5)),
+        lambda a, b, c, bias, residual, weight, past: (
+            *([a, b, c], 2, 1, bias, residual, weight, True, past),
+        ),
+    ),
     "winograd_pack": (((32, 16, 3, 3),), lambda w: (w,)),
     "winograd_conv3x3": (
         ((1, 16, 5, 6), (36, 1, 16, 32), (32,), (1, 32, 5, 6)),

@@ -36,6 +36,12 @@ def winograd() -> Tensor:
     return OPS.winograd_conv3x3(x, OPS.winograd_pack(weight), weight[:, 0, 0, 0].contiguous())
 
 
+def transformed() -> Tensor:
+    products = [image(4, 24, 31, 33, layout="channels_last") for _ in range(6)]
+    results = OPS.transform_frames(products, 7, 2, torch.ones(24), None, torch.ones(24))
+    return torch.cat([x.flatten() for x in results])
+
+
 # Sizes that are several of the parts in which a kernel hands out its work, not evenly many.
 CALLS: dict[str, Callable[[], Tensor]] = {
     "prepare_latents": lambda: OPS.prepare_latents(*latents(), [0, 1, 3])[0],
@@ -57,6 +63,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "resize_crop": lambda: OPS.resize_crop(
         (image(2, 171, 133, 3) * 100).byte(), [153, 240], [5, 3, 143, 229], "lanczos"
     ),
+    "transform_frames": transformed,
     "winograd_pack": lambda: OPS.winograd_pack(image(96, 32, 3, 3)),
     "winograd_conv3x3": winograd,
 }
