@@ -23,7 +23,7 @@ from cosmos3_fast import ops
 from cosmos3_fast.arguments import as_int, positive_int, quoted
 from cosmos3_fast.frames import (
     TEMPORAL_FACTOR,
-    frames_wanted,
+    conditioned_span,
     is_whole,
     latent_frames,
     pixel_frames,
@@ -170,7 +170,7 @@ class LatentPreparation:
         _check_dtype(dtype, device)
         drawn_on = device if noise_device is None else torch.device(noise_device)
         generators = _check_generators(seed, generator, drawn_on)
-        needed = pixel_frames(frames_wanted(frames), self.temporal_factor)
+        needed = pixel_frames(conditioned_span(frames), self.temporal_factor)
         samples = [
             load_frames(
                 sample,

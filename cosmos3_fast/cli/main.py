@@ -29,7 +29,7 @@ from cosmos3_fast.cli.options import (
     size_option,
 )
 from cosmos3_fast.files import check_target, replacing
-from cosmos3_fast.frames import frames_wanted, latent_frames, pixel_frames
+from cosmos3_fast.frames import conditioned_span, latent_frames, pixel_frames
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare, peak_signal_to_noise
 
 if TYPE_CHECKING:
@@ -266,7 +266,7 @@ def _prepare(args: argparse.Namespace) -> int:
     # Before the weights are loaded, which takes seconds; the stage checks again with their factors.
     factor = 16 if args.vae is None else 1
     check_request(args.num_frames, height, width, args.condition_frames, spatial_factor=factor)
-    needed = pixel_frames(frames_wanted(args.condition_frames))
+    needed = pixel_frames(conditioned_span(args.condition_frames))
     _check_memory(args.num_frames, needed, height, width)
     mode: Mode = args.mode
     clips = args.condition_frames != (0,)

@@ -25,7 +25,7 @@ from torch import nn
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import guarded, tiny_diffusers_vae, tiny_vae_config
 from cosmos3_fast.engines.releases import Gate
-from cosmos3_fast.frames import frames_wanted, latent_frames
+from cosmos3_fast.frames import conditioned_span, latent_frames
 from cosmos3_fast.vae.live import accelerated
 from cosmos3_fast.vae.live.accelerated import (
     Encoding,
@@ -205,7 +205,7 @@ def _wanted_by_action(action: Any) -> int | None:
 def _wanted_by_indexes(indexes: Any, num_frames: int) -> int:
     """The engine leaves out indexes that are out of range."""
     total = latent_frames(num_frames)
-    return frames_wanted(index for index in indexes if 0 <= index < total)
+    return conditioned_span(index for index in indexes if 0 <= index < total)
 
 
 def _announcing_step(original: Any) -> Any:

@@ -42,7 +42,7 @@ from cosmos3_fast.engines.common import (
     tiny_vae_config,
 )
 from cosmos3_fast.engines.releases import Gate
-from cosmos3_fast.frames import frames_wanted, latent_frames
+from cosmos3_fast.frames import conditioned_span, latent_frames
 from cosmos3_fast.vae.live import accelerated
 from cosmos3_fast.vae.live.accelerated import Mode, wanted_frames
 
@@ -246,7 +246,7 @@ def _wanted(batch: Any) -> int | None:
     # Counted from the end, or out of range: the engine's to resolve or to refuse.
     if not all(0 <= index < total for index in indexes):
         return None
-    return frames_wanted(indexes)
+    return conditioned_span(indexes)
 
 
 def _weights_epoch() -> int:

@@ -17,8 +17,6 @@ from cosmos3_fast.vae.topology import Shape, Topology, UnsupportedVAEError
 
 __all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
 
-__all__ = ["Checkpoint", "CheckpointError", "open_checkpoint"]
-
 _FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
