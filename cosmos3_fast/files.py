@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and only where a file belongs."""
+"""Write a file whole or not at all, and only where a file belongs; names of files as text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from pathlib import Path
 
 class TargetError(ValueError):
     """A path that must not be written to; the message names the option and says why."""
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def check_target(path: str, option: str, inputs: Sequence[str] = ()) -> Path:

@@ -28,8 +28,9 @@ from cosmos3_fast.frames import (
     latent_frames,
     pixel_frames,
 )
+from cosmos3_fast.images.clips import Keep
 from cosmos3_fast.images.decode import Color
-from cosmos3_fast.images.load import ClipLike, ImageLike, Keep, load_frames, normalize_frames
+from cosmos3_fast.images.load import ClipLike, ImageLike, load_frames, normalize_frames
 from cosmos3_fast.vae.live.accelerated import Mode
 from cosmos3_fast.vae.live.exact import encode_exact
 from cosmos3_fast.vae.topology import read_config, read_factors

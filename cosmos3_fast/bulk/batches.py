@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +51,16 @@ class Batcher:
         waiting = self._waiting.setdefault(pixels.shape, [])
         waiting.append((sample, pixels))
         return [self._batch(pixels.shape)] if len(waiting) == self._size else []
+
+    def add_batch(self, batch: Batch, keep: Sequence[bool]) -> list[Batch]:
+        """The batch that some pictures of another one complete; a full one is taken as it is."""
+        if len(batch.samples) == self._size and all(keep):
+            return [batch]
+        full: list[Batch] = []
+        for sample, pixels, kept in zip(batch.samples, batch.pixels, keep, strict=True):
+            if kept:
+                full += self.add(sample, pixels)
+        return full
 
     def rest(self) -> list[Batch]:
         """What is left, in batches that are not full."""

@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from cosmos3_fast.arguments import positive_int
 from cosmos3_fast.bulk.dataset import LatentDataset
 from cosmos3_fast.bulk.folder import FolderError
 from cosmos3_fast.files import replacing
-from cosmos3_fast.vae.source import Weights
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
 _COLUMNS = 4
 _TILE = 320
@@ -46,13 +44,11 @@ def write_contact_sheet(
         ValueError: `count` is not positive, or the VAE has no decoder.
     """
     count = positive_int("preview", count)
-    weights, device = Weights(vae), torch.device(device)
+    weights, device = VaeSource(vae), torch.device(device)
     dataset = LatentDataset(folder, weights.fingerprint())
     if not len(dataset):
         raise FolderError(f"{str(folder)!r} holds no samples to show")
-    if vae_dtype is None:
-        vae_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    decoder = weights.decoder(vae_dtype, device)
+    decoder = weights.decoder(compute_dtype(vae_dtype, device), device)
     shown = min(count, len(dataset))
     samples = [dataset[i * len(dataset) // shown] for i in range(shown)]
     pictures = []
@@ -66,10 +62,8 @@ def write_contact_sheet(
     return target
 
 
-def contact_sheet(pictures: Sequence[torch.Tensor], names: Sequence[str]) -> Image:
+def contact_sheet(pictures: Sequence[torch.Tensor], names: Sequence[str]) -> Image.Image:
     """Pictures, uint8 [H, W, 3] of any sizes, in rows of four, each over the end of its name."""
-    from PIL import Image, ImageDraw, ImageFont
-
     columns = min(_COLUMNS, len(pictures))
     tiles = [Image.fromarray(picture.contiguous().numpy()) for picture in pictures]
     for tile in tiles:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch.utils.data import Dataset
 
 from cosmos3_fast.arguments import as_int, quoted
 from cosmos3_fast.bulk.folder import Folder, FolderError
 from cosmos3_fast.bulk.manifest import read_manifest, read_names
-from cosmos3_fast.vae.source import Weights
+from cosmos3_fast.vae.source import VaeSource
 
 # Shards that are kept open; each takes a mapping of the process, not memory.
 _OPEN_SHARDS = 64
@@ -59,7 +60,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.vae_hash = settings.vae_hash
         if vae is not None:
             is_hash = isinstance(vae, str) and re.fullmatch("[0-9a-f]{64}", vae)
-            wanted = vae if is_hash else Weights(vae).fingerprint()
+            wanted = vae if is_hash else VaeSource(vae).fingerprint()
             if wanted != self.vae_hash:
                 raise FolderError(
                     f"{str(folder)!r} must hold latents of the VAE {wanted}, got {self.vae_hash}"
@@ -98,8 +99,6 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return row
 
     def _latents(self, shard: str, key: str) -> torch.Tensor:
-        from safetensors import safe_open
-
         path = self._folder.shards / shard
         file = self._open.pop(path, None)
         if file is None:

@@ -36,7 +36,7 @@ class Settings:
     """What all samples of a folder have in common.
 
     Attributes:
-        vae_hash: see `weights.Weights.fingerprint`.
+        vae_hash: see `VaeSource.fingerprint`.
         dtype: of the latents, "bfloat16" and so on.
         vae_dtype: in which the encoder computes.
         size: (height, width) for all; None with `areas`.

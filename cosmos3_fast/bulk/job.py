@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cosmos3_fast.arguments import positive_int, quoted
+from cosmos3_fast.arguments import dtype_name, positive_int, quoted
 from cosmos3_fast.bulk.buckets import Sizes
 from cosmos3_fast.bulk.folder import Folder, Settings
 from cosmos3_fast.bulk.keys import KeySet
@@ -22,7 +22,7 @@ from cosmos3_fast.bulk.sources import SourceLike, list_pieces
 from cosmos3_fast.bulk.summary import Summary
 from cosmos3_fast.frames import is_whole
 from cosmos3_fast.images.decode import Color, parse_color
-from cosmos3_fast.vae.source import Weights
+from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARD_SIZE = 256
@@ -73,7 +73,7 @@ def encode(
             start; shorter ones give the most 1 + 4k that they have.
         shard_size: samples per shard; also what a killed run may have to encode again.
         column: of Parquet files, the one with the bytes.
-        background: painted behind transparent pixels (see `pixels.load_pixels`).
+        background: painted behind transparent pixels (see `load.load_pixels`).
         ray: None: encode in this process. Otherwise on a Ray cluster, one that this process is
             connected to, or at this address, as `ray.init` takes it; "local" starts Ray here.
             `out` must then be at the same path on every node, and so must a local `source` and a
@@ -99,9 +99,8 @@ def encode(
         raise ValueError(f"clips must be 1 + 4k frames, got {clips}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(each) for each in DTYPES]}, got {dtype}")
-    weights, device = Weights(vae), torch.device(device)
-    if vae_dtype is None:
-        vae_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    weights, device = VaeSource(vae), torch.device(device)
+    vae_dtype = compute_dtype(vae_dtype, device)
     cores = None if cores is None else positive_int("cores", cores)
     # The nodes of a cluster have encoders of their own; this one only tells what it is.
     encoder = weights.encoder(vae_dtype, device if ray is None else torch.device("cpu"), clips > 1)
@@ -113,8 +112,8 @@ def encode(
     pieces = list_pieces(source, column, exclude=folder.path)
     settings = Settings(
         weights.fingerprint(),
-        _name(dtype),
-        _name(encoder.dtype),
+        dtype_name(dtype),
+        dtype_name(encoder.dtype),
         sizes.fixed,
         sizes.areas,
         clips,
@@ -196,7 +195,3 @@ def _workers(workers: int | None, device: torch.device) -> int:
     if isinstance(workers, bool) or workers < 0:
         raise ValueError(f"workers must be 0 or more, got {quoted(workers)}")
     return positive_int("workers", workers)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -106,6 +106,16 @@ def run_local(
         writer.add(sample, latents)
         summary.samples += 1
 
+    def is_new(sample: Sample) -> bool:
+        if sample.key in seen:
+            summary.repeated += 1
+            _name(Known(sample.source, sample.content_hash), names, writer)
+            return False
+        seen.add(sample.key)
+        if sample.warnings:
+            summary.warnings[sample.warnings] += 1
+        return True
+
     running: tuple[Batch, Tensor] | None = None
 
     def encode(batch: Batch | None) -> None:
@@ -124,16 +134,8 @@ def run_local(
                 summary.known += 1
                 _name(known, names, writer)
             for batch in message.batches:
-                for sample, frames in zip(batch.samples, batch.pixels, strict=True):
-                    if sample.key in seen:
-                        summary.repeated += 1
-                        _name(Known(sample.source, sample.content_hash), names, writer)
-                        continue
-                    seen.add(sample.key)
-                    if sample.warnings:
-                        summary.warnings[sample.warnings] += 1
-                    for full in waiting.add(sample, frames):
-                        encode(full)
+                for full in waiting.add_batch(batch, list(map(is_new, batch.samples))):
+                    encode(full)
             bar.update(len(message))
         for rest in waiting.rest():
             encode(rest)

@@ -17,6 +17,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasink, Datasource, ReadTask
@@ -31,7 +32,7 @@ from cosmos3_fast.bulk.reading import Failure, Known, Reader, Sample
 from cosmos3_fast.bulk.shards import part_name, write_shard
 from cosmos3_fast.bulk.sources import Piece, read_piece
 from cosmos3_fast.bulk.summary import Summary
-from cosmos3_fast.vae.source import Weights
+from cosmos3_fast.vae.source import VaeSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -173,12 +174,11 @@ class Encode:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        given: Weights = ray.get(weights)
+        given: VaeSource = ray.get(weights)
         self._encoder = given.encoder(vae_dtype, torch.device(device), clips).to(device)
         self._batch_size, self._dtype = batch_size, dtype
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        import numpy as np
         import pyarrow as pa
 
         pixels = table["pixels"]
@@ -263,7 +263,7 @@ class ShardSink(Datasink[Written]):
 def run_ray(
     pieces: Sequence[Piece],
     reader: Reader,
-    weights: Weights,
+    weights: VaeSource,
     folder: Folder,
     settings: Settings,
     summary: Summary,

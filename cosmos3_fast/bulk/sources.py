@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from cosmos3_fast.files import printable
 from cosmos3_fast.images.clips import VIDEO_SUFFIXES
 
 IMAGE_SUFFIXES = (
@@ -129,11 +130,6 @@ def read_piece(piece: Piece, part: int = 0, parts: int = 1) -> Iterator[Item]:
     # Remote file systems and parsers of broken files raise whatever they like.
     except Exception as error:
         yield Item(printable(piece.url), piece.index, piece.first_row, error)
-
-
-def printable(name: str) -> str:
-    """A file name as text: bytes that are not UTF-8 are written out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _is_url(path: str) -> bool:

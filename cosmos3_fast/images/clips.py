@@ -1,21 +1,99 @@
-"""The frames of a file: one picture, or those of an animation, a multi-page TIFF or a video."""
+"""The frames of a picture or clip: a file, an animation, a multi-page TIFF, a video, a list."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
-from cosmos3_fast.images.decode import Color, as_stream, head, is_heif, source_name, to_rgb
+import PIL.Image
+import torch
+from PIL.Image import Image
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from cosmos3_fast.images.decode import (
+    Color,
+    Rgb,
+    as_stream,
+    as_tensor,
+    head,
+    is_heif,
+    rgb_of_array,
+    source_name,
+    to_rgb,
+)
+
+Keep = Literal["first", "last"]
 
 # Not MPO: the second picture of a camera's file is a preview or a depth map, no next frame.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv")
+
+
+def read_frames(
+    source: Any,
+    name: str,
+    *,
+    max_frames: int | None = None,
+    keep: Keep = "first",
+    background: Color | None = None,
+) -> tuple[Iterable[Rgb], bool]:
+    """The frames of a picture or clip in any form but floats, upright and in RGB.
+
+    Args:
+        source: as for `read_file`, or a uint8 array or tensor, or a list or tuple of any of these
+            that are pictures.
+        name, max_frames, keep, background: see `read_file`.
+
+    Returns:
+        The frames, at least one, and whether they are a clip. Those of a list are read as they are
+        taken.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError: see `read_file` and `decode.rgb_of_array`; of a
+            list, when a frame is taken.
+    """
+    if isinstance(source, (list, tuple)):
+        return _frames_of_list(source, max_frames, keep, background), True
+    array = as_tensor(source)
+    if array is None:
+        return read_file(source, name, max_frames=max_frames, keep=keep, background=background)
+    if array.dtype != torch.uint8:
+        raise ValueError(f"{name} must be uint8 or floating point, got {array.dtype}")
+    if array.ndim == 4:
+        return _frames_of_list(list(array), max_frames, keep, background), True
+    return [rgb_of_array(array, name, background)], False
+
+
+def _frames_of_list(
+    frames: Sequence[Any], max_frames: int | None, keep: Keep, background: Color | None
+) -> Iterator[Rgb]:
+    if not frames:
+        raise ValueError("clip is empty: it needs at least one frame")
+    kept = slice(max_frames) if keep == "first" else slice(-(max_frames or 0), None)
+    return (
+        _frame_of_list(frame, f"clip frame {i}", background) for i, frame in enumerate(frames[kept])
+    )
+
+
+def _frame_of_list(frame: Any, name: str, background: Color | None) -> Rgb:
+    array = as_tensor(frame)
+    if array is not None and array.dtype != torch.uint8:
+        raise ValueError(
+            f"{name} is a {array.dtype} array: frames in a list must be paths, PIL images or "
+            "uint8 [H,W,3] arrays; give a float clip as one [B,3,T,H,W] tensor"
+        )
+    if array is not None:
+        return rgb_of_array(array, name, background)
+    # Pillow's iterators over an animation give the same object each time, showing its last frame.
+    if not is_animation(frame):
+        images, is_clip = read_file(frame, name, max_frames=1, background=background)
+        if not is_clip:
+            return images[0]
+    raise ValueError(
+        f"{source_name(frame, name)} is an animation: give it alone, or copies of its frames"
+    )
 
 
 def read_file(
@@ -23,7 +101,7 @@ def read_file(
     name: str,
     *,
     max_frames: int | None = None,
-    keep: str = "first",
+    keep: Keep = "first",
     background: Color | None = None,
 ) -> tuple[list[Image], bool]:
     """The frames of a picture or clip, upright and in RGB.
@@ -34,16 +112,14 @@ def read_file(
         name: what messages call it.
         max_frames: read no more than so many frames; None: all.
         keep: "first" or "last": which ones, of a longer clip.
-        background: see `pictures.to_rgb`.
+        background: see `decode.to_rgb`.
 
     Returns:
         The frames, at least one, and whether they are a clip (of perhaps one frame).
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: see `pictures.as_stream` and `pictures.to_rgb`.
+        FileNotFoundError, TypeError, ValueError: see `decode.as_stream` and `decode.to_rgb`.
     """
-    import PIL.Image
-
     label = source_name(source, name)
     if isinstance(source, PIL.Image.Image):
         if not is_animation(source):
@@ -116,7 +192,7 @@ def _pages(image: Image, label: str, background: Color | None) -> Iterator[Image
         page += 1
 
 
-def _limited(frames: Iterator[Image], max_frames: int | None, keep: str) -> list[Image]:
+def _limited(frames: Iterator[Image], max_frames: int | None, keep: Keep) -> list[Image]:
     if max_frames is not None and keep == "last":
         return list(deque(frames, maxlen=max_frames))
     found = []

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from cosmos3_fast import FrameDecoder
 from cosmos3_fast.cli import main as cli
+from cosmos3_fast.cli import prepare as cli_prepare
 from cosmos3_fast.images import preview
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_state_dict
 
@@ -97,7 +98,7 @@ def test_previews_show_the_decoded_frame(
         shown.append(decoded)
         return render(*args, decoded=decoded, **options)
 
-    monkeypatch.setattr(preview, "render_preview", spy)
+    monkeypatch.setattr(cli_prepare, "render_preview", spy)
     size = ("--size", "64x96", "--num-frames", 9)
     files = ("--out", tmp_path / "latents.safetensors", "--preview", tmp_path / "preview.png")
     assert run("prepare", PHOTOGRAPH, "--vae", vae, *size, *files) == 0
