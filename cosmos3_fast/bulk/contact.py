@@ -45,7 +45,7 @@ def write_contact_sheet(
     """
     count = positive_int("preview", count)
     weights, device = VaeSource(vae), torch.device(device)
-    dataset = LatentDataset(folder, weights.fingerprint())
+    dataset = LatentDataset(folder, vae)
     if not len(dataset):
         raise FolderError(f"{str(folder)!r} holds no samples to show")
     decoder = weights.decoder(compute_dtype(vae_dtype, device), device)

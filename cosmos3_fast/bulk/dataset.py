@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from cosmos3_fast.arguments import as_int, quoted
 from cosmos3_fast.bulk.folder import Folder, FolderError
-from cosmos3_fast.bulk.manifest import read_manifest, read_names
+from cosmos3_fast.bulk.manifest import by_name, read_manifest, read_names
 from cosmos3_fast.vae.source import VaeSource
 
 # Shards that are kept open; each takes a mapping of the process, not memory.
@@ -22,11 +22,13 @@ _OPEN_SHARDS = 64
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """The samples of a folder that `bulk.encode` wrote, in the order of the source.
+    """The samples of a folder that `bulk.encode` wrote, sorted by name, whatever was added when.
+
+    Numbers in names count by their value, so that frame 2 comes before frame 10.
 
     `dataset[i]` is a dictionary with
 
-    - `latents`: [z, t, h, w], normalized, in the folder's dtype, read from a memory map;
+    - `latents`: [z, t, h, w], normalized, in the folder's dtype, in memory of its own;
     - `source`: the name of the picture or clip;
     - `key`: 32 hexadecimal digits, half of the SHA-256 of its file;
     - `size`: (height, width) of the upright picture;
@@ -60,12 +62,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.vae_hash = settings.vae_hash
         if vae is not None:
             is_hash = isinstance(vae, str) and re.fullmatch("[0-9a-f]{64}", vae)
-            wanted = vae if is_hash else VaeSource(vae).fingerprint()
+            wanted = vae if is_hash else VaeSource(vae).fingerprint(settings.clips > 1)
             if wanted != self.vae_hash:
                 raise FolderError(
                     f"{str(folder)!r} must hold latents of the VAE {wanted}, got {self.vae_hash}"
                 )
-        self._table = table
+        self._table = table.take(by_name(table["source"].to_pylist()))
+        table = self._table
         self.shapes: list[tuple[int, ...]] = [tuple(s) for s in table["latent_shape"].to_pylist()]
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self._names: dict[str, list[str]] | None = None
@@ -107,7 +110,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
         latents: torch.Tensor = file.get_tensor(key)
-        return latents
+        return latents.clone()  # it is the memory map itself, which the next read shows too
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}

@@ -17,6 +17,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from typing import Any
 from cosmos3_fast.files import replacing
 
 FORMAT = 1
+# With one slash too: `Path` makes "s3:/bucket" of "s3://bucket".
+_SCHEME = re.compile(r"(?i)[a-z][a-z0-9+.-]+:/")
 
 
 class FolderError(ValueError):
@@ -41,7 +44,8 @@ class Settings:
         vae_dtype: in which the encoder computes.
         size: (height, width) for all; None with `areas`.
         areas: of the buckets, in pixels.
-        clips: the most pixel frames of a sample.
+        clips: the most pixel frames of a sample; the hash is of what acts on clips where it is
+            more than one.
         background: painted behind transparent pixels.
     """
 
@@ -59,10 +63,19 @@ class Folder:
 
     Args:
         path: of the folder, which need not exist.
+
+    Raises:
+        FolderError: it is a URL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        text = os.fspath(path)
+        if _SCHEME.match(text):
+            raise FolderError(
+                f"the folder of latents must be on a disk of this machine, got the URL {text!r}"
+            )
+        # Absolute: the process may go to another folder, and so may one that it starts.
+        self.path = Path(os.path.abspath(text))
         self.shards = self.path / "shards"
         self.manifest = self.path / "manifest"
         self.names = self.path / "names"

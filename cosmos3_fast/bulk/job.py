@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,9 @@ def encode(
     skipped, by the hash of its content. A picture that cannot be read is a row in errors.parquet.
 
     Args:
-        source: a folder, pattern, list, Parquet file, tar or picture, here or at an fsspec URL; or
-            a sequence of them (see `sources.list_pieces`).
-        out: the folder to write, on a disk of this machine; made if missing.
+        source: a folder, pattern, list, Parquet file, tar, zip or picture, here or at an fsspec
+            URL; or a sequence of them (see `sources.list_pieces`).
+        out: the folder to write, on a disk of this machine, no URL; made if missing.
         vae: a checkpoint (as for `FrameEncoder.from_pretrained`), a live VAE, a `FrameEncoder` or
             `ClipEncoder`; None: seeded random weights, whose latents mean nothing.
         size: (height, width) of every sample; default (480, 832), unless there are buckets.
@@ -108,10 +109,11 @@ def encode(
     size = (480, 832) if size is None and not buckets else size
     sizes = Sizes(size and (int(size[0]), int(size[1])), tuple(buckets), encoder.spatial_factor)
 
-    folder = Folder(os.path.abspath(out))
-    pieces = list_pieces(source, column, exclude=folder.path)
+    folder = Folder(out)
+    left_out: Counter[str] = Counter()
+    pieces = list_pieces(source, column, exclude=folder.path, left_out=left_out)
     settings = Settings(
-        weights.fingerprint(),
+        weights.fingerprint(clips > 1),
         dtype_name(dtype),
         dtype_name(encoder.dtype),
         sizes.fixed,
@@ -126,7 +128,7 @@ def encode(
         known = KeySet(read_manifest(folder)["key"].to_pylist())
         names = {name for each in read_names(folder).values() for name in each}
         reader = Reader(sizes, clips, known, background)
-        summary = Summary(Path(out))
+        summary = Summary(Path(out), left_out=left_out)
         start = time.perf_counter()
         if ray is None:
             with ShardWriter(folder, settings, shard_size) as writer:

@@ -6,6 +6,7 @@ import ctypes
 import functools
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ class Message:
     batches: list[Batch] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     known: list[Known] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         samples = sum(len(batch.samples) for batch in self.batches)
@@ -48,7 +50,7 @@ class Reading(IterableDataset[Message]):
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         message, pixels = Message(), Batcher(self._size)
         for piece in self._pieces:
-            for item in read_piece(piece, part, parts):
+            for item in read_piece(piece, part, parts, message.left_out):
                 match self._reader.read(item):
                     case Failure() as failure:
                         message.failures.append(failure)
@@ -61,7 +63,7 @@ class Reading(IterableDataset[Message]):
                     yield message
                     message = Message()
         message.batches += pixels.rest()
-        if len(message):
+        if len(message) or message.left_out:
             yield message
 
 
@@ -130,6 +132,7 @@ def run_local(
     with progress_bar(known_total([piece.rows for piece in pieces]), progress) as bar:
         for message in loader:
             summary.failures += message.failures
+            summary.left_out += message.left_out
             for known in message.known:
                 summary.known += 1
                 _name(known, names, writer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,9 @@ from cosmos3_fast.bulk.reading import Failure, Known, Sample, key_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+_NUMBER = re.compile(r"([0-9]{1,18})")
 
 
 def sample_schema() -> pa.Schema:
@@ -119,6 +123,16 @@ def read_manifest(folder: Folder) -> pa.Table:
         first.append(key not in seen)
         seen.add(key)
     return table.filter(pa.array(first, pa.bool_()))
+
+
+def by_name(names: Sequence[str]) -> list[int]:
+    """The order in which names are sorted, with numbers in them by their value."""
+
+    def key(i: int) -> tuple[list[str | int], str]:
+        parts = _NUMBER.split(names[i])
+        return [int(part) if j % 2 else part for j, part in enumerate(parts)], names[i]
+
+    return sorted(range(len(names)), key=key)
 
 
 def read_names(folder: Folder) -> dict[str, list[str]]:

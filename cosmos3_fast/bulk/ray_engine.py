@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 # What a row is: pixels to encode, why there are none, or a picture whose content is known, under
 # this name or under another one.
 PIXELS, FAILURE, KNOWN, NAMED = "pixels", "failure", "known", "named"
+# A row of a file that is left out; its source is the suffix.
+LEFT_OUT = "left out"
 _ROWS_PER_BLOCK = 16
 # Reading is a few hundredths of encoding on a CPU, writing less.
 _SMALL_SHARE = 0.25
@@ -142,8 +144,9 @@ class _Read:
         reader = dataclasses.replace(self.reader, known=ray.get(self.known))
         names = ray.get(self.names)
         rows: list[dict[str, Any]] = []
+        left_out: Counter[str] = Counter()
         for piece in self.pieces:
-            for item in read_piece(piece):
+            for item in read_piece(piece, left_out=left_out):
                 match reader.read(item):
                     case Failure() as failure:
                         row = {**dataclasses.asdict(failure), "status": FAILURE}
@@ -157,6 +160,7 @@ class _Read:
                 if len(rows) == _ROWS_PER_BLOCK:
                     yield pa.Table.from_pylist(rows, schema=row_schema())
                     rows = []
+        rows += [{"source": kind, "status": LEFT_OUT} for kind in left_out.elements()]
         yield pa.Table.from_pylist(rows, schema=row_schema())
 
 
@@ -216,6 +220,7 @@ class Written:
     known: int = 0
     failures: list[Failure] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 class ShardSink(Datasink[Written]):
@@ -235,6 +240,8 @@ class ShardSink(Datasink[Written]):
                 if row["status"] == FAILURE:
                     names = (each.name for each in dataclasses.fields(Failure))
                     written.failures.append(Failure(**{name: row[name] for name in names}))
+                elif row["status"] == LEFT_OUT:
+                    written.left_out[row["source"]] += 1
                 elif row["status"] == PIXELS:
                     values = torch.frombuffer(bytearray(row["latents"]), dtype=dtype)
                     samples.append((to_sample(row), values.reshape(row["latent_shape"])))
@@ -326,6 +333,7 @@ def run_ray(
         summary.known += written.known
         summary.failures += written.failures
         summary.warnings += written.warnings
+        summary.left_out += written.left_out
 
 
 def _cause(error: BaseException) -> Exception:

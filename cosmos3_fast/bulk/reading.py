@@ -135,12 +135,12 @@ def failure(item: Item, content_hash: str | None, error: Exception) -> Failure:
     return Failure(item.source, item.index, item.row, content_hash, reason)
 
 
-def _hash(data: bytes | Path | Exception) -> str:
+def _hash(data: bytes | Path) -> str:
     digest = hashlib.sha256()
     if isinstance(data, Path):
         with data.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
-    elif isinstance(data, bytes):
-        digest.update(data)
+    else:
+        digest.update(data)  # raises where it is no bytes: nothing else is content
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -28,7 +29,24 @@ Keep = Literal["first", "last"]
 
 # Not MPO: the second picture of a camera's file is a preview or a depth map, no next frame.
 _ANIMATED_FORMATS = ("GIF", "WEBP", "PNG", "TIFF", "AVIF")
-VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".f4v", ".mkv", ".webm", ".avi", ".mpg"),
+    *(".mpeg", ".mpe", ".m1v", ".m2v", ".vob", ".ts", ".mts", ".m2ts", ".ogv", ".flv", ".wmv"),
+    *(".asf", ".mxf", ".ivf", ".y4m"),
+)
+# How the containers begin that PyAV reads; those of QuickTime have the kind of a box first.
+_VIDEO_STARTS = (
+    b"\x1aE\xdf\xa3",  # Matroska, WebM
+    b"OggS",
+    b"FLV\x01",
+    b"\x30\x26\xb2\x75\x8e\x66\xcf\x11",  # ASF, WMV
+    b"\x00\x00\x01\xba",  # MPEG program stream
+    b"\x00\x00\x01\xb3",  # MPEG video
+    b"\x06\x0e\x2b\x34\x02\x05\x01\x01",  # MXF
+    b"DKIF",
+    b"YUV4MPEG2 ",
+)
+_QUICKTIME_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
 def read_frames(
@@ -203,13 +221,36 @@ def _limited(frames: Iterator[Image], max_frames: int | None, keep: Keep) -> lis
     return found
 
 
+def is_media(source: Path | bytes) -> bool:
+    """Whether a file is a picture or clip by its content, whatever it is called."""
+    stream: Any = io.BytesIO(source) if isinstance(source, bytes) else source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            PIL.Image.open(stream).close()
+        return True
+    except Exception:
+        start = head(stream)
+        return is_heif(start) or _begins_as_video(start)
+
+
 def _is_video(start: bytes, stream: Any) -> bool:
     """Whether PyAV may read what Pillow does not: by its first bytes, or its name."""
-    if start[4:8] == b"ftyp" and not is_heif(start):
-        return True
-    if start[:4] in (b"\x1aE\xdf\xa3", b"OggS", b"\x00\x00\x01\xba") or start[8:12] == b"AVI ":
+    if _begins_as_video(start):
         return True
     return isinstance(stream, Path) and stream.suffix.lower() in VIDEO_SUFFIXES
+
+
+def _begins_as_video(start: bytes) -> bool:
+    if start.startswith(_VIDEO_STARTS) or start[8:12] == b"AVI ":
+        return True
+    # A packet of an MPEG transport stream is 188 bytes long, in a camera's 192.
+    if any(
+        start[first : first + 1] == b"G" == start[first + length :][:1]
+        for first, length in ((0, 188), (4, 192))
+    ):
+        return True
+    return start[4:8] in _QUICKTIME_BOXES and not is_heif(start)
 
 
 def _video_frames(stream: Any, label: str) -> Iterator[Image]:

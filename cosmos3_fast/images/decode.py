@@ -119,13 +119,13 @@ def rgb_of_array(array: Tensor, name: str, background: Color | None) -> Rgb:
 
 
 def head(stream: Any) -> bytes:
-    """The first 32 bytes, as far as they can be read; a stream is rewound."""
+    """The first 256 bytes, as far as they can be read; a stream is rewound."""
     try:
         if isinstance(stream, Path):
             with stream.open("rb") as file:
-                return file.read(32)
+                return file.read(256)
         stream.seek(0)
-        start = bytes(stream.read(32))
+        start = bytes(stream.read(256))
         stream.seek(0)
         return start
     except Exception:

@@ -155,19 +155,23 @@ class VaeSource:
         # diffusers' own `to` warns of modules to keep in float32, of which this VAE has none.
         return torch.nn.Module.to(vae, device, dtype).eval()
 
-    def fingerprint(self) -> str:
-        """SHA-256, in hexadecimal, of the weights that act on one frame and the latent statistics.
+    def fingerprint(self, clips: bool = False) -> str:
+        """SHA-256, in hexadecimal, of the weights that encode and the latent statistics.
 
         It is taken of the values in float32, so that a checkpoint and the same VAE in memory agree
         as long as neither was rounded. That of an encoder is of its folded weights, and differs.
+
+        Args:
+            clips: also of the earlier temporal taps, which act from the second frame on.
         """
         if isinstance(self.vae, (FrameEncoder, ClipEncoder)):
-            encoder = self.vae.first if isinstance(self.vae, ClipEncoder) else self.vae
-            return _hash(encoder.topology, encoder.state_dict().__getitem__, encoder.state_dict())
+            first = self.vae.first if isinstance(self.vae, ClipEncoder) and not clips else self.vae
+            return _hash(first.topology, first.state_dict().__getitem__, first.state_dict())
         if self.checkpoint is not None:
             with open_checkpoint(self.checkpoint, "vae", EncoderTopology) as checkpoint:
                 topology = checkpoint.topology
-                return _hash(topology, checkpoint.read, topology.tensor_shapes())
+                earlier = checkpoint.read_earlier if clips else None
+                return _hash(topology, checkpoint.read, topology.tensor_shapes(), earlier)
         config: Any
         tensors: Mapping[str, Tensor]
         if self.vae is None:
@@ -184,17 +188,32 @@ class VaeSource:
             tensor = tensors[name]
             return (tensor[:, :, -1:] if tensor.dim() == 5 else tensor)[topology.rows(name)]
 
-        return _hash(topology, last_tap, topology.tensor_shapes())
+        def earlier_taps(name: str) -> Tensor:
+            return tensors[name][:, :, :-1]
+
+        shapes = topology.tensor_shapes()
+        return _hash(topology, last_tap, shapes, earlier_taps if clips else None)
 
 
 def _synthetic_config() -> dict[str, Any]:
     return synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
 
 
-def _hash(topology: Any, read: Callable[[str], Tensor], names: Mapping[str, Any]) -> str:
+def _hash(
+    topology: Any,
+    read: Callable[[str], Tensor],
+    shapes: Mapping[str, Any],
+    read_earlier: Callable[[str], Tensor] | None = None,
+) -> str:
     digest = hashlib.sha256(repr(topology.output_statistics).encode())
-    for name in sorted(names):
-        values = read(name).detach().to("cpu", torch.float32).contiguous()
+
+    def add(name: str, values: Tensor) -> None:
+        values = values.detach().to("cpu", torch.float32).contiguous()
         digest.update(f"{name} {list(values.shape)}".encode())
         digest.update(values.numpy().data)
+
+    for name in sorted(shapes):
+        add(name, read(name))
+        if read_earlier is not None and len(shapes[name]) == 5 and shapes[name][2] > 1:
+            add(f"{name} before the last tap", read_earlier(name))
     return digest.hexdigest()
