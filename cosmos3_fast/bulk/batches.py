@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +20,34 @@ BROKEN = (
 )
 
 
+_SHARED_MEMORY = "/dev/shm"
+
+
 @dataclass
 class Batch:
     """Pictures of one shape: what is known of them, and uint8 [B, T, H, W, 3]."""
 
     samples: list[Sample]
     pixels: Tensor
+
+    def share(self, senders: int) -> Batch | Sent:
+        """What a worker sends of it: through shared memory, or where that is too small, a pipe.
+
+        A process that writes to more shared memory than there is, is killed, and in a container
+        there are often 64 MB of it.
+
+        Args:
+            senders: processes that may do so at the same time.
+        """
+        try:
+            status = os.statvfs(_SHARED_MEMORY)
+            fits = status.f_bavail * status.f_frsize >= 2 * senders * self.pixels.nbytes
+        except OSError:
+            fits = False
+        if not fits:
+            return Sent(self.samples, self.pixels.numpy())
+        self.pixels.share_memory_()  # now, while it is known to fit
+        return self
 
     def results(self, latents: Tensor) -> Iterator[tuple[Sample, Tensor | Failure]]:
         """Each sample with its latents [z, t, h, w] on the CPU, or why it has none."""
@@ -34,6 +58,17 @@ class Batch:
             )
             # A copy: a view would keep the whole batch.
             yield sample, own.clone() if good else failure
+
+
+@dataclass
+class Sent:
+    """A batch on its way through a pipe, in which an array travels by its values."""
+
+    samples: list[Sample]
+    pixels: np.ndarray
+
+    def received(self) -> Batch:
+        return Batch(self.samples, torch.from_numpy(self.pixels))
 
 
 class Batcher:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cosmos3_fast.bulk.batches import Batch, Batcher, encode_batch
+from cosmos3_fast.bulk.batches import Batch, Batcher, Sent, encode_batch
 from cosmos3_fast.bulk.reading import Failure, Known, Reader, Sample
 from cosmos3_fast.bulk.shards import ShardWriter
 from cosmos3_fast.bulk.sources import Piece, read_piece
@@ -29,7 +29,7 @@ _PR_SET_PDEATHSIG = 1
 class Message:
     """What a worker sends: pictures that it read, their pixels stacked by shape."""
 
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[Batch | Sent] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     known: list[Known] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
@@ -49,6 +49,10 @@ class Reading(IterableDataset[Message]):
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         message, pixels = Message(), Batcher(self._size)
+
+        def sendable(batches: list[Batch]) -> list[Batch | Sent]:
+            return [batch.share(parts) if worker else batch for batch in batches]
+
         for piece in self._pieces:
             for item in read_piece(piece, part, parts, message.left_out):
                 match self._reader.read(item):
@@ -57,12 +61,12 @@ class Reading(IterableDataset[Message]):
                     case Known() as known:
                         message.known.append(known)
                     case (sample, frames):
-                        message.batches += pixels.add(sample, frames)
+                        message.batches += sendable(pixels.add(sample, frames))
                 if len(message) + len(pixels) >= self._size:
-                    message.batches += pixels.rest()
+                    message.batches += sendable(pixels.rest())
                     yield message
                     message = Message()
-        message.batches += pixels.rest()
+        message.batches += sendable(pixels.rest())
         if len(message) or message.left_out:
             yield message
 
@@ -136,7 +140,8 @@ def run_local(
             for known in message.known:
                 summary.known += 1
                 _name(known, names, writer)
-            for batch in message.batches:
+            for sent in message.batches:
+                batch = sent.received() if isinstance(sent, Sent) else sent
                 for full in waiting.add_batch(batch, list(map(is_new, batch.samples))):
                     encode(full)
             bar.update(len(message))

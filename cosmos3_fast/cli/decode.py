@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from cosmos3_fast.cli.options import UserError, add_vae, step, vae_of
+from cosmos3_fast.arguments import dtype_name
+from cosmos3_fast.cli.options import UserError, add_vae, check_memory, step, vae_of
 from cosmos3_fast.files import check_target, replacing
+from cosmos3_fast.vae import FrameDecoder
 from cosmos3_fast.vae.source import compute_dtype
 
 
@@ -39,10 +41,19 @@ def run(args: argparse.Namespace) -> int:
     vae = vae_of(args.vae)
     with step("loading the decoder"):
         decoder = vae.decoder(compute_dtype(args.vae_dtype, args.device), args.device)
+    _check_memory(decoder, latents)
     with step(f"decoding latent frame {args.frame}"):
-        picture = decoder(latents.to(args.device), output="uint8")[0].cpu()
+        pixels = decoder(latents.to(args.device))[0, :, 0].float()
+        if not pixels.isfinite().all():
+            raise UserError(
+                f"the picture of {args.latents!r} holds NaN or infinite values, and is not "
+                f"written: the weights, or --vae-dtype {dtype_name(decoder.dtype)}, do not serve "
+                "these latents"
+            )
+        # As the decoder makes bytes.
+        picture = (pixels / 2 + 0.5).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu()
     with replacing(out) as partial:
-        Image.fromarray(picture.numpy()).save(partial, format="PNG")
+        Image.fromarray(picture.contiguous().numpy()).save(partial, format="PNG")
     print(f"{out}: {picture.shape[1]}x{picture.shape[0]} picture of latent frame {args.frame}")
     return 0
 
@@ -51,13 +62,42 @@ def _latents(path: str, frame: int) -> torch.Tensor:
     """The first sample's latents [1, z, 1, h, w] of one frame."""
     if not Path(path).is_file():
         raise UserError(f"{path!r} is no file")
-    with safe_open(path, framework="pt", device="cpu") as file:
-        if "latents" not in file.keys():  # noqa: SIM118 - no mapping
-            raise UserError(f"{path!r} has no tensor `latents`")
-        shape = file.get_slice("latents").get_shape()
-        if len(shape) != 5 or 0 in shape:
-            raise UserError(f"`latents` must have shape [B, z, T, h, w], got {shape}")
-        if not 0 <= frame < shape[2]:
-            raise UserError(f"--frame must be in [0, {shape[2]}), got {frame}")
-        latents: torch.Tensor = file.get_slice("latents")[:1, :, frame : frame + 1]
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            if "latents" not in file.keys():  # noqa: SIM118 - no mapping
+                raise UserError(f"{path!r} has no tensor `latents`")
+            part = file.get_slice("latents")
+            shape = part.get_shape()
+            if len(shape) != 5 or 0 in shape:
+                raise UserError(
+                    f"`latents` of {path!r} must have shape [B, z, T, h, w], got {shape}"
+                )
+            if not 0 <= frame < shape[2]:
+                raise UserError(
+                    f"--frame must be in [0, {shape[2]}), got {frame}: {path!r} has {shape[2]} "
+                    "latent frames"
+                )
+            latents: torch.Tensor = part[:1, :, frame : frame + 1]
+    except SafetensorError as error:
+        raise UserError(f"{path!r} is not a complete safetensors file: {error}") from error
+    if not latents.is_floating_point():
+        raise UserError(f"`latents` of {path!r} must be floating point, got {latents.dtype}")
+    if not latents.isfinite().all():
+        raise UserError(
+            f"latent frame {frame} of {path!r} must hold finite values, got NaN or infinity"
+        )
     return latents
+
+
+def _check_memory(decoder: FrameDecoder, latents: torch.Tensor) -> None:
+    """Refuse latents whose picture cannot fit; a lower bound."""
+    height, width = (size * decoder.spatial_factor for size in latents.shape[-2:])
+    # What the last stage reads and what it writes, and the pixels.
+    cells = (height // decoder.topology.patch_size) * (width // decoder.topology.patch_size)
+    channels = decoder.topology.stages[-1].out_channels
+    size = decoder.dtype.itemsize
+    check_memory(
+        f"latents of {latents.shape[-2]}x{latents.shape[-1]} cells, {height}x{width} pixels,",
+        2 * cells * channels * size + 3 * height * width * size,
+        decoder.device,
+    )

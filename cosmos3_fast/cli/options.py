@@ -90,23 +90,28 @@ def vae_of(checkpoint: str | None) -> VaeSource:
     return VaeSource(checkpoint)
 
 
-def check_memory(what: str, needed: int) -> None:
-    """Refuse what cannot fit this machine, before anything is loaded for it.
+def check_memory(what: str, needed: int, device: torch.device | None = None) -> None:
+    """Refuse what cannot fit, before anything is done for it.
 
     Args:
         what: the subject of the message, in the plural.
         needed: bytes, a lower bound.
+        device: where; None: in this machine's memory.
 
     Raises:
-        UserError: the machine has less memory, used or not.
+        UserError: there is less memory, used or not.
     """
-    try:
-        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return
+    if device is not None and device.type == "cuda":
+        where, available = str(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        where = "this machine"
+        try:
+            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return
     if needed > available:
         raise UserError(
-            f"{what} need at least {needed / 1e9:.3g} GB of memory, this machine has "
+            f"{what} need at least {needed / 1e9:.3g} GB of memory, {where} has "
             f"{available / 1e9:.3g}"
         )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import PIL.Image
 import torch
 from PIL.Image import Image
@@ -46,6 +47,7 @@ _VIDEO_STARTS = (
     b"DKIF",
     b"YUV4MPEG2 ",
 )
+_LEAST_PYAV = 17  # of the colors of BT.709 and the side data of frames
 _QUICKTIME_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
@@ -261,17 +263,66 @@ def _video_frames(stream: Any, label: str) -> Iterator[Image]:
             f"{label} looks like a video, and PyAV cannot be imported ({error}): "
             "pip install 'cosmos3-fast[video]'"
         ) from None
+    if int(av.__version__.split(".")[0]) < _LEAST_PYAV:
+        raise ValueError(
+            f"{label} looks like a video, for which PyAV must be {_LEAST_PYAV} or newer, got "
+            f"{av.__version__}: pip install 'cosmos3-fast[video]'"
+        )
     found = False
     try:
         if not isinstance(stream, Path):
             stream.seek(0)
         with av.open(str(stream) if isinstance(stream, Path) else stream) as container:
+            if not container.streams.video:
+                raise _NoVideo(
+                    f"{label} is a file without video: it holds only {_kinds(container)}"
+                )
             for frame in container.decode(video=0):
+                if not found:
+                    _say_aspect(container.streams.video[0], label)
                 found = True
-                picture = frame.to_image()
-                turn = getattr(frame, "rotation", 0)
-                yield picture.rotate(turn, expand=True) if turn else picture
+                yield _as_shown(frame)
+    except (_NoVideo, Warning):
+        raise
     except Exception as error:
         raise ValueError(f"{label} cannot be read as a video: {error}") from error
     if not found:
         raise ValueError(f"{label} is a video without frames")
+
+
+class _NoVideo(ValueError):
+    """A container of other streams."""
+
+
+def _kinds(container: Any) -> str:
+    return ", ".join(dict.fromkeys(each.type for each in container.streams)) or "nothing"
+
+
+def _say_aspect(stream: Any, label: str) -> None:
+    aspect = stream.sample_aspect_ratio
+    if aspect and aspect != 1:
+        warnings.warn(
+            f"{label} has pixels of the shape {aspect.numerator}:{aspect.denominator}, which are "
+            "taken as squares, as in the engines",
+            stacklevel=2,
+        )
+
+
+def _as_shown(frame: Any) -> Image:
+    """A frame in the colors that ffmpeg gives it, turned and mirrored as its display matrix says.
+
+    The matrix maps the frame's (x, y) to (a·x + c·y, b·x + d·y) on the screen.
+    """
+    picture: Image = frame.to_image()
+    data = frame.side_data.get("DISPLAYMATRIX")
+    if data is None:
+        return picture
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5]
+    if abs(int(a)) + abs(int(d)) < abs(int(b)) + abs(int(c)):  # rows become columns
+        picture = picture.transpose(PIL.Image.Transpose.TRANSPOSE)
+        a, d = c, b
+    if a < 0:
+        picture = picture.transpose(PIL.Image.Transpose.FLIP_LEFT_RIGHT)
+    if d < 0:
+        picture = picture.transpose(PIL.Image.Transpose.FLIP_TOP_BOTTOM)
+    return picture
