@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from cosmos3_fast.arguments import as_int, quoted
@@ -104,12 +104,17 @@ class LatentDataset(Dataset[dict[str, Any]]):
     def _latents(self, shard: str, key: str) -> torch.Tensor:
         path = self._folder.shards / shard
         file = self._open.pop(path, None)
-        if file is None:
-            file = safe_open(path, framework="pt", device="cpu")
+        try:
+            if file is None:
+                file = safe_open(path, framework="pt", device="cpu")
+            latents: torch.Tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise FolderError(
+                f"{str(path)!r} cannot be read: {error}; run `encode` again to mend it"
+            ) from error
         self._open[path] = file
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
-        latents: torch.Tensor = file.get_tensor(key)
         return latents.clone()  # it is the memory map itself, which the next read shows too
 
     def __getstate__(self) -> dict[str, Any]:

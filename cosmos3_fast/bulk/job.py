@@ -13,6 +13,7 @@ import torch
 
 from cosmos3_fast.arguments import dtype_name, positive_int, quoted
 from cosmos3_fast.bulk.buckets import Sizes
+from cosmos3_fast.bulk.damage import find_damage, set_aside
 from cosmos3_fast.bulk.folder import Folder, Settings
 from cosmos3_fast.bulk.keys import KeySet
 from cosmos3_fast.bulk.local import run_local
@@ -45,6 +46,7 @@ def encode(
     shard_size: int = SHARD_SIZE,
     column: str | None = None,
     background: Color | None = None,
+    check: bool = False,
     ray: str | None = None,
     cores: int | None = None,
     progress: bool = False,
@@ -75,6 +77,8 @@ def encode(
         shard_size: samples per shard; also what a killed run may have to encode again.
         column: of Parquet files, the one with the bytes.
         background: painted behind transparent pixels (see `load.load_pixels`).
+        check: compare the checksum of every shard that is there. Without it only sizes are. What
+            is damaged is set aside, under a name that ends in .damaged, and encoded again.
         ray: None: encode in this process. Otherwise on a Ray cluster, one that this process is
             connected to, or at this address, as `ray.init` takes it; "local" starts Ray here.
             `out` must then be at the same path on every node, and so must a local `source` and a
@@ -124,11 +128,14 @@ def encode(
     folder.create()
     with folder.lock():
         folder.settle(settings)
+        damaged = list(find_damage(folder, check))
+        for each in damaged:
+            set_aside(folder, each)
         folder.clean()
         known = KeySet(read_manifest(folder)["key"].to_pylist())
         names = {name for each in read_names(folder).values() for name in each}
         reader = Reader(sizes, clips, known, background)
-        summary = Summary(Path(out), left_out=left_out)
+        summary = Summary(Path(out), left_out=left_out, damaged=damaged)
         start = time.perf_counter()
         if ray is None:
             with ShardWriter(folder, settings, shard_size) as writer:

@@ -38,7 +38,7 @@ def write_shard(folder: Folder, settings: Settings, samples: Sequence[Encoded]) 
         {sample.key: latents.contiguous() for sample, latents in ordered},
         {"cosmos3_fast": __version__, "vae_hash": settings.vae_hash},
     )
-    offsets = tensor_offsets(content)
+    offsets, digest = tensor_offsets(content), hashlib.sha256(content).hexdigest()
     rows = [
         {
             "key": sample.key,
@@ -47,6 +47,8 @@ def write_shard(folder: Folder, settings: Settings, samples: Sequence[Encoded]) 
             "dtype": settings.dtype,
             "shard": f"{name}.safetensors",
             "offset": offsets[sample.key],
+            "shard_bytes": len(content),
+            "shard_sha256": digest,
             "vae_hash": settings.vae_hash,
             "package_version": __version__,
         }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cosmos3_fast.bulk.damage import Damage
 from cosmos3_fast.bulk.reading import Failure
 
 _SHOWN = 3
@@ -28,6 +29,7 @@ class Summary:
         warnings: what reading warned of, and how often.
         left_out: files of folders and tars that are no pictures or clips by their suffix or their
             content, by suffix.
+        damaged: files of the folder that were not what an earlier run wrote, and were set aside.
         seconds: of encoding, from the first picture to the last shard.
     """
 
@@ -39,6 +41,7 @@ class Summary:
     failures: list[Failure] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
     left_out: Counter[str] = field(default_factory=Counter)
+    damaged: list[Damage] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -58,6 +61,9 @@ class Summary:
                 f"{kind} {count}" for kind, count in self.left_out.most_common(_KINDS)
             )
             lines.append(f"  left out, no pictures or clips: {left_out} ({kinds})")
+        if self.damaged:
+            lines.append(f"  damaged files: {len(self.damaged)}; their samples are encoded again")
+            lines += [f"    {each}" for each in self.damaged]
         lines.append(f"  errors: {len(self.failures)}" + (" (errors.parquet)" * any(self.failures)))
         lines += [f"    {each.source}: {each.reason}" for each in self.failures[:_SHOWN]]
         if warned := self.warnings.total():

@@ -8,8 +8,9 @@ from typing import Any
 
 from cosmos3_fast.bulk.buckets import areas_option
 from cosmos3_fast.bulk.contact import write_contact_sheet
+from cosmos3_fast.bulk.damage import check
 from cosmos3_fast.bulk.job import SHARD_SIZE, encode
-from cosmos3_fast.cli.options import add_vae, dtype_option, size_option, vae_of
+from cosmos3_fast.cli.options import UserError, add_vae, dtype_option, size_option, vae_of
 
 
 def add_encode(commands: Any) -> None:
@@ -23,10 +24,11 @@ def add_encode(commands: Any) -> None:
     )
     parser.add_argument(
         "source",
-        nargs="+",
+        nargs="*",
         metavar="SOURCE",
         help="a folder, a quoted pattern, a text file of paths, a Parquet file with a column of "
-        "bytes, a WebDataset tar or a picture; a path or an fsspec URL",
+        "bytes, a WebDataset tar, a zip or a picture; a path or an fsspec URL. With --check none: "
+        "the folder is only checked, with exit status 1 where it is damaged",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     size = parser.add_mutually_exclusive_group()
@@ -66,6 +68,11 @@ def add_encode(commands: Any) -> None:
         help="paint it behind transparent pixels (default: alpha is dropped, as in the engines)",
     )
     parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the checksum of every shard; what is damaged is encoded again",
+    )
+    parser.add_argument(
         "--ray",
         nargs="?",
         const="local",
@@ -85,6 +92,10 @@ def add_encode(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.source:
+        if not args.check:
+            raise UserError("the following arguments are required: SOURCE")
+        return _check(args.out)
     vae_of(args.vae)
     summary = encode(
         args.source,
@@ -101,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         shard_size=args.shard_size,
         column=args.column,
         background=args.background,
+        check=args.check,
         ray=args.ray,
         cores=args.cores,
         progress=sys.stderr.isatty(),
@@ -110,3 +122,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{picture}: {args.preview} samples at most, decoded")
     print("\n".join(summary.lines()))
     return 1 if args.strict and summary.failures else 0
+
+
+def _check(folder: str) -> int:
+    damaged = check(folder)
+    print(f"{folder}: {len(damaged)} damaged files")
+    for each in damaged:
+        print(f"  {each}")
+    return 1 if damaged else 0
