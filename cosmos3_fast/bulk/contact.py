@@ -14,6 +14,7 @@ from cosmos3_fast.arguments import positive_int
 from cosmos3_fast.bulk.dataset import LatentDataset
 from cosmos3_fast.bulk.folder import FolderError
 from cosmos3_fast.files import replacing
+from cosmos3_fast.vae.show import decoded_picture
 from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
 _COLUMNS = 4
@@ -41,7 +42,7 @@ def write_contact_sheet(
 
     Raises:
         FolderError: the folder is empty, or was made with another VAE.
-        ValueError: `count` is not positive, or the VAE has no decoder.
+        ValueError: `count` is not positive, the VAE has no decoder, or a sample makes no picture.
     """
     count = positive_int("preview", count)
     weights, device = VaeSource(vae), torch.device(device)
@@ -51,11 +52,10 @@ def write_contact_sheet(
     decoder = weights.decoder(compute_dtype(vae_dtype, device), device)
     shown = min(count, len(dataset))
     samples = [dataset[i * len(dataset) // shown] for i in range(shown)]
-    pictures = []
-    with torch.inference_mode():
-        for sample in samples:
-            first = sample["latents"][None, :, :1].to(device)
-            pictures.append(decoder(first, output="uint8")[0].cpu())
+    pictures = [
+        decoded_picture(decoder, sample["latents"][None, :, :1], sample["source"])
+        for sample in samples
+    ]
     target = Path(folder) / "preview.png"
     with replacing(target) as partial:
         contact_sheet(pictures, [sample["source"] for sample in samples]).save(partial, "PNG")

@@ -131,7 +131,7 @@ def list_files(source: str, exclude: Path | None, left_out: Counter[str]) -> lis
         raise SourceError(f"source {printable(path)!r} does not exist")
     if not os.path.isabs(source):
         source = os.path.join(glob.escape(os.getcwd()), source)
-    matches = [each for each in _matches(source) if os.path.isfile(each)]
+    matches = [each for each in _matches(source, left_out) if os.path.isfile(each)]
     return _some(path, [Found(each) for each in sorted(matches)])
 
 
@@ -196,6 +196,11 @@ def _is_regular(path: str) -> bool:
         return False
 
 
+def _is_latents(entries: Sequence[os.DirEntry[str]]) -> bool:
+    """Whether a folder is one that `bulk.encode` wrote."""
+    return {"dataset.json", "shards", "manifest"} <= {entry.name for entry in entries}
+
+
 def _in_folder(folder: str, exclude: Path | None, left_out: Counter[str]) -> list[Found]:
     """The files below a folder, sorted by path; each real folder is gone through once."""
     excluded = None if exclude is None else exclude.resolve()
@@ -215,8 +220,7 @@ def _in_folder(folder: str, exclude: Path | None, left_out: Counter[str]) -> lis
         if place in seen or (excluded is not None and Path(here).resolve() == excluded):
             continue
         seen.add(place)
-        names = {entry.name for entry in entries}
-        if {"dataset.json", "shards", "manifest"} <= names:
+        if _is_latents(entries):
             left_out["folders of latents"] += 1
             continue
         for entry in entries:
@@ -230,7 +234,7 @@ def _in_folder(folder: str, exclude: Path | None, left_out: Counter[str]) -> lis
     return sorted(found, key=lambda each: each.url)
 
 
-def _matches(pattern: str) -> Iterator[str]:
+def _matches(pattern: str, left_out: Counter[str]) -> Iterator[str]:
     """The paths that a pattern matches, as `glob.glob(pattern, recursive=True)` has them.
 
     Below `**` each real folder is gone through once: glob follows links that lead back into
@@ -244,16 +248,17 @@ def _matches(pattern: str) -> Iterator[str]:
     rest = parts[deep + 1 :]
     hidden = any(part.startswith(".") for part in rest)
     for base in glob.glob(os.sep.join(parts[:deep]) or os.sep):
-        for below in _below(base, hidden):
+        for below in _below(base, hidden, left_out):
             if _fits(below, rest):
                 yield os.path.join(base, *below)
 
 
-def _below(base: str, hidden: bool) -> Iterator[tuple[str, ...]]:
+def _below(base: str, hidden: bool, left_out: Counter[str]) -> Iterator[tuple[str, ...]]:
     """The files below a folder, as parts of paths.
 
     Args:
         hidden: go through folders whose names begin with a dot too.
+        left_out: counts folders of latents.
     """
     seen: set[tuple[int, int]] = set()
     waiting: list[tuple[str, ...]] = [()]
@@ -269,6 +274,9 @@ def _below(base: str, hidden: bool) -> Iterator[tuple[str, ...]]:
         if (status.st_dev, status.st_ino) in seen:
             continue
         seen.add((status.st_dev, status.st_ino))
+        if _is_latents(entries):
+            left_out["folders of latents"] += 1
+            continue
         for entry in entries:
             if not entry.is_dir():
                 yield (*here, entry.name)

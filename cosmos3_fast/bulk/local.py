@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import signal
 from collections import Counter
@@ -134,7 +135,7 @@ def run_local(
                 note(sample, latents)
 
     with progress_bar(known_total([piece.rows for piece in pieces]), progress) as bar:
-        for message in loader:
+        for message in _started(loader):
             summary.failures += message.failures
             summary.left_out += message.left_out
             for known in message.known:
@@ -148,6 +149,19 @@ def run_local(
         for rest in waiting.rest():
             encode(rest)
         encode(None)
+
+
+def _started(loader: DataLoader[Message]) -> Iterator[Message]:
+    """The messages of a loader, whose workers do not collect the garbage of this process.
+
+    A worker that frees, say, a video's decoder waits for its threads, which a fork does not copy.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _end_with(driver: int, worker: int) -> None:

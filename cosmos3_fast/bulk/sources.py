@@ -208,10 +208,11 @@ def _row_groups(url: str, index: int, column: str | None) -> Iterator[Piece]:
             f"column {chosen!r} of {printable(url)!r} must hold bytes, structs with bytes, paths, "
             f"or lists of these, got {schema.field(chosen).type}"
         )
+    in_lists = _list_of(schema.field(chosen).type) is not None
     first = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
-        yield Piece(url, index, "parquet", chosen, group, first, rows)
+        yield Piece(url, index, "parquet", chosen, group, first, None if in_lists else rows)
         first += rows
 
 
@@ -225,6 +226,15 @@ def _bytes_column(url: str, schema: Any) -> str:
     return str(names[0])
 
 
+def _list_of(kind: Any) -> Any:
+    """The type in an Arrow type of lists; None: it is none."""
+    import pyarrow as pa
+
+    names = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    is_list = any(getattr(pa.types, name)(kind) for name in names if hasattr(pa.types, name))
+    return kind.value_type if is_list else None
+
+
 def _held(kind: Any) -> Literal["bytes", "paths"] | None:
     """What pictures are in a column of an Arrow type; None: there are none."""
     import pyarrow as pa
@@ -232,9 +242,8 @@ def _held(kind: Any) -> Literal["bytes", "paths"] | None:
     types = pa.types
     if types.is_dictionary(kind):
         return _held(kind.value_type)
-    lists = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
-    if any(getattr(types, name)(kind) for name in lists if hasattr(types, name)):
-        return _held(kind.value_type)
+    if (element := _list_of(kind)) is not None:
+        return _held(element)
     if types.is_struct(kind):
         return "bytes" if kind.get_field_index("bytes") >= 0 else None
     bytes_kinds = ("is_binary", "is_large_binary", "is_fixed_size_binary", "is_binary_view")

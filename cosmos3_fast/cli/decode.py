@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from cosmos3_fast.arguments import dtype_name
 from cosmos3_fast.cli.options import UserError, add_vae, check_memory, step, vae_of
 from cosmos3_fast.files import check_target, replacing
 from cosmos3_fast.vae import FrameDecoder
+from cosmos3_fast.vae.show import decoded_picture
 from cosmos3_fast.vae.source import compute_dtype
 
 
@@ -32,7 +32,6 @@ def add_decode(commands: Any) -> None:
     parser.set_defaults(run=run)
 
 
-@torch.no_grad()
 def run(args: argparse.Namespace) -> int:
     out = check_target(args.out, "--out", [args.latents, *([args.vae] if args.vae else [])])
     if out.suffix.lower() != ".png":
@@ -43,17 +42,10 @@ def run(args: argparse.Namespace) -> int:
         decoder = vae.decoder(compute_dtype(args.vae_dtype, args.device), args.device)
     _check_memory(decoder, latents)
     with step(f"decoding latent frame {args.frame}"):
-        pixels = decoder(latents.to(args.device))[0, :, 0].float()
-        if not pixels.isfinite().all():
-            raise UserError(
-                f"the picture of {args.latents!r} holds NaN or infinite values, and is not "
-                f"written: the weights, or --vae-dtype {dtype_name(decoder.dtype)}, do not serve "
-                "these latents"
-            )
-        # As the decoder makes bytes.
-        picture = (pixels / 2 + 0.5).mul_(255).round_().to(torch.uint8).permute(1, 2, 0).cpu()
+        name = f"latent frame {args.frame} of {args.latents!r}"
+        picture = decoded_picture(decoder, latents, name)
     with replacing(out) as partial:
-        Image.fromarray(picture.contiguous().numpy()).save(partial, format="PNG")
+        Image.fromarray(picture.numpy()).save(partial, format="PNG")
     print(f"{out}: {picture.shape[1]}x{picture.shape[0]} picture of latent frame {args.frame}")
     return 0
 
@@ -82,10 +74,6 @@ def _latents(path: str, frame: int) -> torch.Tensor:
         raise UserError(f"{path!r} is not a complete safetensors file: {error}") from error
     if not latents.is_floating_point():
         raise UserError(f"`latents` of {path!r} must be floating point, got {latents.dtype}")
-    if not latents.isfinite().all():
-        raise UserError(
-            f"latent frame {frame} of {path!r} must hold finite values, got NaN or infinity"
-        )
     return latents
 
 

@@ -28,6 +28,7 @@ from cosmos3_fast.frames import conditioned_span, latent_frames, pixel_frames
 from cosmos3_fast.images.load import load_frames
 from cosmos3_fast.images.preview import render_preview
 from cosmos3_fast.latents import LatentPreparation, PreparedLatents, check_request
+from cosmos3_fast.vae.show import decoded_picture
 from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
 _TENSORS = ("latents", "velocity_mask", "condition_latents")
@@ -193,7 +194,6 @@ def _prepared(
     return prepared
 
 
-@torch.no_grad()
 def _picture(
     args: argparse.Namespace,
     frames: torch.Tensor,
@@ -207,8 +207,9 @@ def _picture(
     if args.vae is not None:  # random weights would show noise
         with step("decoding the first conditioned frame"):
             first = prepared.condition_frames[0]
-            condition = prepared.condition_latents[:1, :, first : first + 1].to(args.device)
-            decoded = vae.decoder(vae_dtype, args.device)(condition, output="uint8")[0]
+            condition = prepared.condition_latents[:1, :, first : first + 1]
+            decoder = vae.decoder(vae_dtype, args.device)
+            decoded = decoded_picture(decoder, condition, "the condition latents")
     weights = Path(args.vae).name if args.vae else f"{vae}; the latents mean nothing to a model"
     with step("drawing the preview"):
         return render_preview(

@@ -77,6 +77,8 @@ def resize_to_cover(
     crop = (top, left, height, width)
     there = device.type == "cpu" or ops.default_backend(device, "resize_crop") == "cpp"
     where = device if there else torch.device("cpu")
+    if isinstance(image, Tensor) and image.shape == (height, width, 3):
+        return image.to(device, copy=True).contiguous()
     if isinstance(image, Tensor):
         return ops.resize_crop(image.to(where), size, crop).to(device)
     if where.type == "cpu" and (whole := pixels_of(image)) is not None:

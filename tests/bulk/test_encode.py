@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -39,7 +40,7 @@ from cosmos3_fast import FrameEncoder
 from cosmos3_fast.bulk import LatentDataset, batches, shards
 from cosmos3_fast.bulk.folder import Folder, FolderError
 from cosmos3_fast.bulk.keys import KeySet
-from cosmos3_fast.bulk.reading import key_of
+from cosmos3_fast.bulk.reading import Reader, key_of
 from cosmos3_fast.bulk.sources import SourceError
 from cosmos3_fast.images.load import load_frames
 from cosmos3_fast.vae.synthetic import synthetic_state_dict
@@ -442,3 +443,29 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match=r"has no locks \(No locks available\): see to it"):
         assert encode_tiny(tmp_path / "in", tmp_path / "out").samples == 2
+
+
+def test_workers_do_not_free_what_is_their_parent_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Freeing a video's decoder waits for threads that a fork does not copy."""
+    driver, freed = os.getpid(), tmp_path / "freed"
+
+    class Decoder:
+        def __del__(self) -> None:
+            if os.getpid() != driver:
+                freed.touch()
+
+    cycle: list[object] = [Decoder()]
+    cycle.append(cycle)
+    del cycle
+    read = Reader.read
+
+    def collecting(self: Reader, item: Any) -> Any:
+        gc.collect()
+        return read(self, item)
+
+    monkeypatch.setattr(Reader, "read", collecting)
+    write_pictures(tmp_path / "in", 4)
+    assert encode_tiny(tmp_path / "in", tmp_path / "out", workers=2).samples == 4
+    assert not freed.exists()

@@ -208,6 +208,9 @@ def test_an_output_inside_the_source_is_passed_over(tmp_path: Path):
         summary = encode_tiny(tmp_path, tmp_path / "latents" / name)
         assert (summary.samples, summary.failures) == (3, [])
     assert summary.left_out == Counter({"folders of latents": 1})
+    summary = encode_tiny(f"{tmp_path}/**", tmp_path / "latents" / "third")
+    assert (summary.samples, summary.failures) == (3, [])
+    assert summary.left_out == Counter({"folders of latents": 2})
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/out", Path("s3://bucket/out"), "memory://out"])

@@ -138,7 +138,7 @@ def test_a_picture_that_is_not_finite_is_not_written(
     file, _ = latents_file(tmp_path)
     out = tmp_path / "picture.png"
     assert run("decode", file, "--vae", vae, "--out", out) == 2
-    assert "holds NaN or infinite values, and is not written" in capsys.readouterr().err
+    assert "must decode to finite pixels, got NaN or infinity" in capsys.readouterr().err
     assert not out.exists()
 
 
