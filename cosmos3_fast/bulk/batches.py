@@ -42,12 +42,12 @@ class Batch:
         try:
             status = os.statvfs(_SHARED_MEMORY)
             fits = status.f_bavail * status.f_frsize >= 2 * senders * self.pixels.nbytes
-        except OSError:
-            fits = False
-        if not fits:
-            return Sent(self.samples, self.pixels.numpy())
-        self.pixels.share_memory_()  # now, while it is known to fit
-        return self
+            if fits:
+                self.pixels.share_memory_()  # now, while it is known to fit
+                return self
+        except (OSError, RuntimeError):  # there is none, or another process was faster
+            pass
+        return Sent(self.samples, self.pixels.numpy())
 
     def results(self, latents: Tensor) -> Iterator[tuple[Sample, Tensor | Failure]]:
         """Each sample with its latents [z, t, h, w] on the CPU, or why it has none."""
