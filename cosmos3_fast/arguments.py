@@ -1,4 +1,4 @@
-"""Checks of plain arguments: integers of every kind, and how a value is quoted in a message."""
+"""Checks of plain arguments: integers of every kind, and how a value stands in a message."""
 
 from __future__ import annotations
 
@@ -21,6 +21,11 @@ def quoted(value: object) -> str:
     except Exception:  # an integer of more digits than Python prints, a broken __repr__
         return f"a {type(value).__name__}"
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]}…"
+
+
+def dtype_name(dtype: object) -> str:
+    """A torch dtype without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def as_int(value: Any) -> int | None:

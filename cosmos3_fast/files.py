@@ -1,4 +1,4 @@
-"""Write a file whole or not at all, and only where a file belongs."""
+"""Write a file whole or not at all, and only where a file belongs; names of files as text."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+_partials: set[Path] = set()
+
 
 class TargetError(ValueError):
     """A path that must not be written to; the message names the option and says why."""
+
+
+def printable(name: str) -> str:
+    """A file name as text: bytes that are not UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def check_target(path: str, option: str, inputs: Sequence[str] = ()) -> Path:
@@ -64,6 +71,7 @@ def replacing(target: Path) -> Iterator[Path]:
     umask. Several writers have different ones, and the last to finish wins.
     """
     partial = target.with_name(f".cosmos3-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    _partials.add(partial)
     try:
         os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         mode = (target if target.exists() else partial).stat().st_mode
@@ -72,3 +80,11 @@ def replacing(target: Path) -> Iterator[Path]:
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
+        _partials.discard(partial)
+
+
+def remove_partials() -> None:
+    """Remove what this process has begun to write, before it ends without unwinding."""
+    for partial in tuple(_partials):
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

@@ -22,7 +22,7 @@ def pixel_frames(latent_frames: int, factor: int = TEMPORAL_FACTOR) -> int:
     return 1 + factor * (latent_frames - 1)
 
 
-def frames_wanted(condition_frames: Iterable[int]) -> int:
+def conditioned_span(condition_frames: Iterable[int]) -> int:
     """Latent frames from the first through the last conditioned one; 0 where none is."""
     return 1 + max(condition_frames, default=-1)
 

@@ -23,13 +23,14 @@ from cosmos3_fast import ops
 from cosmos3_fast.arguments import as_int, positive_int, quoted
 from cosmos3_fast.frames import (
     TEMPORAL_FACTOR,
-    frames_wanted,
+    conditioned_span,
     is_whole,
     latent_frames,
     pixel_frames,
 )
+from cosmos3_fast.images.clips import Keep
 from cosmos3_fast.images.decode import Color
-from cosmos3_fast.images.load import ClipLike, ImageLike, Keep, load_frames, normalize_frames
+from cosmos3_fast.images.load import ClipLike, ImageLike, load_frames, normalize_frames
 from cosmos3_fast.vae.config import read_config, read_factors
 from cosmos3_fast.vae.live.exact import encode_exact
 from cosmos3_fast.vae.live.paths import Mode, serves_fast
@@ -165,7 +166,7 @@ class LatentPreparation:
         )
         num_frames, height, width = map(int, (num_frames, height, width))
         total = latent_frames(num_frames, self.temporal_factor)
-        wanted = frames_wanted(frames)
+        wanted = conditioned_span(frames)
         mode = self._choose_mode(mode, wanted, frames)
         device = self._device(mode)
         _check_dtype(dtype, device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cosmos3_fast.frames import frames_wanted, is_whole, latent_frames, pixel_frames
+from cosmos3_fast.frames import conditioned_span, is_whole, latent_frames, pixel_frames
 
 FACTORS = [1, 2, 4, 8]
 
@@ -44,5 +44,5 @@ def test_no_clip_is_whole_without_frames():
     assert not any(is_whole(n, factor) for n in (0, -1, -3, -4) for factor in FACTORS)
 
 
-def test_frames_wanted_reach_through_the_last_conditioned_one():
-    assert [frames_wanted(each) for each in ((), (0,), (2, 0), iter([1]))] == [0, 1, 3, 2]
+def test_the_conditioned_span_reaches_through_the_last_conditioned_one():
+    assert [conditioned_span(each) for each in ((), (0,), (2, 0), iter([1]))] == [0, 1, 3, 2]

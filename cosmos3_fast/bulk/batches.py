@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,12 +20,34 @@ BROKEN = (
 )
 
 
+_SHARED_MEMORY = "/dev/shm"
+
+
 @dataclass
 class Batch:
     """Pictures of one shape: what is known of them, and uint8 [B, T, H, W, 3]."""
 
     samples: list[Sample]
     pixels: Tensor
+
+    def share(self, senders: int) -> Batch | Sent:
+        """What a worker sends of it: through shared memory, or where that is too small, a pipe.
+
+        A process that writes to more shared memory than there is, is killed, and in a container
+        there are often 64 MB of it.
+
+        Args:
+            senders: processes that may do so at the same time.
+        """
+        try:
+            status = os.statvfs(_SHARED_MEMORY)
+            fits = status.f_bavail * status.f_frsize >= 2 * senders * self.pixels.nbytes
+            if fits:
+                self.pixels.share_memory_()  # now, while it is known to fit
+                return self
+        except (OSError, RuntimeError):  # there is none, or another process was faster
+            pass
+        return Sent(self.samples, self.pixels.numpy())
 
     def results(self, latents: Tensor) -> Iterator[tuple[Sample, Tensor | Failure]]:
         """Each sample with its latents [z, t, h, w] on the CPU, or why it has none."""
@@ -34,6 +58,17 @@ class Batch:
             )
             # A copy: a view would keep the whole batch.
             yield sample, own.clone() if good else failure
+
+
+@dataclass
+class Sent:
+    """A batch on its way through a pipe, in which an array travels by its values."""
+
+    samples: list[Sample]
+    pixels: np.ndarray
+
+    def received(self) -> Batch:
+        return Batch(self.samples, torch.from_numpy(self.pixels))
 
 
 class Batcher:
@@ -51,6 +86,16 @@ class Batcher:
         waiting = self._waiting.setdefault(pixels.shape, [])
         waiting.append((sample, pixels))
         return [self._batch(pixels.shape)] if len(waiting) == self._size else []
+
+    def add_batch(self, batch: Batch, keep: Sequence[bool]) -> list[Batch]:
+        """The batch that some pictures of another one complete; a full one is taken as it is."""
+        if len(batch.samples) == self._size and all(keep):
+            return [batch]
+        full: list[Batch] = []
+        for sample, pixels, kept in zip(batch.samples, batch.pixels, keep, strict=True):
+            if kept:
+                full += self.add(sample, pixels)
+        return full
 
     def rest(self) -> list[Batch]:
         """What is left, in batches that are not full."""

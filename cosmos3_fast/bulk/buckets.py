@@ -8,7 +8,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from cosmos3_fast.images.load import covering
+from cosmos3_fast.images.resize import covering
 
 MEGAPIXEL = 2**20
 """Pixels in "1M": a square bucket of 1M is 1024x1024, as trainers have it."""
@@ -83,7 +83,7 @@ def buckets(area: int, factor: int) -> tuple[tuple[int, int], ...]:
 def crop_box(
     height: int, width: int, target_height: int, target_width: int
 ) -> tuple[float, float, float, float]:
-    """(left, top, right, bottom) that `pixels.resize_to_cover` shows, in the original's pixels."""
+    """(left, top, right, bottom) that `resize.resize_to_cover` shows, in the original's pixels."""
     (resized_height, resized_width), (top, left) = covering(
         height, width, target_height, target_width
     )

@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from cosmos3_fast.arguments import positive_int
 from cosmos3_fast.bulk.dataset import LatentDataset
 from cosmos3_fast.bulk.folder import FolderError
 from cosmos3_fast.files import replacing
-from cosmos3_fast.vae.source import Weights
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from cosmos3_fast.vae.show import decoded_picture
+from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
 _COLUMNS = 4
 _TILE = 320
@@ -43,33 +42,28 @@ def write_contact_sheet(
 
     Raises:
         FolderError: the folder is empty, or was made with another VAE.
-        ValueError: `count` is not positive, or the VAE has no decoder.
+        ValueError: `count` is not positive, the VAE has no decoder, or a sample makes no picture.
     """
     count = positive_int("preview", count)
-    weights, device = Weights(vae), torch.device(device)
-    dataset = LatentDataset(folder, weights.fingerprint())
+    weights, device = VaeSource(vae), torch.device(device)
+    dataset = LatentDataset(folder, vae)
     if not len(dataset):
         raise FolderError(f"{str(folder)!r} holds no samples to show")
-    if vae_dtype is None:
-        vae_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    decoder = weights.decoder(vae_dtype, device)
+    decoder = weights.decoder(compute_dtype(vae_dtype, device), device)
     shown = min(count, len(dataset))
     samples = [dataset[i * len(dataset) // shown] for i in range(shown)]
-    pictures = []
-    with torch.inference_mode():
-        for sample in samples:
-            first = sample["latents"][None, :, :1].to(device)
-            pictures.append(decoder(first, output="uint8")[0].cpu())
+    pictures = [
+        decoded_picture(decoder, sample["latents"][None, :, :1], sample["source"])
+        for sample in samples
+    ]
     target = Path(folder) / "preview.png"
     with replacing(target) as partial:
         contact_sheet(pictures, [sample["source"] for sample in samples]).save(partial, "PNG")
     return target
 
 
-def contact_sheet(pictures: Sequence[torch.Tensor], names: Sequence[str]) -> Image:
+def contact_sheet(pictures: Sequence[torch.Tensor], names: Sequence[str]) -> Image.Image:
     """Pictures, uint8 [H, W, 3] of any sizes, in rows of four, each over the end of its name."""
-    from PIL import Image, ImageDraw, ImageFont
-
     columns = min(_COLUMNS, len(pictures))
     tiles = [Image.fromarray(picture.contiguous().numpy()) for picture in pictures]
     for tile in tiles:

@@ -9,23 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from cosmos3_fast.arguments import as_int, quoted
 from cosmos3_fast.bulk.folder import Folder, FolderError
-from cosmos3_fast.bulk.manifest import read_manifest, read_names
-from cosmos3_fast.vae.source import Weights
+from cosmos3_fast.bulk.manifest import by_name, read_manifest, read_names
+from cosmos3_fast.vae.source import VaeSource
 
 # Shards that are kept open; each takes a mapping of the process, not memory.
 _OPEN_SHARDS = 64
 
 
 class LatentDataset(Dataset[dict[str, Any]]):
-    """The samples of a folder that `bulk.encode` wrote, in the order of the source.
+    """The samples of a folder that `bulk.encode` wrote, sorted by name, whatever was added when.
+
+    Numbers in names count by their value, so that frame 2 comes before frame 10.
 
     `dataset[i]` is a dictionary with
 
-    - `latents`: [z, t, h, w], normalized, in the folder's dtype, read from a memory map;
+    - `latents`: [z, t, h, w], normalized, in the folder's dtype, in memory of its own;
     - `source`: the name of the picture or clip;
     - `key`: 32 hexadecimal digits, half of the SHA-256 of its file;
     - `size`: (height, width) of the upright picture;
@@ -59,12 +62,13 @@ class LatentDataset(Dataset[dict[str, Any]]):
         self.vae_hash = settings.vae_hash
         if vae is not None:
             is_hash = isinstance(vae, str) and re.fullmatch("[0-9a-f]{64}", vae)
-            wanted = vae if is_hash else Weights(vae).fingerprint()
+            wanted = vae if is_hash else VaeSource(vae).fingerprint(settings.clips > 1)
             if wanted != self.vae_hash:
                 raise FolderError(
                     f"{str(folder)!r} must hold latents of the VAE {wanted}, got {self.vae_hash}"
                 )
-        self._table = table
+        self._table = table.take(by_name(table["source"].to_pylist()))
+        table = self._table
         self.shapes: list[tuple[int, ...]] = [tuple(s) for s in table["latent_shape"].to_pylist()]
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self._names: dict[str, list[str]] | None = None
@@ -98,17 +102,20 @@ class LatentDataset(Dataset[dict[str, Any]]):
         return row
 
     def _latents(self, shard: str, key: str) -> torch.Tensor:
-        from safetensors import safe_open
-
         path = self._folder.shards / shard
         file = self._open.pop(path, None)
-        if file is None:
-            file = safe_open(path, framework="pt", device="cpu")
+        try:
+            if file is None:
+                file = safe_open(path, framework="pt", device="cpu")
+            latents: torch.Tensor = file.get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise FolderError(
+                f"{str(path)!r} cannot be read: {error}; run `encode` again to mend it"
+            ) from error
         self._open[path] = file
         while len(self._open) > _OPEN_SHARDS:
             self._open.popitem(last=False)
-        latents: torch.Tensor = file.get_tensor(key)
-        return latents
+        return latents.clone()  # it is the memory map itself, which the next read shows too
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": OrderedDict()}

@@ -14,9 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
 import os
+import re
+import threading
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +29,11 @@ from typing import Any
 from cosmos3_fast.files import replacing
 
 FORMAT = 1
+_guard = threading.Lock()
+# Folders that are locked, with the process: one that was forked has no lock of its own.
+_locked: set[tuple[int, str]] = set()
+# With one slash too: `Path` makes "s3:/bucket" of "s3://bucket".
+_SCHEME = re.compile(r"(?i)[a-z][a-z0-9+.-]+:/")
 
 
 class FolderError(ValueError):
@@ -36,12 +45,13 @@ class Settings:
     """What all samples of a folder have in common.
 
     Attributes:
-        vae_hash: see `weights.Weights.fingerprint`.
+        vae_hash: see `VaeSource.fingerprint`.
         dtype: of the latents, "bfloat16" and so on.
         vae_dtype: in which the encoder computes.
         size: (height, width) for all; None with `areas`.
         areas: of the buckets, in pixels.
-        clips: the most pixel frames of a sample.
+        clips: the most pixel frames of a sample; the hash is of what acts on clips where it is
+            more than one.
         background: painted behind transparent pixels.
     """
 
@@ -59,10 +69,19 @@ class Folder:
 
     Args:
         path: of the folder, which need not exist.
+
+    Raises:
+        FolderError: it is a URL.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        text = os.fspath(path)
+        if _SCHEME.match(text):
+            raise FolderError(
+                f"the folder of latents must be on a disk of this machine, got the URL {text!r}"
+            )
+        # Absolute: the process may go to another folder, and so may one that it starts.
+        self.path = Path(os.path.abspath(text))
         self.shards = self.path / "shards"
         self.manifest = self.path / "manifest"
         self.names = self.path / "names"
@@ -77,16 +96,36 @@ class Folder:
     def lock(self) -> Iterator[None]:
         """Keep other runs out until the block ends or the process is gone.
 
+        Where the file system has no locks, a warning says so.
+
         Raises:
-            FolderError: another process has it.
+            FolderError: another process, or another thread of this one, has it.
         """
-        # Of the process: unlike flock's, it is not inherited by workers that outlive a killed run.
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FolderError(f"{str(self.path)!r} is being written by another run") from None
-            yield
+        taken = FolderError(f"{str(self.path)!r} is being written by another run")
+        # The lock is the process's: unlike flock's, it is not inherited by workers that outlive a
+        # killed run. A second one in the same process would get it too, and end the first's when it
+        # closes its file.
+        place = os.path.realpath(self.path)
+        with _guard:
+            if (os.getpid(), place) in _locked:
+                raise taken
+            _locked.add((os.getpid(), place))
+        try:
+            with (self.path / ".lock").open("w") as file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        raise taken from None
+                    warnings.warn(
+                        f"the file system of {str(self.path)!r} has no locks ({error.strerror}): "
+                        "see to it that no other run writes there",
+                        stacklevel=4,
+                    )
+                yield
+        finally:
+            with _guard:
+                _locked.discard((os.getpid(), place))
 
     def settle(self, settings: Settings) -> None:
         """Write the settings down, or check that they are those of the folder.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cosmos3_fast.arguments import positive_int, quoted
+from cosmos3_fast.arguments import dtype_name, positive_int, quoted
 from cosmos3_fast.bulk.buckets import Sizes
+from cosmos3_fast.bulk.damage import find_damage, set_aside
 from cosmos3_fast.bulk.folder import Folder, Settings
 from cosmos3_fast.bulk.keys import KeySet
 from cosmos3_fast.bulk.local import run_local
@@ -22,7 +24,7 @@ from cosmos3_fast.bulk.sources import SourceLike, list_pieces
 from cosmos3_fast.bulk.summary import Summary
 from cosmos3_fast.frames import is_whole
 from cosmos3_fast.images.decode import Color, parse_color
-from cosmos3_fast.vae.source import Weights
+from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARD_SIZE = 256
@@ -44,6 +46,7 @@ def encode(
     shard_size: int = SHARD_SIZE,
     column: str | None = None,
     background: Color | None = None,
+    check: bool = False,
     ray: str | None = None,
     cores: int | None = None,
     progress: bool = False,
@@ -54,9 +57,9 @@ def encode(
     skipped, by the hash of its content. A picture that cannot be read is a row in errors.parquet.
 
     Args:
-        source: a folder, pattern, list, Parquet file, tar or picture, here or at an fsspec URL; or
-            a sequence of them (see `sources.list_pieces`).
-        out: the folder to write, on a disk of this machine; made if missing.
+        source: a folder, pattern, list, Parquet file, tar, zip or picture, here or at an fsspec
+            URL; or a sequence of them (see `sources.list_pieces`).
+        out: the folder to write, on a disk of this machine, no URL; made if missing.
         vae: a checkpoint (as for `FrameEncoder.from_pretrained`), a live VAE, a `FrameEncoder` or
             `ClipEncoder`; None: seeded random weights, whose latents mean nothing.
         size: (height, width) of every sample; default (480, 832), unless there are buckets.
@@ -73,7 +76,9 @@ def encode(
             start; shorter ones give the most 1 + 4k that they have.
         shard_size: samples per shard; also what a killed run may have to encode again.
         column: of Parquet files, the one with the bytes.
-        background: painted behind transparent pixels (see `pixels.load_pixels`).
+        background: painted behind transparent pixels (see `load.load_pixels`).
+        check: compare the checksum of every shard that is there. Without it only sizes are. What
+            is damaged is set aside, under a name that ends in .damaged, and encoded again.
         ray: None: encode in this process. Otherwise on a Ray cluster, one that this process is
             connected to, or at this address, as `ray.init` takes it; "local" starts Ray here.
             `out` must then be at the same path on every node, and so must a local `source` and a
@@ -99,9 +104,8 @@ def encode(
         raise ValueError(f"clips must be 1 + 4k frames, got {clips}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(each) for each in DTYPES]}, got {dtype}")
-    weights, device = Weights(vae), torch.device(device)
-    if vae_dtype is None:
-        vae_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    weights, device = VaeSource(vae), torch.device(device)
+    vae_dtype = compute_dtype(vae_dtype, device)
     cores = None if cores is None else positive_int("cores", cores)
     # The nodes of a cluster have encoders of their own; this one only tells what it is.
     encoder = weights.encoder(vae_dtype, device if ray is None else torch.device("cpu"), clips > 1)
@@ -109,12 +113,13 @@ def encode(
     size = (480, 832) if size is None and not buckets else size
     sizes = Sizes(size and (int(size[0]), int(size[1])), tuple(buckets), encoder.spatial_factor)
 
-    folder = Folder(os.path.abspath(out))
-    pieces = list_pieces(source, column, exclude=folder.path)
+    folder = Folder(out)
+    left_out: Counter[str] = Counter()
+    pieces = list_pieces(source, column, exclude=folder.path, left_out=left_out)
     settings = Settings(
-        weights.fingerprint(),
-        _name(dtype),
-        _name(encoder.dtype),
+        weights.fingerprint(clips > 1),
+        dtype_name(dtype),
+        dtype_name(encoder.dtype),
         sizes.fixed,
         sizes.areas,
         clips,
@@ -123,11 +128,14 @@ def encode(
     folder.create()
     with folder.lock():
         folder.settle(settings)
+        damaged = list(find_damage(folder, check))
+        for each in damaged:
+            set_aside(folder, each)
         folder.clean()
         known = KeySet(read_manifest(folder)["key"].to_pylist())
         names = {name for each in read_names(folder).values() for name in each}
         reader = Reader(sizes, clips, known, background)
-        summary = Summary(Path(out))
+        summary = Summary(Path(out), left_out=left_out, damaged=damaged)
         start = time.perf_counter()
         if ray is None:
             with ShardWriter(folder, settings, shard_size) as writer:
@@ -196,7 +204,3 @@ def _workers(workers: int | None, device: torch.device) -> int:
     if isinstance(workers, bool) or workers < 0:
         raise ValueError(f"workers must be 0 or more, got {quoted(workers)}")
     return positive_int("workers", workers)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

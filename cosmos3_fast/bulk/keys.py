@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
+
 
 class KeySet:
     """An immutable set of names of 32 characters.
@@ -14,8 +16,6 @@ class KeySet:
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
-        import numpy as np
-
         self._keys: Any = np.unique(np.array([key.encode() for key in keys], dtype="S32"))
 
     def __contains__(self, key: object) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from cosmos3_fast.bulk.batches import Batch, Batcher, encode_batch
+from cosmos3_fast.bulk.batches import Batch, Batcher, Sent, encode_batch
 from cosmos3_fast.bulk.reading import Failure, Known, Reader, Sample
 from cosmos3_fast.bulk.shards import ShardWriter
 from cosmos3_fast.bulk.sources import Piece, read_piece
@@ -28,9 +30,10 @@ _PR_SET_PDEATHSIG = 1
 class Message:
     """What a worker sends: pictures that it read, their pixels stacked by shape."""
 
-    batches: list[Batch] = field(default_factory=list)
+    batches: list[Batch | Sent] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     known: list[Known] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
     def __len__(self) -> int:
         samples = sum(len(batch.samples) for batch in self.batches)
@@ -47,21 +50,25 @@ class Reading(IterableDataset[Message]):
         worker = get_worker_info()
         part, parts = (worker.id, worker.num_workers) if worker else (0, 1)
         message, pixels = Message(), Batcher(self._size)
+
+        def sendable(batches: list[Batch]) -> list[Batch | Sent]:
+            return [batch.share(parts) if worker else batch for batch in batches]
+
         for piece in self._pieces:
-            for item in read_piece(piece, part, parts):
+            for item in read_piece(piece, part, parts, message.left_out):
                 match self._reader.read(item):
                     case Failure() as failure:
                         message.failures.append(failure)
                     case Known() as known:
                         message.known.append(known)
                     case (sample, frames):
-                        message.batches += pixels.add(sample, frames)
+                        message.batches += sendable(pixels.add(sample, frames))
                 if len(message) + len(pixels) >= self._size:
-                    message.batches += pixels.rest()
+                    message.batches += sendable(pixels.rest())
                     yield message
                     message = Message()
-        message.batches += pixels.rest()
-        if len(message):
+        message.batches += sendable(pixels.rest())
+        if len(message) or message.left_out:
             yield message
 
 
@@ -106,6 +113,16 @@ def run_local(
         writer.add(sample, latents)
         summary.samples += 1
 
+    def is_new(sample: Sample) -> bool:
+        if sample.key in seen:
+            summary.repeated += 1
+            _name(Known(sample.source, sample.content_hash), names, writer)
+            return False
+        seen.add(sample.key)
+        if sample.warnings:
+            summary.warnings[sample.warnings] += 1
+        return True
+
     running: tuple[Batch, Tensor] | None = None
 
     def encode(batch: Batch | None) -> None:
@@ -118,26 +135,33 @@ def run_local(
                 note(sample, latents)
 
     with progress_bar(known_total([piece.rows for piece in pieces]), progress) as bar:
-        for message in loader:
+        for message in _started(loader):
             summary.failures += message.failures
+            summary.left_out += message.left_out
             for known in message.known:
                 summary.known += 1
                 _name(known, names, writer)
-            for batch in message.batches:
-                for sample, frames in zip(batch.samples, batch.pixels, strict=True):
-                    if sample.key in seen:
-                        summary.repeated += 1
-                        _name(Known(sample.source, sample.content_hash), names, writer)
-                        continue
-                    seen.add(sample.key)
-                    if sample.warnings:
-                        summary.warnings[sample.warnings] += 1
-                    for full in waiting.add(sample, frames):
-                        encode(full)
+            for sent in message.batches:
+                batch = sent.received() if isinstance(sent, Sent) else sent
+                for full in waiting.add_batch(batch, list(map(is_new, batch.samples))):
+                    encode(full)
             bar.update(len(message))
         for rest in waiting.rest():
             encode(rest)
         encode(None)
+
+
+def _started(loader: DataLoader[Message]) -> Iterator[Message]:
+    """The messages of a loader, whose workers do not collect the garbage of this process.
+
+    A worker that frees, say, a video's decoder waits for its threads, which a fork does not copy.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        return iter(loader)
+    finally:
+        gc.unfreeze()
 
 
 def _end_with(driver: int, worker: int) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cosmos3_fast.bulk.folder import Folder, write_bytes
+from cosmos3_fast.bulk.folder import Folder, FolderError, write_bytes
 from cosmos3_fast.bulk.reading import Failure, Known, Sample, key_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
+
+
+_NUMBER = re.compile(r"([0-9]{1,18})")
 
 
 def sample_schema() -> pa.Schema:
@@ -39,7 +43,8 @@ def sample_schema() -> pa.Schema:
 def manifest_schema() -> pa.Schema:
     """Of the manifest: the key, what is known of the sample, and where its latents are.
 
-    `offset` is that of the tensor's first byte in the shard, `latent_shape` is [z, t, h, w].
+    `offset` is that of the tensor's first byte in the shard, `latent_shape` is [z, t, h, w];
+    `shard_bytes` and `shard_sha256` are of the whole shard.
     """
     import pyarrow as pa
 
@@ -51,6 +56,8 @@ def manifest_schema() -> pa.Schema:
             ("dtype", pa.string()),
             ("shard", pa.string()),
             ("offset", pa.int64()),
+            ("shard_bytes", pa.int64()),
+            ("shard_sha256", pa.string()),
             ("vae_hash", pa.string()),
             ("package_version", pa.string()),
         ]
@@ -121,6 +128,16 @@ def read_manifest(folder: Folder) -> pa.Table:
     return table.filter(pa.array(first, pa.bool_()))
 
 
+def by_name(names: Sequence[str]) -> list[int]:
+    """The order in which names are sorted, with numbers in them by their value."""
+
+    def key(i: int) -> tuple[list[str | int], str]:
+        parts = _NUMBER.split(names[i])
+        return [int(part) if j % 2 else part for j, part in enumerate(parts)], names[i]
+
+    return sorted(range(len(names)), key=key)
+
+
 def read_names(folder: Folder) -> dict[str, list[str]]:
     """Every name of every sample, by key; in the order of the source as far as it is known."""
     names: dict[str, list[str]] = {}
@@ -145,12 +162,26 @@ def sample_row(sample: Sample) -> dict[str, Any]:
     return {field.name: getattr(sample, field.name) for field in dataclasses.fields(Sample)}
 
 
-def _read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
+def read_part(part: Path, schema: pa.Schema) -> pa.Table:
+    """One part of a table; columns that it has not are null.
+
+    Raises:
+        FolderError: it cannot be read; the message names it.
+    """
     import pyarrow.parquet as pq
+
+    try:
+        return pq.read_table(part, schema=schema)
+    except Exception as error:  # parsers of broken files raise whatever they like
+        raise FolderError(
+            f"{str(part)!r} cannot be read: {error}; run `encode` again to mend it"
+        ) from error
+
+
+def _read_parts(folder: Path, schema: pa.Schema) -> pa.Table:
+    import pyarrow as pa
 
     parts = sorted(folder.glob("*.parquet"))
     if not parts:
         return schema.empty_table()
-    import pyarrow as pa
-
-    return pa.concat_tables([pq.read_table(part, schema=schema) for part in parts])
+    return pa.concat_tables([read_part(part, schema) for part in parts])

@@ -17,6 +17,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext, Datasink, Datasource, ReadTask
@@ -31,7 +32,7 @@ from cosmos3_fast.bulk.reading import Failure, Known, Reader, Sample
 from cosmos3_fast.bulk.shards import part_name, write_shard
 from cosmos3_fast.bulk.sources import Piece, read_piece
 from cosmos3_fast.bulk.summary import Summary
-from cosmos3_fast.vae.source import Weights
+from cosmos3_fast.vae.source import VaeSource
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 # What a row is: pixels to encode, why there are none, or a picture whose content is known, under
 # this name or under another one.
 PIXELS, FAILURE, KNOWN, NAMED = "pixels", "failure", "known", "named"
+# A row of a file that is left out; its source is the suffix.
+LEFT_OUT = "left out"
 _ROWS_PER_BLOCK = 16
 # Reading is a few hundredths of encoding on a CPU, writing less.
 _SMALL_SHARE = 0.25
@@ -141,8 +144,9 @@ class _Read:
         reader = dataclasses.replace(self.reader, known=ray.get(self.known))
         names = ray.get(self.names)
         rows: list[dict[str, Any]] = []
+        left_out: Counter[str] = Counter()
         for piece in self.pieces:
-            for item in read_piece(piece):
+            for item in read_piece(piece, left_out=left_out):
                 match reader.read(item):
                     case Failure() as failure:
                         row = {**dataclasses.asdict(failure), "status": FAILURE}
@@ -156,6 +160,7 @@ class _Read:
                 if len(rows) == _ROWS_PER_BLOCK:
                     yield pa.Table.from_pylist(rows, schema=row_schema())
                     rows = []
+        rows += [{"source": kind, "status": LEFT_OUT} for kind in left_out.elements()]
         yield pa.Table.from_pylist(rows, schema=row_schema())
 
 
@@ -173,12 +178,11 @@ class Encode:
         threads: int,
     ) -> None:
         torch.set_num_threads(threads)
-        given: Weights = ray.get(weights)
+        given: VaeSource = ray.get(weights)
         self._encoder = given.encoder(vae_dtype, torch.device(device), clips).to(device)
         self._batch_size, self._dtype = batch_size, dtype
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        import numpy as np
         import pyarrow as pa
 
         pixels = table["pixels"]
@@ -216,6 +220,7 @@ class Written:
     known: int = 0
     failures: list[Failure] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
 
 
 class ShardSink(Datasink[Written]):
@@ -235,6 +240,8 @@ class ShardSink(Datasink[Written]):
                 if row["status"] == FAILURE:
                     names = (each.name for each in dataclasses.fields(Failure))
                     written.failures.append(Failure(**{name: row[name] for name in names}))
+                elif row["status"] == LEFT_OUT:
+                    written.left_out[row["source"]] += 1
                 elif row["status"] == PIXELS:
                     values = torch.frombuffer(bytearray(row["latents"]), dtype=dtype)
                     samples.append((to_sample(row), values.reshape(row["latent_shape"])))
@@ -263,7 +270,7 @@ class ShardSink(Datasink[Written]):
 def run_ray(
     pieces: Sequence[Piece],
     reader: Reader,
-    weights: Weights,
+    weights: VaeSource,
     folder: Folder,
     settings: Settings,
     summary: Summary,
@@ -326,6 +333,7 @@ def run_ray(
         summary.known += written.known
         summary.failures += written.failures
         summary.warnings += written.warnings
+        summary.left_out += written.left_out
 
 
 def _cause(error: BaseException) -> Exception:

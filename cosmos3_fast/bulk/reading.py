@@ -9,7 +9,6 @@ from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from cosmos3_fast.bulk.buckets import Sizes, crop_box
@@ -17,7 +16,7 @@ from cosmos3_fast.bulk.sources import Item
 from cosmos3_fast.frames import latent_frames, pixel_frames
 from cosmos3_fast.images.clips import read_file
 from cosmos3_fast.images.decode import Color
-from cosmos3_fast.images.load import resize_to_cover
+from cosmos3_fast.images.resize import resize_frames
 
 # Pillow names the stream that it was given.
 _ADDRESS = re.compile(r" <\S+ object at 0x[0-9a-f]+>")
@@ -86,7 +85,7 @@ class Reader:
         sizes: which size a picture gets.
         max_frames: of a clip, so many pixel frames are taken, or the most below it that are 1 + 4k.
         known: keys that need no latents.
-        background: see `pixels.load_pixels`.
+        background: see `load.load_pixels`.
     """
 
     sizes: Sizes
@@ -116,9 +115,6 @@ class Reader:
         images = images[: pixel_frames(latent_frames(len(images)))]
         height, width = images[0].height, images[0].width
         target = self.sizes.choose(height, width)
-        frames = torch.empty((len(images), *target, 3), dtype=torch.uint8)
-        for frame, image in zip(frames, images, strict=True):
-            frame.copy_(resize_to_cover(image, *target))
         sample = Sample(
             item.source,
             item.index,
@@ -131,7 +127,7 @@ class Reader:
             len(images),
             "; ".join(dict.fromkeys(str(each.message) for each in warned)),
         )
-        return sample, frames
+        return sample, resize_frames(images, *target)
 
 
 def failure(item: Item, content_hash: str | None, error: Exception) -> Failure:
@@ -139,12 +135,12 @@ def failure(item: Item, content_hash: str | None, error: Exception) -> Failure:
     return Failure(item.source, item.index, item.row, content_hash, reason)
 
 
-def _hash(data: bytes | Path | Exception) -> str:
+def _hash(data: bytes | Path) -> str:
     digest = hashlib.sha256()
     if isinstance(data, Path):
         with data.open("rb") as file:
             while block := file.read(2**20):
                 digest.update(block)
-    elif isinstance(data, bytes):
-        digest.update(data)
+    else:
+        digest.update(data)  # raises where it is no bytes: nothing else is content
     return digest.hexdigest()

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Any
 
+from safetensors.torch import save
 from torch import Tensor
 
+from cosmos3_fast import __version__
 from cosmos3_fast.bulk.folder import Folder, Settings, write_bytes
 from cosmos3_fast.bulk.manifest import (
     manifest_schema,
@@ -29,17 +31,14 @@ def write_shard(folder: Folder, settings: Settings, samples: Sequence[Encoded]) 
     Its name is a hash of the keys in it, so that a task which is run again replaces what it wrote.
     Keys that are there twice are written once.
     """
-    from safetensors.torch import save
-
     by_key = {sample.key: (sample, latents) for sample, latents in reversed(samples)}
     ordered = list(reversed(by_key.values()))
     name = part_name(list(reversed(by_key)))
-    version = _version()
     content = save(
         {sample.key: latents.contiguous() for sample, latents in ordered},
-        {"cosmos3_fast": version, "vae_hash": settings.vae_hash},
+        {"cosmos3_fast": __version__, "vae_hash": settings.vae_hash},
     )
-    offsets = tensor_offsets(content)
+    offsets, digest = tensor_offsets(content), hashlib.sha256(content).hexdigest()
     rows = [
         {
             "key": sample.key,
@@ -48,8 +47,10 @@ def write_shard(folder: Folder, settings: Settings, samples: Sequence[Encoded]) 
             "dtype": settings.dtype,
             "shard": f"{name}.safetensors",
             "offset": offsets[sample.key],
+            "shard_bytes": len(content),
+            "shard_sha256": digest,
             "vae_hash": settings.vae_hash,
-            "package_version": version,
+            "package_version": __version__,
         }
         for sample, latents in ordered
     ]
@@ -122,9 +123,3 @@ class ShardWriter:
     ) -> None:
         if not isinstance(error, OSError):
             self._write()
-
-
-def _version() -> str:
-    import cosmos3_fast
-
-    return cosmos3_fast.__version__

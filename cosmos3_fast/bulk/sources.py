@@ -1,4 +1,4 @@
-"""Where pictures come from: files, lists of files, Parquet tables and tars, here or at a URL.
+"""Where pictures come from: files, Parquet tables and tars, read piece by piece.
 
 A source is listed as *pieces*, which are small and can be sent to another process; reading a piece
 gives *items*, the bytes of one picture or clip each.
@@ -6,32 +6,35 @@ gives *items*, the bytes of one picture or clip each.
 
 from __future__ import annotations
 
-import glob
 import os
+import stat
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
-from cosmos3_fast.images.clips import VIDEO_SUFFIXES
-
-IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"),
-    *(".heif", ".apng", ".ppm", ".pgm", ".jp2"),
+from cosmos3_fast.bulk.listing import (
+    Found,
+    SourceError,
+    ending,
+    is_parquet,
+    is_tar,
+    is_url,
+    list_files,
+    may_be_media,
+    open_url,
 )
-_PICTURES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)
-_TARS = (".tar", ".tar.gz", ".tgz")
-_LISTS = (".txt", ".lst", ".list")
+from cosmos3_fast.files import printable
+from cosmos3_fast.images.clips import is_media
+
 # Of a local file, more is not read into memory but decoded from its path: a video.
 _MOST_BYTES = 64 * 2**20
 _PARQUET_ROWS = 16
+_LIST_PLACES = 2**16
 
 SourceLike = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-
-class SourceError(ValueError):
-    """A source that cannot be listed, or in which there is nothing."""
 
 
 @dataclass(frozen=True)
@@ -41,19 +44,22 @@ class Piece:
     Attributes:
         url: a path or an fsspec URL.
         index: of the file in the source.
-        kind: "file" is one picture or clip, "tar" an archive of them, "parquet" one row group.
-        column: of a Parquet file, the one with the bytes.
+        kind: "file" is one picture or clip, "tar" an archive of them, "parquet" one row group,
+            "fault" something that cannot be read.
+        column: of a Parquet file, the one with the pictures.
         row_group, first_row: of a Parquet file.
         rows: how many items it has; None: not known before it is read.
+        fault: why it cannot be read.
     """
 
     url: str
     index: int
-    kind: Literal["file", "tar", "parquet"] = "file"
+    kind: Literal["file", "tar", "parquet", "fault"] = "file"
     column: str = ""
     row_group: int = 0
     first_row: int = 0
     rows: int | None = 1
+    fault: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,8 +67,10 @@ class Item:
     """One picture or clip, as it is stored.
 
     Attributes:
-        source: its name: the path or URL, `tar/member` or `table.parquet#row`.
-        index, row: its place: of the file in the source, and in that file.
+        source: its name: the path or URL, `tar/member`, `table.parquet#row`, or where a row has a
+            list of pictures `table.parquet#row[i]`.
+        index, row: its place: of the file in the source, and in that file; of a list, the row times
+            2^16, and i.
         data: the file's bytes, its path where it is large, or why it cannot be read.
     """
 
@@ -73,7 +81,10 @@ class Item:
 
 
 def list_pieces(
-    source: SourceLike, column: str | None = None, exclude: Path | None = None
+    source: SourceLike,
+    column: str | None = None,
+    exclude: Path | None = None,
+    left_out: Counter[str] | None = None,
 ) -> list[Piece]:
     """The pieces of a source, in its order.
 
@@ -81,32 +92,43 @@ def list_pieces(
         source: one of
 
             - a folder: the pictures, videos, tars and Parquet files in and below it, sorted by
-              path; other files, such as captions, are left out;
+              path. Files with a suffix that says nothing are looked into; linked folders are
+              followed, each real folder once; folders of latents are passed over, and other files,
+              such as captions, counted in `left_out`;
             - a pattern with `*`, `?` or `[`: the files that match, sorted (`**` for any depth);
-            - a text file (.txt, .lst, .list): a path, URL or pattern per line; those that are
-              relative start at the list's folder;
-            - a Parquet file with a column of bytes, or of structs with `bytes`, as Hugging Face
-              datasets have them;
+            - names with `{a,b}` or `{000..099}` in them, as WebDataset has them;
+            - a text file (.txt, .lst, .list) in UTF-8 or UTF-16: a path, URL, folder or pattern per
+              line; those that are relative start at the list's folder;
+            - a Parquet file with a column of bytes, of structs with `bytes` or `path`, as Hugging
+              Face datasets have them, or of lists of these;
             - a tar (.tar, .tar.gz, .tgz): the pictures and videos in it, as in WebDataset;
+            - a zip: the same of what is in it;
             - any other file: a picture or clip;
             - a sequence of these.
 
-            Any of them may be a URL that fsspec opens; local names are made absolute.
-        column: of Parquet files, the one to take; None: the only one with bytes.
+            Any of them may be a URL that fsspec opens, chained ones too (`zip://*.png::a.zip`);
+            local names are made absolute.
+        column: of Parquet files, the one to take, which may also be of paths or URLs, relative to
+            the file; None: the only one with bytes.
         exclude: a local folder that is left out, where it lies in a folder of the source.
+        left_out: counts the files that are left out, by suffix.
 
     Raises:
-        SourceError: a folder, pattern or list with nothing in it, one that does not exist, or
-            a Parquet file without one clear column.
+        SourceError: a folder, pattern or list with nothing in it, one that does not exist, a file
+            of another kind, or a Parquet file, given by its name, without one clear column. One
+            that was found in a folder or list is an item that says why it cannot be read.
     """
+    left_out = Counter() if left_out is None else left_out
     given = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-    urls = [url for each in given for url in _expand(os.fspath(each), exclude)]
-    if not urls:
+    found = [file for each in given for file in list_files(os.fspath(each), exclude, left_out)]
+    if not found:
         raise SourceError(f"source must hold at least one picture, got none in {source!r}")
-    return [piece for index, url in enumerate(urls) for piece in _pieces(url, index, column)]
+    return [piece for index, file in enumerate(found) for piece in _pieces(file, index, column)]
 
 
-def read_piece(piece: Piece, part: int = 0, parts: int = 1) -> Iterator[Item]:
+def read_piece(
+    piece: Piece, part: int = 0, parts: int = 1, left_out: Counter[str] | None = None
+) -> Iterator[Item]:
     """The items of a piece, or the share that one of several readers has of it.
 
     What belongs to whom depends on an item's place alone, so that readers need not agree on
@@ -116,133 +138,61 @@ def read_piece(piece: Piece, part: int = 0, parts: int = 1) -> Iterator[Item]:
         piece: from `list_pieces`.
         part, parts: this reader's number and how many there are. Files and row groups are read by
             one of them; through a tar all of them go, skipping what is not theirs.
+        left_out: counts the members of tars that are left out, by suffix; the first reader does.
     """
     if piece.kind != "tar" and (piece.index + piece.row_group) % parts != part:
         return
+    name = printable(piece.url)
     try:
-        if piece.kind == "tar":
-            yield from _read_tar(piece, part, parts)
+        if piece.kind == "fault":
+            yield Item(name, piece.index, piece.first_row, SourceError(piece.fault))
+        elif piece.kind == "tar":
+            skipped = left_out if left_out is not None and part == 0 else Counter[str]()
+            yield from _read_tar(piece, part, parts, skipped)
         elif piece.kind == "parquet":
             yield from _read_parquet(piece)
         else:
-            yield Item(printable(piece.url), piece.index, 0, _read_file(piece.url))
+            yield Item(name, piece.index, 0, _read_file(piece.url))
     # Remote file systems and parsers of broken files raise whatever they like.
     except Exception as error:
-        yield Item(printable(piece.url), piece.index, piece.first_row, error)
-
-
-def printable(name: str) -> str:
-    """A file name as text: bytes that are not UTF-8 are written out."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
-
-
-def _is_url(path: str) -> bool:
-    return "://" in path
-
-
-def _has_suffix(path: str, suffixes: tuple[str, ...]) -> bool:
-    return path.lower().endswith(suffixes)
-
-
-def _open(url: str) -> IO[bytes]:
-    if not _is_url(url):
-        return open(url, "rb")
-    import fsspec
-
-    file: IO[bytes] = fsspec.open(url, "rb").open()
-    return file
+        yield Item(name, piece.index, piece.first_row, error)
 
 
 def _read_file(url: str) -> bytes | Path:
-    if not _is_url(url) and os.path.getsize(url) > _MOST_BYTES:
-        return Path(url)
-    with _open(url) as file:
+    if not is_url(url):
+        status = os.stat(url)
+        # Opening a FIFO would wait for ever.
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is no regular file but a folder, device, FIFO or socket")
+        if status.st_size > _MOST_BYTES:
+            return Path(url)
+    with open_url(url) as file:
         return file.read()
 
 
-def _expand(path: str, exclude: Path | None) -> list[str]:
-    """The files that one source stands for."""
-    remote = _is_url(path)
-    if not remote:  # a run from another folder finds the same names
-        path = os.path.abspath(path)
-    files: Any
-    if remote:
-        import fsspec
-
+def _pieces(file: Found, index: int, column: str | None) -> Iterator[Piece]:
+    if file.fault:
+        yield Piece(file.url, index, "fault", fault=file.fault)
+    elif is_tar(file.url):
+        yield Piece(file.url, index, "tar", rows=None)
+    elif is_parquet(file.url):
         try:
-            files, inner = fsspec.core.url_to_fs(path)
-        except (ImportError, ValueError) as error:
-            raise SourceError(f"source {path!r} cannot be opened: {error}") from error
-        is_folder, is_file = files.isdir(inner), files.isfile(inner)
+            yield from _row_groups(file.url, index, column)
+        except SourceError as error:
+            if file.given:
+                raise
+            yield Piece(file.url, index, "fault", fault=str(error))
     else:
-        is_folder, is_file = os.path.isdir(path), os.path.isfile(path)
-
-    if is_folder:
-        wanted = (*_PICTURES, *_TARS, ".parquet")
-        if remote:
-            found = [files.unstrip_protocol(each) for each in files.find(inner)]
-        else:
-            found = _walk(path, exclude)
-        found = [each for each in found if _has_suffix(each, wanted)]
-    elif is_file and _has_suffix(path, _LISTS):
-        return _listed(path, exclude)
-    elif is_file:
-        return [path]
-    elif glob.has_magic(path):
-        if remote:
-            found = [files.unstrip_protocol(each) for each in files.glob(inner)]
-        else:
-            found = [each for each in glob.glob(path, recursive=True) if os.path.isfile(each)]
-    else:
-        raise SourceError(f"source {path!r} does not exist")
-    if not found:
-        raise SourceError(f"source {path!r} holds no picture, video, tar or Parquet file")
-    return sorted(found)
-
-
-def _walk(folder: str, exclude: Path | None) -> list[str]:
-    excluded = None if exclude is None else exclude.resolve()
-    found: list[str] = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [
-            name for name in folders if excluded is None or Path(parent, name).resolve() != excluded
-        ]
-        if excluded is None or Path(parent).resolve() != excluded:
-            found += [os.path.join(parent, name) for name in names]
-    return found
-
-
-def _listed(path: str, exclude: Path | None) -> list[str]:
-    base = path.rsplit("/", 1)[0] if "/" in path else "."
-    with _open(path) as file:
-        text = file.read()
-    urls: list[str] = []
-    for line in text.decode("utf-8", "surrogateescape").splitlines():
-        name = line.strip()
-        if not name:
-            continue
-        url = name if _is_url(name) or os.path.isabs(name) else f"{base}/{name}"
-        if glob.has_magic(url) or (not _is_url(url) and os.path.isdir(url)):
-            urls += _expand(url, exclude)
-        else:
-            urls.append(url)  # one that is missing is an error of that picture
-    return urls
-
-
-def _pieces(url: str, index: int, column: str | None) -> Iterator[Piece]:
-    if _has_suffix(url, _TARS):
-        yield Piece(url, index, "tar", rows=None)
-    elif _has_suffix(url, (".parquet",)):
-        yield from _row_groups(url, index, column)
-    else:
-        yield Piece(url, index)
+        yield Piece(file.url, index)
 
 
 def _row_groups(url: str, index: int, column: str | None) -> Iterator[Piece]:
     import pyarrow.parquet as pq
 
     try:
-        with _open(url) as file:
+        if not is_url(url) and not stat.S_ISREG(os.stat(url).st_mode):
+            raise ValueError("it is no regular file")
+        with open_url(url) as file:
             table = pq.ParquetFile(file)
             schema, metadata = table.schema_arrow, table.metadata
     except Exception:
@@ -253,22 +203,21 @@ def _row_groups(url: str, index: int, column: str | None) -> Iterator[Piece]:
         raise SourceError(
             f"column must be one of {printable(url)!r}, {schema.names}, got {column!r}"
         )
+    if _held(schema.field(chosen).type) is None:
+        raise SourceError(
+            f"column {chosen!r} of {printable(url)!r} must hold bytes, structs with bytes, paths, "
+            f"or lists of these, got {schema.field(chosen).type}"
+        )
+    in_lists = _list_of(schema.field(chosen).type) is not None
     first = 0
     for group in range(metadata.num_row_groups):
         rows = metadata.row_group(group).num_rows
-        yield Piece(url, index, "parquet", chosen, group, first, rows)
+        yield Piece(url, index, "parquet", chosen, group, first, None if in_lists else rows)
         first += rows
 
 
 def _bytes_column(url: str, schema: Any) -> str:
-    import pyarrow as pa
-
-    def holds_bytes(kind: Any) -> bool:
-        if pa.types.is_struct(kind):
-            return kind.get_field_index("bytes") >= 0
-        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    names = [field.name for field in schema if holds_bytes(field.type)]
+    names = [field.name for field in schema if _held(field.type) == "bytes"]
     if len(names) != 1:
         raise SourceError(
             f"{printable(url)!r} must have one column of bytes, got {names or 'none'}: name it "
@@ -277,31 +226,96 @@ def _bytes_column(url: str, schema: Any) -> str:
     return str(names[0])
 
 
+def _list_of(kind: Any) -> Any:
+    """The type in an Arrow type of lists; None: it is none."""
+    import pyarrow as pa
+
+    names = ("is_list", "is_large_list", "is_fixed_size_list", "is_list_view", "is_large_list_view")
+    is_list = any(getattr(pa.types, name)(kind) for name in names if hasattr(pa.types, name))
+    return kind.value_type if is_list else None
+
+
+def _held(kind: Any) -> Literal["bytes", "paths"] | None:
+    """What pictures are in a column of an Arrow type; None: there are none."""
+    import pyarrow as pa
+
+    types = pa.types
+    if types.is_dictionary(kind):
+        return _held(kind.value_type)
+    if (element := _list_of(kind)) is not None:
+        return _held(element)
+    if types.is_struct(kind):
+        return "bytes" if kind.get_field_index("bytes") >= 0 else None
+    bytes_kinds = ("is_binary", "is_large_binary", "is_fixed_size_binary", "is_binary_view")
+    if any(getattr(types, name)(kind) for name in bytes_kinds if hasattr(types, name)):
+        return "bytes"
+    text_kinds = ("is_string", "is_large_string", "is_string_view")
+    if any(getattr(types, name)(kind) for name in text_kinds if hasattr(types, name)):
+        return "paths"
+    return None
+
+
 def _read_parquet(piece: Piece) -> Iterator[Item]:
     import pyarrow.parquet as pq
 
-    row = piece.first_row
-    with _open(piece.url) as file:
+    row, name = piece.first_row, printable(piece.url)
+    with open_url(piece.url) as file:
         table = pq.ParquetFile(file)
         for batch in table.iter_batches(_PARQUET_ROWS, [piece.row_group], [piece.column]):
             for value in batch.column(0).to_pylist():
-                content = value.get("bytes") if isinstance(value, dict) else value
-                source = f"{printable(piece.url)}#{row}"
-                missing = ValueError(f"column {piece.column!r} is empty")
-                yield Item(source, piece.index, row, missing if content is None else content)
+                if not isinstance(value, list):
+                    yield Item(f"{name}#{row}", piece.index, row, _content(value, piece))
+                elif len(value) >= _LIST_PLACES:
+                    fault = ValueError(f"a row must hold fewer than {_LIST_PLACES} pictures")
+                    yield Item(f"{name}#{row}", piece.index, row * _LIST_PLACES, fault)
+                else:
+                    for i, each in enumerate(value):
+                        place = row * _LIST_PLACES + i
+                        yield Item(f"{name}#{row}[{i}]", piece.index, place, _content(each, piece))
                 row += 1
 
 
-def _read_tar(piece: Piece, part: int, parts: int) -> Iterator[Item]:
+def _content(value: Any, piece: Piece) -> bytes | Path | Exception:
+    """What a cell stands for: bytes, or the file whose path it is."""
+    if isinstance(value, dict):
+        path = value.get("path")
+        value = path if value.get("bytes") is None else value["bytes"]
+    if isinstance(value, bytes):
+        return value
+    if not isinstance(value, str):
+        return ValueError(f"column {piece.column!r} is empty")
+    try:
+        if not is_url(value) and not os.path.isabs(value):
+            value = f"{piece.url.rsplit('/', 1)[0]}/{value}"
+        return _read_file(value)
+    except Exception as error:
+        return error
+
+
+def _read_tar(piece: Piece, part: int, parts: int, left_out: Counter[str]) -> Iterator[Item]:
     row = 0
-    with _open(piece.url) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
+    if not is_url(piece.url) and not stat.S_ISREG(os.stat(piece.url).st_mode):
+        raise ValueError("it is no regular file but a folder, device, FIFO or socket")
+    with open_url(piece.url) as file, tarfile.open(fileobj=file, mode="r:*") as tar:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined] # they grow with the archive
-            if not member.isfile() or not _has_suffix(member.name, _PICTURES):
+            if not member.isfile():
+                continue
+            taken, content = may_be_media(member.name), None
+            if taken is None:
+                content = _member(tar, member)
+                taken = is_media(content)
+            if not taken:
+                left_out[ending(member.name)] += 1
                 continue
             if (piece.index + row) % parts == part:
                 source = f"{printable(piece.url)}/{printable(member.name)}"
-                content = tar.extractfile(member)
-                assert content is not None
-                yield Item(source, piece.index, row, content.read())
+                content = _member(tar, member) if content is None else content
+                yield Item(source, piece.index, row, content)
             row += 1
+
+
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    content = tar.extractfile(member)
+    assert content is not None
+    return content.read()

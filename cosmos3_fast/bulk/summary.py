@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cosmos3_fast.bulk.damage import Damage
 from cosmos3_fast.bulk.reading import Failure
 
 _SHOWN = 3
+_KINDS = 5
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Summary:
         repeated: pictures whose content another one of this run had.
         failures: pictures that could not be encoded, as in errors.parquet.
         warnings: what reading warned of, and how often.
+        left_out: files of folders and tars that are no pictures or clips by their suffix or their
+            content, by suffix.
+        damaged: files of the folder that were not what an earlier run wrote, and were set aside.
         seconds: of encoding, from the first picture to the last shard.
     """
 
@@ -35,6 +40,8 @@ class Summary:
     repeated: int = 0
     failures: list[Failure] = field(default_factory=list)
     warnings: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
+    damaged: list[Damage] = field(default_factory=list)
     seconds: float = 0.0
 
     @property
@@ -49,6 +56,14 @@ class Summary:
         ]
         if self.known or self.repeated:
             lines.append(f"  skipped: {self.known} encoded before, {self.repeated} repeated")
+        if left_out := self.left_out.total():
+            kinds = ", ".join(
+                f"{kind} {count}" for kind, count in self.left_out.most_common(_KINDS)
+            )
+            lines.append(f"  left out, no pictures or clips: {left_out} ({kinds})")
+        if self.damaged:
+            lines.append(f"  damaged files: {len(self.damaged)}; their samples are encoded again")
+            lines += [f"    {each}" for each in self.damaged]
         lines.append(f"  errors: {len(self.failures)}" + (" (errors.parquet)" * any(self.failures)))
         lines += [f"    {each.source}: {each.reason}" for each in self.failures[:_SHOWN]]
         if warned := self.warnings.total():

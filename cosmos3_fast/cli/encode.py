@@ -8,15 +8,9 @@ from typing import Any
 
 from cosmos3_fast.bulk.buckets import areas_option
 from cosmos3_fast.bulk.contact import write_contact_sheet
+from cosmos3_fast.bulk.damage import check
 from cosmos3_fast.bulk.job import SHARD_SIZE, encode
-from cosmos3_fast.cli.options import (
-    DTYPES,
-    UserError,
-    VaeSource,
-    device_option,
-    dtype_option,
-    size_option,
-)
+from cosmos3_fast.cli.options import UserError, add_vae, dtype_option, size_option, vae_of
 
 
 def add_encode(commands: Any) -> None:
@@ -30,17 +24,13 @@ def add_encode(commands: Any) -> None:
     )
     parser.add_argument(
         "source",
-        nargs="+",
+        nargs="*",
         metavar="SOURCE",
         help="a folder, a quoted pattern, a text file of paths, a Parquet file with a column of "
-        "bytes, a WebDataset tar or a picture; a path or an fsspec URL",
+        "bytes, a WebDataset tar, a zip or a picture; a path or an fsspec URL. With --check none: "
+        "the folder is only checked, with exit status 1 where it is damaged",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
-    parser.add_argument(
-        "--vae",
-        metavar="DIR_OR_REPO",
-        help="a Cosmos3 checkpoint, as for `prepare` (default: random weights, for a trial)",
-    )
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
         "--size", type=size_option, metavar="HxW", help="of every sample (default 480x832)"
@@ -60,12 +50,7 @@ def add_encode(commands: Any) -> None:
     parser.add_argument(
         "--dtype", type=dtype_option, default="bfloat16", help="of the latents (default bfloat16)"
     )
-    parser.add_argument(
-        "--vae-dtype",
-        type=dtype_option,
-        help="dtype the network computes in (default float32 on cpu, bfloat16 elsewhere)",
-    )
-    parser.add_argument("--device", type=device_option, default="cpu", help="default cpu")
+    add_vae(parser)
     parser.add_argument(
         "--clips",
         type=int,
@@ -81,6 +66,11 @@ def add_encode(commands: Any) -> None:
         "--background",
         metavar="COLOR",
         help="paint it behind transparent pixels (default: alpha is dropped, as in the engines)",
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="compare the checksum of every shard; what is damaged is encoded again",
     )
     parser.add_argument(
         "--ray",
@@ -102,33 +92,41 @@ def add_encode(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    vae = VaeSource(args.vae)
-    vae.warn()
-    vae_dtype = DTYPES[args.vae_dtype] if args.vae_dtype else None
-    try:
-        summary = encode(
-            args.source,
-            args.out,
-            vae=args.vae,
-            size=args.size,
-            buckets=args.bucket,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            dtype=DTYPES[args.dtype],
-            vae_dtype=vae_dtype,
-            device=args.device,
-            clips=args.clips,
-            shard_size=args.shard_size,
-            column=args.column,
-            background=args.background,
-            ray=args.ray,
-            cores=args.cores,
-            progress=sys.stderr.isatty(),
-        )
-        if args.preview is not None:
-            picture = write_contact_sheet(args.out, args.preview, args.vae, vae_dtype, args.device)
-            print(f"{picture}: {args.preview} samples at most, decoded")
-    except ImportError as error:
-        raise UserError(str(error)) from error
+    if not args.source:
+        if not args.check:
+            raise UserError("the following arguments are required: SOURCE")
+        return _check(args.out)
+    vae_of(args.vae)
+    summary = encode(
+        args.source,
+        args.out,
+        vae=args.vae,
+        size=args.size,
+        buckets=args.bucket,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        dtype=args.dtype,
+        vae_dtype=args.vae_dtype,
+        device=args.device,
+        clips=args.clips,
+        shard_size=args.shard_size,
+        column=args.column,
+        background=args.background,
+        check=args.check,
+        ray=args.ray,
+        cores=args.cores,
+        progress=sys.stderr.isatty(),
+    )
+    if args.preview is not None:
+        picture = write_contact_sheet(args.out, args.preview, args.vae, args.vae_dtype, args.device)
+        print(f"{picture}: {args.preview} samples at most, decoded")
     print("\n".join(summary.lines()))
     return 1 if args.strict and summary.failures else 0
+
+
+def _check(folder: str) -> int:
+    damaged = check(folder)
+    print(f"{folder}: {len(damaged)} damaged files")
+    for each in damaged:
+        print(f"  {each}")
+    return 1 if damaged else 0

@@ -1,7 +1,8 @@
-"""What this install is and what serves each op, for `python -m cosmos3_fast info`."""
+"""`python -m cosmos3_fast info`: what this install is, and what serves each op."""
 
 from __future__ import annotations
 
+import argparse
 import platform
 from importlib import metadata
 from typing import Any
@@ -11,6 +12,17 @@ import torch
 import cosmos3_fast.ops  # noqa: F401 - registers the backends
 from cosmos3_fast.engines.releases import TESTED, outlook
 from cosmos3_fast.ops import registry
+
+
+def add_info(commands: Any) -> None:
+    """Register the command with argparse's subparsers."""
+    parser = commands.add_parser("info", help="list every op and backend as available or not")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    print(format_info())
+    return 0
 
 
 def _version(distribution: str) -> str | None:

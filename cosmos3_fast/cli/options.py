@@ -1,18 +1,18 @@
-"""What command-line options of several commands mean: sizes, dtypes, devices, a VAE's weights."""
+"""What the options of several commands mean, and what commands say while they run."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
+
+from cosmos3_fast.vae.source import SYNTHETIC_SEED, VaeSource
 
 DTYPES = {
     "float32": torch.float32,
@@ -20,7 +20,6 @@ DTYPES = {
     "float16": torch.float16,
 }
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-SYNTHETIC_SEED = 0
 
 
 class UserError(Exception):
@@ -34,11 +33,12 @@ def size_option(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def dtype_option(text: str) -> str:
-    name = _SHORT_DTYPES.get(text.strip().lower(), text.strip().lower())
+def dtype_option(text: str) -> torch.dtype:
+    name = text.strip().lower()
+    name = _SHORT_DTYPES.get(name, name)
     if name not in DTYPES:
         raise argparse.ArgumentTypeError(f"want one of {', '.join(DTYPES)}, got {text!r}")
-    return name
+    return DTYPES[name]
 
 
 def device_option(text: str) -> torch.device:
@@ -51,87 +51,79 @@ def device_option(text: str) -> torch.device:
     return device
 
 
-class Progress:
-    """One line on stderr per finished step, with the seconds it took."""
+def add_size(parser: argparse.ArgumentParser, height: int, width: int) -> None:
+    parser.add_argument(
+        "--size",
+        type=size_option,
+        default=(height, width),
+        metavar="HxW",
+        help=f"pixel height and width (default {height}x{width})",
+    )
 
-    @contextlib.contextmanager
-    def step(self, text: str) -> Iterator[None]:
-        start = time.perf_counter()
-        print(f"{text} ...", file=sys.stderr, end="", flush=True)
+
+def add_vae(parser: argparse.ArgumentParser, with_dtype: bool = True) -> None:
+    """`--vae`, `--device` and, unless the command has others, `--vae-dtype`."""
+    parser.add_argument(
+        "--vae",
+        metavar="DIR_OR_REPO",
+        help="a Cosmos3 checkpoint: a folder with vae/ in it, a file of weights, or a Hugging "
+        "Face repository "
+        "(default: random weights of the same topology, which make meaningless latents)",
+    )
+    parser.add_argument("--device", type=device_option, default="cpu", help="default cpu")
+    if with_dtype:
+        parser.add_argument(
+            "--vae-dtype",
+            type=dtype_option,
+            help="dtype the network computes in (default float32 on cpu, bfloat16 elsewhere)",
+        )
+
+
+def vae_of(checkpoint: str | None) -> VaeSource:
+    """The VAE that `--vae` names; that its weights are random is said on stderr."""
+    if checkpoint is None:
+        print(
+            "NOTE: no --vae given. Using RANDOM weights of the Cosmos3 VAE's topology (seed "
+            f"{SYNTHETIC_SEED}): the latents are MEANINGLESS to a Cosmos3 model.",
+            file=sys.stderr,
+        )
+    return VaeSource(checkpoint)
+
+
+def check_memory(what: str, needed: int, device: torch.device | None = None) -> None:
+    """Refuse what cannot fit, before anything is done for it.
+
+    Args:
+        what: the subject of the message, in the plural.
+        needed: bytes, a lower bound.
+        device: where; None: in this machine's memory.
+
+    Raises:
+        UserError: there is less memory, used or not.
+    """
+    if device is not None and device.type == "cuda":
+        where, available = str(device), torch.cuda.get_device_properties(device).total_memory
+    else:
+        where = "this machine"
         try:
-            yield
-        except BaseException:
-            print(file=sys.stderr)
-            raise
-        print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)
+            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (ValueError, OSError):
+            return
+    if needed > available:
+        raise UserError(
+            f"{what} need at least {needed / 1e9:.3g} GB of memory, {where} has "
+            f"{available / 1e9:.3g}"
+        )
 
 
-@dataclass(frozen=True)
-class VaeSource:
-    """Where VAE weights come from: a checkpoint, or random weights of the Cosmos3 topology."""
-
-    checkpoint: str | None
-
-    def __str__(self) -> str:
-        return self.checkpoint or f"synthetic (random weights, seed {SYNTHETIC_SEED})"
-
-    def warn(self) -> None:
-        if self.checkpoint is None:
-            print(
-                "NOTE: no --vae given. Using RANDOM weights of the Cosmos3 VAE's topology (seed "
-                f"{SYNTHETIC_SEED}): the latents are MEANINGLESS to a Cosmos3 model.",
-                file=sys.stderr,
-            )
-
-    def encoder(self, dtype: torch.dtype, device: torch.device, clips: bool) -> Any:
-        from cosmos3_fast.vae import ClipEncoder, FrameEncoder
-
-        kind: type[ClipEncoder | FrameEncoder] = ClipEncoder if clips else FrameEncoder
-        if self.checkpoint is not None:
-            return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
-        from cosmos3_fast.vae import synthetic
-
-        config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
-        tensors = synthetic.synthetic_state_dict(config, SYNTHETIC_SEED)
-        return kind.from_state_dict(tensors, config, dtype, device)
-
-    def decoder(self, dtype: torch.dtype, device: torch.device) -> Any:
-        from cosmos3_fast.vae import FrameDecoder
-
-        if self.checkpoint is not None:
-            return FrameDecoder.from_pretrained(self.checkpoint, dtype=dtype, device=device)
-        from cosmos3_fast.vae import synthetic
-
-        config = synthetic.synthetic_config(synthetic.COSMOS3_VAE_CONFIG, SYNTHETIC_SEED)
-        tensors = synthetic.synthetic_decoder_state_dict(config, SYNTHETIC_SEED)
-        return FrameDecoder.from_state_dict(tensors, config, dtype, device)
-
-    def vae(self, dtype: torch.dtype, device: torch.device, decodes: bool = False) -> Any:
-        """diffusers' VAE; random weights have a small decoder unless it is to decode."""
-        try:
-            from diffusers import AutoencoderKLWan
-        except ImportError as error:
-            raise UserError(
-                f"the VAE itself needs diffusers, which cannot be imported ({error}): "
-                "pip install 'cosmos3-fast[diffusers]'"
-            ) from error
-        if self.checkpoint is not None:
-            if Path(self.checkpoint).is_file():
-                raise UserError(
-                    f"--vae {self.checkpoint!r} is one file, and the VAE itself is read from a "
-                    "folder as diffusers writes it: use --mode fast"
-                )
-            bare = (Path(self.checkpoint) / "config.json").is_file()
-            vae = AutoencoderKLWan.from_pretrained(
-                self.checkpoint, subfolder=None if bare else "vae", torch_dtype=dtype
-            )
-        else:
-            from cosmos3_fast.vae import synthetic
-
-            vae = synthetic.synthetic_vae(
-                synthetic.COSMOS3_VAE_CONFIG,
-                SYNTHETIC_SEED,
-                decoder_base_dim=None if decodes else 16,
-            )
-        # diffusers' own `to` warns of modules to keep in float32, of which this VAE has none.
-        return torch.nn.Module.to(vae, device, dtype).eval()
+@contextlib.contextmanager
+def step(text: str) -> Iterator[None]:
+    """One line on stderr, with the seconds that the block took."""
+    start = time.perf_counter()
+    print(f"{text} ...", file=sys.stderr, end="", flush=True)
+    try:
+        yield
+    except BaseException:
+        print(file=sys.stderr)
+        raise
+    print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)

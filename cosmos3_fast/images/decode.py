@@ -11,14 +11,21 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
+
+import numpy as np
+import PIL.Image
+import PIL.ImageColor
+import PIL.ImageOps
+import torch
+from PIL.Image import Image
+from torch import Tensor
 
 from cosmos3_fast.arguments import quoted
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-Color: TypeAlias = "str | tuple[int, int, int]"
+Color: TypeAlias = str | tuple[int, int, int]
+Rgb: TypeAlias = Image | Tensor
+"""An upright picture of 8-bit RGB: of Pillow, or uint8 [H, W, 3]."""
 
 WANTED = (
     "a path, a PIL image, the bytes of a file, an open binary file, a uint8 [H,W,3] array or "
@@ -35,8 +42,6 @@ _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b
 
 def source_name(source: Any, name: str) -> str:
     """How messages call a picture: `name`, and what it came from."""
-    import PIL.Image
-
     if isinstance(source, PIL.Image.Image):
         return f"{name} (PIL, mode {source.mode}, {source.width}x{source.height})"
     if isinstance(source, (str, os.PathLike)):
@@ -78,14 +83,49 @@ def as_stream(source: Any, name: str) -> Any:
     raise TypeError(f"{name} must be {WANTED}; got {type(source).__name__}")
 
 
+def as_tensor(value: Any) -> Tensor | None:
+    """The tensor behind a tensor or numpy array, None for anything else."""
+    if isinstance(value, Tensor):
+        return value
+    if not isinstance(value, np.ndarray):
+        return None
+    native = value.dtype.newbyteorder("=")
+    if native not in (np.uint8, np.float16, np.float32, np.float64):
+        raise ValueError(f"image must be uint8 or floating point, got an array of {value.dtype}")
+    if native == np.uint8 and value.flags.writeable and min(value.strides, default=0) >= 0:
+        return torch.from_numpy(value)  # bytes are only read
+    # A copy, because torch takes no read-only or byte-swapped memory and no negative strides.
+    return torch.from_numpy(np.array(value, dtype=native, order="C", copy=True))
+
+
+def rgb_of_array(array: Tensor, name: str, background: Color | None) -> Rgb:
+    """The picture that a uint8 array is: itself where it is RGB already.
+
+    Raises:
+        ValueError: its shape is none of a picture.
+    """
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise ValueError(
+            f"{name} of dtype uint8 must have shape [H,W], [H,W,1], [H,W,3] or [H,W,4] "
+            f"(a clip [T,H,W,3]), got {list(array.shape)}"
+        )
+    if 0 in array.shape:
+        raise ValueError(f"{name} is empty: shape {list(array.shape)}")
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim == 3 and array.shape[2] == 3:
+        return array.detach()
+    return to_rgb(PIL.Image.fromarray(array.detach().cpu().contiguous().numpy()), name, background)
+
+
 def head(stream: Any) -> bytes:
-    """The first 32 bytes, as far as they can be read; a stream is rewound."""
+    """The first 256 bytes, as far as they can be read; a stream is rewound."""
     try:
         if isinstance(stream, Path):
             with stream.open("rb") as file:
-                return file.read(32)
+                return file.read(256)
         stream.seek(0)
-        start = bytes(stream.read(32))
+        start = bytes(stream.read(256))
         stream.seek(0)
         return start
     except Exception:
@@ -112,8 +152,6 @@ def to_rgb(image: Image, label: str, background: Color | None) -> Image:
         ValueError: it cannot be decoded, is empty, or holds values that are not finite, negative
             or beyond 16 bits.
     """
-    import PIL.ImageOps
-
     try:
         image.load()
         if image.mode in _WIDE_MODES:
@@ -138,9 +176,6 @@ class _Refused(ValueError):
 
 def _narrowed(image: Image, label: str) -> Image:
     """A picture of more than 8 bits per value as one of 8, turned as the original is."""
-    import numpy as np
-    import PIL.Image
-
     values = np.asarray(image)
     if values.size and image.mode == "F" and not np.isfinite(values).all():
         raise _Refused(f"{label} must hold finite values, got NaN or infinity")
@@ -168,8 +203,6 @@ def _narrowed(image: Image, label: str) -> Image:
 
 
 def _without_alpha(image: Image, label: str, background: Color | None) -> Image:
-    import PIL.Image
-
     transparent = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
     if not transparent or 0 in image.size:
         return image if image.mode == "RGB" else image.convert("RGB")
@@ -196,10 +229,8 @@ def parse_color(color: Any) -> tuple[int, int, int]:
     Raises:
         ValueError: it is none.
     """
-    from PIL import ImageColor
-
     try:
-        red, green, blue = (ImageColor.getrgb(color) if isinstance(color, str) else color)[:3]
+        red, green, blue = (PIL.ImageColor.getrgb(color) if isinstance(color, str) else color)[:3]
         rgb = int(red), int(green), int(blue)
         if all(0 <= value <= 255 for value in rgb):
             return rgb

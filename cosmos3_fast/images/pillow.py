@@ -7,13 +7,10 @@ https://arrow.apache.org/docs/format/CDataInterface.html
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 
 class _ArrowArray(ctypes.Structure):

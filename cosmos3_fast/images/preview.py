@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image, ImageDraw, ImageFont
 
 from cosmos3_fast.frames import pixel_frames
 from cosmos3_fast.latents import PreparedLatents
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 WIDTH = 1440
 _MARGIN = 48
@@ -32,7 +29,7 @@ def render_preview(
     title: str,
     notes: Sequence[str] = (),
     decoded: torch.Tensor | None = None,
-) -> Image:
+) -> Image.Image:
     """Draw the conditioning photograph, its latent frame, and the strip of latent frames.
 
     The latent channels are shown as colors: their first three principal components over the first
@@ -40,8 +37,9 @@ def render_preview(
     the same projection, with their own common scale.
 
     Args:
-        pixels: [1,3,H,W] or [1,3,T,H,W] in [-1, 1]. Of a clip, the last pixel frame of the first
-            conditioned latent frame is shown, or of the clip if that is shorter.
+        pixels: what was encoded, as `load_frames` or `load_pixels` gives it. Of a clip, the last
+            pixel frame of the first conditioned latent frame is shown, or of the clip if that is
+            shorter.
         prepared: What `LatentPreparation` made of them. Of a batch, the first is shown.
         title: One line, drawn large.
         notes: Lines drawn small below the title.
@@ -51,8 +49,6 @@ def render_preview(
     Returns:
         An RGB image `WIDTH` pixels wide; its height depends on the shape of the latents.
     """
-    from PIL import Image, ImageDraw
-
     # The principal components do not converge on NaN or infinity: draw those as zero.
     latents = prepared.latents[0].detach().float().cpu().nan_to_num(0.0, 0.0, 0.0)
     first = prepared.condition_frames[0]
@@ -140,13 +136,11 @@ def render_preview(
     return canvas
 
 
-def _font(size: int):  # type: ignore[no-untyped-def]
-    from PIL import ImageFont
-
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size)
 
 
-def _legend(draw, y: int) -> None:  # type: ignore[no-untyped-def]
+def _legend(draw: ImageDraw.ImageDraw, y: int) -> None:
     font = _font(18)
     x = float(WIDTH - _MARGIN)
     for text, color in (
@@ -160,12 +154,15 @@ def _legend(draw, y: int) -> None:  # type: ignore[no-untyped-def]
         x -= 28
 
 
-def _photograph(pixels: torch.Tensor, frame: int) -> Image:
-    from PIL import Image
-
-    image = pixels[0] if pixels.ndim == 4 else pixels[0, :, min(frame, pixels.shape[2] - 1)]
-    eight_bit = ((image.detach().float().cpu() + 1.0) * 127.5).round().clamp(0, 255)
-    return Image.fromarray(eight_bit.permute(1, 2, 0).to(torch.uint8).contiguous().numpy())
+def _photograph(pixels: torch.Tensor, frame: int) -> Image.Image:
+    """One frame of bytes [1, (T,) H, W, 3], or of floats [1, 3, (T,) H, W] in [-1, 1]."""
+    image = pixels[0].detach().cpu()
+    if image.dtype != torch.uint8:
+        eight_bit = ((image.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        image = eight_bit.movedim(0, -1)
+    if image.ndim == 4:
+        image = image[min(frame, image.shape[0] - 1)]
+    return Image.fromarray(image.contiguous().numpy())
 
 
 def _principal_components(frame: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,9 +193,7 @@ def _colors(
     center: torch.Tensor,
     low: torch.Tensor,
     high: torch.Tensor,
-) -> Image:
-    from PIL import Image
-
+) -> Image.Image:
     unit = (_project(frame, basis, center) - low) / (high - low).clamp_min(1e-12)
     eight_bit = unit.clamp(0, 1).mul(255).round().to(torch.uint8)
     return Image.fromarray(eight_bit.contiguous().numpy())

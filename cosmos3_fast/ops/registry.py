@@ -94,8 +94,8 @@ def _overload(op: str) -> Any:
 
 def _is_defined(op: str) -> bool:
     name, _, overload = op.partition(".")
-    schemas = torch._C._jit_get_schemas_for_operator(f"cosmos3::{name}")
-    return any(schema.overload_name == overload for schema in schemas)
+    packet = getattr(torch.ops.cosmos3, name, None)
+    return packet is not None and (overload or "default") in packet.overloads()
 
 
 _python_kernels: dict[tuple[str, str], Kernel] = {}

@@ -14,10 +14,15 @@ from torch.utils.data import DataLoader
 pytest.importorskip("pyarrow", reason="the bulk extra is not installed")
 pytest.importorskip("tqdm", reason="the bulk extra is not installed")
 
-from bulk_cases import encode_tiny, tiny_checkpoint, tiny_encoder, write_pictures
+from bulk_cases import encode_tiny, picture, tiny_checkpoint, tiny_encoder, write_pictures
+from checkpoint_files import write_checkpoint
+from encoder_cases import TINY_CLIP
 
+from cosmos3_fast import ClipEncoder
 from cosmos3_fast.bulk import LatentDataset, dataset
 from cosmos3_fast.bulk.folder import FolderError
+from cosmos3_fast.bulk.manifest import by_name
+from cosmos3_fast.vae.synthetic import synthetic_state_dict
 
 
 @pytest.fixture
@@ -47,8 +52,10 @@ def test_shards_are_mapped_and_closed(folder: Path, monkeypatch: pytest.MonkeyPa
     data = LatentDataset(folder)
     kept = [data[i]["latents"] for i in range(len(data))]
     assert len(data._open) == 2
-    maps = Path("/proc/self/maps").read_text()
-    assert maps.count(str(folder / "shards")) >= 5
+    # Samples are in memory of their own: two shards are mapped, of five.
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = {line.rsplit("/", 1)[1] for line in maps if str(folder / "shards") in line}
+    assert len(mapped) == 2
     # A sample that is written to is the reader's own.
     before = kept[0].clone()
     kept[0].zero_()
@@ -133,3 +140,75 @@ def test_the_documented_example_trains(folder: Path):
     exec(code, state)
     assert torch.isfinite(state["loss"])
     assert state["batch"]["latents"].shape[1:] == (4, 1, 4, 6)
+
+
+def test_a_sample_is_the_callers_own(folder: Path):
+    data = LatentDataset(folder)
+    before = data[0]["latents"].clone()
+    data[0]["latents"].mul_(0.18)
+    sample = data[0]
+    sample["latents"].zero_()
+    assert torch.equal(data[0]["latents"], before)
+
+
+def test_a_relative_path_outlives_another_working_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(folder.parent)
+    data = LatentDataset(folder.name)
+    monkeypatch.chdir("/")
+    assert torch.equal(data[3]["latents"], LatentDataset(folder)[3]["latents"])
+    assert data.names(3)
+    copy = pickle.loads(pickle.dumps(data))
+    assert len(copy.names(2)) == 1
+
+
+def test_the_order_does_not_depend_on_what_was_added_when(tmp_path: Path):
+    seeds = {name: i for i, name in enumerate("fbdaec")}
+    source = tmp_path / "in"
+    source.mkdir()
+    for names in ("bd", "fa", "ec"):
+        for name in names:
+            picture(seeds[name]).save(source / f"{name}.png")
+        encode_tiny(source, tmp_path / "out")
+    data = LatentDataset(tmp_path / "out")
+    found = [Path(data[i]["source"]).stem for i in range(6)]
+    assert found == list("abcdef")
+    assert data.shapes[0] == tuple(data[0]["latents"].shape)
+    encode_tiny(source, tmp_path / "whole")
+    whole = LatentDataset(tmp_path / "whole")
+    assert [whole[i]["key"] for i in range(6)] == [data[i]["key"] for i in range(6)]
+
+
+def test_numbers_in_names_count_by_their_value():
+    names = ["a/10.png", "a/9.png", "b.png", "a/x2#3", "a/x10#1", "a/x2#20", "a/009.png", ""]
+    wanted = ["", "a/009.png", "a/9.png", "a/10.png", "a/x2#3", "a/x2#20", "a/x10#1", "b.png"]
+    assert [names[i] for i in by_name(names)] == wanted
+
+
+@pytest.mark.parametrize("kind", ["encoder", "checkpoint"])
+def test_clips_tell_vaes_apart_that_agree_on_one_frame(tmp_path: Path, kind: str):
+    """They differ in the taps that act on earlier frames."""
+    config = {**TINY_CLIP, "decoder_base_dim": 8}
+    tensors = synthetic_state_dict(config, 0)
+    other = {name: tensor.clone() for name, tensor in tensors.items()}
+    other["encoder.conv_in.weight"][:, :, 0] += 1
+    vaes: list[Any] = []
+    for i, each in enumerate((tensors, other)):
+        if kind == "encoder":
+            vaes.append(ClipEncoder.from_state_dict(each, config, torch.float32))
+        else:
+            write_checkpoint(tmp_path / f"vae{i}" / "vae", config, each)
+            vaes.append(tmp_path / f"vae{i}")
+    frames = [picture(i) for i in range(5)]
+    (tmp_path / "in").mkdir()
+    frames[0].save(tmp_path / "in" / "a.gif", save_all=True, append_images=frames[1:])
+    encode_tiny(tmp_path / "in", tmp_path / "clips", vae=vaes[0], clips=5)
+    assert len(LatentDataset(tmp_path / "clips", vaes[0])) == 1
+    with pytest.raises(FolderError, match="must hold latents of the VAE"):
+        LatentDataset(tmp_path / "clips", vaes[1])
+    with pytest.raises(FolderError, match="vae_hash"):
+        encode_tiny(tmp_path / "in", tmp_path / "clips", vae=vaes[1], clips=5)
+    # Of single frames they are one VAE.
+    encode_tiny(tmp_path / "in", tmp_path / "frames", vae=vaes[0])
+    assert len(LatentDataset(tmp_path / "frames", vaes[1])) == 1

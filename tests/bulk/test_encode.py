@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,16 +30,17 @@ from bulk_cases import (
     encode_tiny,
     picture,
     same_contents,
+    tiny_checkpoint,
     tiny_clip_encoder,
     tiny_encoder,
     write_pictures,
 )
 
 from cosmos3_fast import FrameEncoder
-from cosmos3_fast.bulk import LatentDataset, shards
+from cosmos3_fast.bulk import LatentDataset, batches, shards
 from cosmos3_fast.bulk.folder import Folder, FolderError
 from cosmos3_fast.bulk.keys import KeySet
-from cosmos3_fast.bulk.reading import key_of
+from cosmos3_fast.bulk.reading import Reader, key_of
 from cosmos3_fast.bulk.sources import SourceError
 from cosmos3_fast.images.load import load_frames
 from cosmos3_fast.vae.synthetic import synthetic_state_dict
@@ -340,3 +347,125 @@ def test_a_key_set_is_a_set(keys: set[str], data: st.DataObject):
     assert all(key in held for key in keys)
     other = data.draw(st.text("0123456789abcdef", max_size=32))
     assert (other in held) == (other in keys)
+
+
+def test_little_shared_memory_is_no_obstacle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Docker gives 64 MB: what does not fit goes through pipes."""
+    write_pictures(tmp_path / "in", 12)
+    encode_tiny(tmp_path / "in", tmp_path / "shared", workers=2, batch_size=4)
+    through: list[object] = []
+    received = batches.Sent.received
+    monkeypatch.setattr(
+        batches.Sent, "received", lambda self: through.append(self) or received(self)
+    )
+    # 16x24 pixels of 3 bytes; 4 of them by 2 workers, twice, need 18 kB.
+    small = SimpleNamespace(f_bavail=4, f_frsize=4096)
+    for name in ("none", "small"):
+        monkeypatch.setattr(batches, "_SHARED_MEMORY", "/no/such/folder")
+        if name == "small":
+            monkeypatch.setattr(batches.os, "statvfs", lambda path: small)
+        through.clear()
+        summary = encode_tiny(tmp_path / "in", tmp_path / name, workers=2, batch_size=4)
+        assert summary.samples == 12
+        # Of each worker 4 pictures and then 2, which are few enough for the small one.
+        assert len(through) == {"none": 4, "small": 2}[name]
+        assert same_contents(tmp_path / name, tmp_path / "shared")
+
+
+@pytest.mark.parametrize("size", ["64k"])
+def test_a_shared_memory_that_is_really_small(tmp_path: Path, size: str):
+    """In a container of its own; only root can mount one."""
+    if os.geteuid() or shutil.which("unshare") is None:
+        pytest.skip("no file system can be mounted here")
+    write_pictures(tmp_path / "in", 8)
+    vae = tiny_checkpoint(tmp_path / "vae")
+    command = (
+        f"mount -t tmpfs -o size={size} tmpfs /dev/shm || exit 77\n"
+        f"exec {sys.executable} -m cosmos3_fast encode {tmp_path / 'in'} --out {tmp_path / 'out'} "
+        f"--vae {vae} --size 160x240 --workers 2"
+    )
+    ended = subprocess.run(
+        ["unshare", "-m", "bash", "-c", command],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    if ended.returncode in (1, 77):
+        pytest.skip(f"no file system can be mounted here: {ended.stderr}")
+    assert ended.returncode == 0, ended.stderr
+    assert "8 encoded" in ended.stdout
+
+
+def test_one_process_has_one_run_in_a_folder(tmp_path: Path):
+    write_pictures(tmp_path / "in", 2)
+    encode_tiny(tmp_path / "in", tmp_path / "out")
+    folder, again = Folder(tmp_path / "out"), Folder(tmp_path / "in" / ".." / "out")
+    with folder.lock():
+        for _ in range(2):
+            with pytest.raises(FolderError, match="being written by another run"), again.lock():
+                pass
+        with pytest.raises(FolderError, match="being written by another run"):
+            encode_tiny(tmp_path / "in", tmp_path / "out")
+    encode_tiny(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.filterwarnings("ignore:the file system")
+def test_threads_that_write_to_one_folder_do_not_meet(tmp_path: Path):
+    write_pictures(tmp_path / "in", 20)
+    results: list[object] = []
+
+    def work() -> None:
+        try:
+            results.append(encode_tiny(tmp_path / "in", tmp_path / "out", shard_size=2).samples)
+        except FolderError as error:
+            results.append(str(error))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(each for each in results if isinstance(each, int)) == 20
+    encode_tiny(tmp_path / "in", tmp_path / "whole")
+    assert same_contents(tmp_path / "out", tmp_path / "whole")
+
+
+def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    import errno
+    import fcntl
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    write_pictures(tmp_path / "in", 2)
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match=r"has no locks \(No locks available\): see to it"):
+        assert encode_tiny(tmp_path / "in", tmp_path / "out").samples == 2
+
+
+def test_workers_do_not_free_what_is_their_parent_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Freeing a video's decoder waits for threads that a fork does not copy."""
+    driver, freed = os.getpid(), tmp_path / "freed"
+
+    class Decoder:
+        def __del__(self) -> None:
+            if os.getpid() != driver:
+                freed.touch()
+
+    cycle: list[object] = [Decoder()]
+    cycle.append(cycle)
+    del cycle
+    read = Reader.read
+
+    def collecting(self: Reader, item: Any) -> Any:
+        gc.collect()
+        return read(self, item)
+
+    monkeypatch.setattr(Reader, "read", collecting)
+    write_pictures(tmp_path / "in", 4)
+    assert encode_tiny(tmp_path / "in", tmp_path / "out", workers=2).samples == 4
+    assert not freed.exists()

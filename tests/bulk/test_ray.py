@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -228,3 +229,19 @@ def test_a_killed_driver_goes_on(
     assert shards == 0 or len(contents(out)) >= 8
     assert encode(source, out, **options(vae, cluster)).total == COUNT
     assert same_contents(out, wanted)
+
+
+def test_what_is_left_out_and_what_cannot_be_read(
+    cluster: Cluster, whole: tuple[Path, Path, Path], tmp_path: Path
+):
+    _, vae, _ = whole
+    write_pictures(tmp_path / "in", 3)
+    (tmp_path / "in" / "caption.txt").write_text("a rocket")
+    os.mkfifo(tmp_path / "in" / "fifo.png")
+    with tarfile.open(tmp_path / "in" / "more.tar", "w") as tar:
+        tar.add(tmp_path / "in" / "part0" / "0001.png", "again.png")
+        tar.add(tmp_path / "in" / "caption.txt", "again.txt")
+    summary = encode(tmp_path / "in", tmp_path / "out", **options(vae, cluster))
+    assert (summary.samples, summary.repeated, summary.left_out) == (3, 1, {".txt": 2})
+    (failure,) = summary.failures
+    assert "no regular file" in failure.reason

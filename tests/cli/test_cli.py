@@ -11,6 +11,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from cosmos3_fast.cli import main as cli
+from cosmos3_fast.cli import prepare as cli_prepare
 from cosmos3_fast.cli.info import format_info
 from cosmos3_fast.images import preview
 from cosmos3_fast.latents import LatentPreparation
@@ -227,9 +228,9 @@ def test_a_failure_while_writing_keeps_the_old_files(run, tmp_path, monkeypatch,
         raise fault
 
     if where == "save":
-        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        monkeypatch.setattr(cli_prepare, "save_file", fail)
     else:
-        monkeypatch.setattr(preview, "render_preview", fail)
+        monkeypatch.setattr(cli_prepare, "render_preview", fail)
     status, _, err = run(*prepare_args(tmp_path, "--preview", picture))
     assert status == (130 if isinstance(fault, KeyboardInterrupt) else 2)
     assert last_line(err).startswith("error: ")

@@ -198,3 +198,105 @@ def test_warnings_take_one_line(capsys, run, tmp_path):
     lines = capsys.readouterr().err.splitlines()
     assert [line for line in lines if "warning: image" in line and "transparent pixels" in line]
     assert not [line for line in lines if "UserWarning" in line]
+
+
+def command(tmp_path: Path, *prefix: str) -> list[str]:
+    """`prepare` with a VAE that costs nothing, of a picture with a name that is not ASCII."""
+    script = (
+        "import sys\n"
+        "from cosmos3_fast.cli import main as cli\n"
+        "from cosmos3_fast.vae import synthetic\n"
+        "synthetic.COSMOS3_VAE_CONFIG = {**synthetic.COSMOS3_VAE_CONFIG, 'base_dim': 8}\n"
+        "sys.exit(cli.main(sys.argv[1:]))\n"
+    )
+    Image.effect_noise((96, 64), 60).convert("RGB").save(tmp_path / "Größe.png")
+    size = ("--size", "64x96", "--num-frames", "5", "--out", str(tmp_path / "Größe.safetensors"))
+    return [*prefix, sys.executable, "-c", script, "prepare", str(tmp_path / "Größe.png"), *size]
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_status_is_that_of_the_work_whatever_stdout_is(tmp_path):
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    result = subprocess.run(
+        command(tmp_path), cwd=ROOT, env=ascii_only, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert r"Gr\xf6\xdfe.safetensors: fast mode" in result.stdout
+    for closing in ("{ sleep 0; }", "true"):
+        pipe = f'set -o pipefail; "$@" 2>&1 | {closing}; exit ${{PIPESTATUS[0]}}'
+        result = subprocess.run(
+            command(tmp_path, "bash", "-c", pipe, "-"), cwd=ROOT, capture_output=True, check=False
+        )
+        assert result.returncode == 0, result.stderr
+    for closing in (">&-", "2>&-", ">/dev/full"):
+        result = subprocess.run(
+            command(tmp_path, "bash", "-c", f'"$@" {closing}', "-"),
+            cwd=ROOT,
+            capture_output=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr
+    assert (tmp_path / "Größe.safetensors").exists()
+
+
+def test_a_signal_ends_an_operation_that_does_not_answer(tmp_path):
+    script = """
+import signal, sys, threading
+from pathlib import Path
+from cosmos3_fast import files
+from cosmos3_fast.cli import main as cli
+cli._PATIENCE = 0.5
+def run(args):
+    with files.replacing(Path(sys.argv[1])) as partial:
+        partial.write_text("half")
+        # As one operation of torch: Python's handlers wait for its end.
+        print("ready", flush=True)
+        import torch
+        a = torch.rand(6000, 6000, dtype=torch.float64)
+        torch.linalg.svd(a)
+cli._Parser.parse_args = lambda self, argv: type("Args", (), {"run": staticmethod(run)})
+sys.exit(cli.main([]))
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "out"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(3)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert error.endswith("error: stopped by SIGTERM\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_s_signals_are_not_its_parent_s(tmp_path):
+    script = """
+import os, signal, sys, time
+from cosmos3_fast.cli import main as cli
+cli._PATIENCE = 0.2
+def run(args):
+    child = os.fork()
+    if not child:
+        try:
+            time.sleep(30)
+        finally:
+            os._exit(0)
+    time.sleep(0.2)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)
+    time.sleep(1)
+    print("done")
+    return 0
+cli._Parser.parse_args = lambda self, argv: type("Args", (), {"run": staticmethod(run)})
+sys.exit(cli.main([]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr

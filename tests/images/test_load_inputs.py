@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image, ImageSequence
 
-from cosmos3_fast.images import load as pixels
+from cosmos3_fast.images import resize as pixels
 from cosmos3_fast.images.load import load_frames, load_pixels
 
 

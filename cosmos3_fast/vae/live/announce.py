@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from cosmos3_fast.frames import frames_wanted
+from cosmos3_fast.frames import conditioned_span
 
 # Latent frames that the caller of `encode` will use; None: all; `_ALL`: all, whatever is announced
 # inside. A context variable, since the one who knows and the VAE have an engine between them, and
@@ -59,4 +59,4 @@ def wanted_at(indexes: Iterable[int], total: int) -> int | None:
         or to refuse.
     """
     given = list(indexes)
-    return frames_wanted(given) if all(0 <= index < total for index in given) else None
+    return conditioned_span(given) if all(0 <= index < total for index in given) else None
