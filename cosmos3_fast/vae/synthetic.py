@@ -50,7 +50,7 @@ def synthetic_config(
 
 
 def synthetic_state_dict(config: Any, seed: int = 0) -> dict[str, Tensor]:
-    """Encoder and `quant_conv` tensors of the 3-D VAE in fp32, with diffusers' names.
+    """Encoder and `quant_conv` tensors of the 3-D VAE in float32, with diffusers' names.
 
     Gammas scatter around 1 and biases around 0, unlike at initialisation, so that folds are put
     to the test. Kernels are normal with variance 1 / (Cin·kH·kW): one frame passes through one
@@ -92,7 +92,7 @@ def synthetic_vae(
     seed: int = 0,
     decoder_base_dim: int | None = 16,
 ) -> Any:
-    """A diffusers VAE in fp32 with the weights of both synthetic state dicts.
+    """A diffusers VAE in float32 with the weights of both synthetic state dicts.
 
     Args:
         config: `_class_name` says which class, by default `AutoencoderKLWan`; latent statistics

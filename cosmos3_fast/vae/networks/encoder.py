@@ -231,8 +231,8 @@ class ClipEncoder(_Encoder):
 
     `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std`, and
     `encoder(pixels, n)` its first n latent frames up to rounding, for which only the first 4n - 3
-    pixel frames are read. The first latent frame is that of a `FrameEncoder`, bit for bit. As there, the VAE's
-    tiling is ignored.
+    pixel frames are read. The first latent frame is that of a `FrameEncoder`, bit for bit. As
+    there, the VAE's tiling is ignored.
 
     The frames after the first are taken in blocks of four (`causal` has the algebra): half the
     products of any direct convolution. A block that is not full, as the last level's of a clip of

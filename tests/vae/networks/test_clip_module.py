@@ -83,14 +83,14 @@ def test_casts_pixels_to_its_dtype() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 32, 32), r"pixels has shape \[3, 32, 32\], wanted \[B, 3, T, H, W\]"),
-        ((1, 1, 3, 5, 32, 32), r"pixels has shape .* wanted \[B, 3, T, H, W\]"),
-        ((1, 3, 4, 32, 32), r"pixels has 4 frames, wanted 1 \+ 4k"),
-        ((1, 3, 6, 32, 32), r"pixels has 6 frames, wanted 1 \+ 4k"),
-        ((1, 3, 0, 32, 32), r"pixels has 0 frames, wanted 1 \+ 4k"),
-        ((1, 4, 5, 32, 32), r"pixels has 4 channels in shape \[1, 4, 32, 32\], wanted 3"),
-        ((1, 3, 5, 40, 32), r"pixels has height 40, wanted a positive multiple of 16"),
-        ((1, 3, 5, 32, 8), r"pixels has width 8, wanted a positive multiple of 16"),
+        ((3, 32, 32), r"pixels must have shape \[B, 3, T, H, W\], got \[3, 32, 32\]"),
+        ((1, 1, 3, 5, 32, 32), r"pixels must have shape \[B, 3, T, H, W\], got"),
+        ((1, 3, 4, 32, 32), r"pixels must have 1 \+ 4k frames, got 4"),
+        ((1, 3, 6, 32, 32), r"pixels must have 1 \+ 4k frames, got 6"),
+        ((1, 3, 0, 32, 32), r"pixels must have 1 \+ 4k frames, got 0"),
+        ((1, 4, 5, 32, 32), r"pixels must have 3 channels, got 4 in shape \[1, 4, 32, 32\]"),
+        ((1, 3, 5, 40, 32), r"pixels must have a height that is a positive multiple of 16, got 40"),
+        ((1, 3, 5, 32, 8), r"pixels must have a width that is a positive multiple of 16, got 8"),
     ],
 )
 def test_bad_shapes(encoder: ClipEncoder, shape: tuple[int, ...], message: str) -> None:
@@ -100,21 +100,23 @@ def test_bad_shapes(encoder: ClipEncoder, shape: tuple[int, ...], message: str) 
 
 @pytest.mark.parametrize("count", [0, -1, 3, 1.0, True, "2"])
 def test_bad_number_of_latent_frames(encoder: ClipEncoder, count: object) -> None:
-    message = rf"num_latent_frames is {count!r}, wanted 1 to 2 for 5 pixel frames"
+    message = rf"num_latent_frames must be in 1 to 2 for 5 pixel frames, got {count!r}"
     with pytest.raises(ValueError, match=message):
         encoder(torch.zeros(1, 3, 5, 32, 32), count)
 
 
 def test_bad_dtype_and_device(encoder: ClipEncoder) -> None:
-    with pytest.raises(ValueError, match=r"pixels is torch\.int64, wanted floating point"):
+    with pytest.raises(ValueError, match=r"pixels must be floating point .* got torch\.int64"):
         encoder(torch.zeros(1, 3, 5, 32, 32, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"pixels is on meta, the encoder on cpu"):
+    with pytest.raises(ValueError, match=r"pixels must be on the encoder's device, cpu, got meta"):
         encoder(torch.zeros(1, 3, 5, 32, 32, device="meta"))
-    with pytest.raises(ValueError, match=r"bytes of shape \[1, 32, 32, 4\], wanted"):
+    with pytest.raises(ValueError, match=r"must as bytes have shape .* got \[1, 32, 32, 4\]"):
         encoder(torch.zeros(1, 5, 32, 32, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"pixels has shape .* wanted \[B, T, H, W, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"pixels must have shape \[B, T, H, W, 3\], got \[32, 32, 3\]"
+    ):
         encoder(torch.zeros(32, 32, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8, wanted one of"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got torch\.int8"):
         ClipEncoder(encoder.topology, torch.int8)
 
 
