@@ -13,7 +13,7 @@ from cosmos3_fast.frames import TEMPORAL_FACTOR
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.compatibility import check_modules
 from cosmos3_fast.vae.fold import fold
-from cosmos3_fast.vae.networks.causal import CausalConv, Temporal, WinogradConv
+from cosmos3_fast.vae.networks.causal import Temporal, WinogradConv
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 if TYPE_CHECKING:
@@ -67,9 +67,6 @@ class FoldedNetwork(nn.Module):
     def _finish(self) -> None:
         """The end of a constructor: parameters of their dtypes and layouts, without gradients."""
         self.to(self.folded_dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for module in self.modules():
-            if isinstance(module, CausalConv):
-                module.hold_kernels()
         self.requires_grad_(False)
         self._complete = True
 

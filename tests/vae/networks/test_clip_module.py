@@ -185,14 +185,45 @@ def test_state_dict_round_trip(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in fresh.parameters())
 
 
-def test_copies_and_conversions_behave_alike() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_copies_and_moves_behave_alike(dtype: torch.dtype) -> None:
+    encoder = build(dtype=dtype)
+    pixels = clip(11, 1, 5, 16, 24, dtype)
+    wanted = encoder(pixels)
+    for other in (
+        copy.deepcopy(encoder),
+        pickle.loads(pickle.dumps(encoder)),
+        copy.deepcopy(encoder).to(device="cpu", dtype=dtype),
+        copy.deepcopy(encoder).to(memory_format=torch.channels_last),
+    ):
+        assert torch.equal(other(pixels), wanted)
+        dtypes = {name: tensor.dtype for name, tensor in encoder.state_dict().items()}
+        assert {name: tensor.dtype for name, tensor in other.state_dict().items()} == dtypes
+    assert copy.deepcopy(encoder).to("meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_dtype_is_folded_anew(dtype: torch.dtype) -> None:
+    """Kernels along time are rounded once, from float64."""
+    encoder = build(dtype=dtype)
+    pixels = clip(12, 1, 5, 16, 24, dtype)
+    wanted = encoder(pixels)
+    other = torch.float16
+    message = rf"a ClipEncoder must be folded in its dtype, got a conversion of {dtype} to {other}"
+    for convert in (encoder.half, lambda: encoder.to(other), lambda: encoder.to("cpu", other)):
+        with pytest.raises(TypeError, match=message):
+            convert()
+    assert torch.equal(encoder(pixels), wanted)
+
+
+def test_first_shares_its_parameters() -> None:
     encoder = build()
-    pixels = clip(11, 1, 5, 16, 24, torch.float32)
-    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
-        assert torch.equal(other(pixels), encoder(pixels))
-    moved, direct = build().to(torch.bfloat16), build(dtype=torch.bfloat16)
-    assert moved.dtype == torch.bfloat16
-    assert torch.equal(moved(pixels), direct(pixels))
+    first = encoder.first
+    assert type(first) is FrameEncoder
+    own = dict(encoder.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert parameter.data_ptr() == own[name].data_ptr()
+        assert not parameter.requires_grad
 
 
 @pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["wan2.2", "wan2.1"])
@@ -208,7 +239,9 @@ def test_checkpoint_equals_from_state_dict(tmp_path: Path, config: dict, shard: 
     assert got.keys() == wanted.state_dict().keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.state_dict().items())
     alone = FrameEncoder.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(got[f"first.{name}"], tensor) for name, tensor in alone.items())
+    assert all(torch.equal(got[name], tensor) for name, tensor in alone.items())
+    along_time = {name for name in got if name.endswith((".earlier", ".exponents", ".weight"))}
+    assert got.keys() - alone.keys() <= along_time | {n for n in got if ".time_conv." in n}
 
 
 def test_broken_checkpoint(tmp_path: Path) -> None:
