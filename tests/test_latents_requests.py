@@ -127,7 +127,7 @@ def test_a_compiled_vae_is_folded():
     got = FrameEncoder.from_vae(torch.compile(vae)).state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     vae.encoder = torch.compile(vae.encoder)
-    with pytest.raises(ValueError, match=r"vae\.encoder is compiled"):
+    with pytest.raises(ValueError, match=r"vae\.encoder must not be compiled"):
         FrameEncoder.from_vae(vae)
 
 

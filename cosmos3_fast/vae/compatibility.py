@@ -162,7 +162,7 @@ def _check_nonlinearity(name: str, nonlinearity: Any, device: torch.device) -> N
 
 
 def _refuse(name: str, setting: str, found: object, wanted: object) -> None:
-    raise UnsupportedVAEError(f"{name} has {setting} {found}, wanted {wanted}")
+    raise UnsupportedVAEError(f"{name} must have {setting} {wanted}, got {found}")
 
 
 def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
@@ -190,8 +190,8 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
     got = encoder(pixels.to(encoder.device)).double().cpu()
     if got.shape != wanted.shape:
         raise UnsupportedVAEError(
-            f"vae.encode gives latents {list(wanted.shape)} for {list(pixels.shape)}, "
-            f"the 2-D encoder {list(got.shape)}"
+            f"vae.encode must give latents {list(got.shape)} for {list(pixels.shape)}, "
+            f"got {list(wanted.shape)}"
         )
     _compare_probe("encoder", "latents", got - wanted, wanted.std(), weight.dtype, encoder.dtype)
 
@@ -226,8 +226,8 @@ def probe_posterior(vae: Any, encoder: Any, frames: int = 1) -> EncodeReturns:
         returns = returns.without_variance(z_dim)
     if got.shape != wanted.shape:
         raise UnsupportedVAEError(
-            f"vae.encode gives {list(wanted.shape)} for {list(pixels.shape)}, "
-            f"the 2-D encoder {list(got.shape)}"
+            f"vae.encode must give {list(got.shape)} for {list(pixels.shape)}, "
+            f"got {list(wanted.shape)}"
         )
     # Mean and log-variance have scales of their own.
     for name, ours, theirs in zip(
@@ -262,8 +262,8 @@ def probe_decoder(vae: Any, decoder: Any, frames: int = 1) -> None:
     got = decoder.decode_unnormalized(latents.to(decoder.device)).double().cpu()
     if got.shape != wanted.shape:
         raise UnsupportedVAEError(
-            f"vae.decode gives pixels {list(wanted.shape)} for {list(latents.shape)}, "
-            f"the 2-D decoder {list(got.shape)}"
+            f"vae.decode must give pixels {list(got.shape)} for {list(latents.shape)}, "
+            f"got {list(wanted.shape)}"
         )
     # A decoder that gives one color has no deviation, but still the range [-1, 1].
     scale = wanted.std().clamp_min(0.01)
@@ -283,11 +283,11 @@ def _compare_probe(
     distance = (error.square().mean().sqrt() / scale).item()
     # Each side rounds its ~60 stored activations, each with a relative error of eps/√12 rms:
     # about √(2·60/12) = 3 eps apart if nothing amplifies them; 1.2 eps was measured. The second
-    # term is for fp32, where the order of summation over K ≤ 9216 products adds about √K eps.
+    # term is for float32, where the order of summation over K ≤ 9216 products adds about √K eps.
     tolerance = 8 * max(torch.finfo(dtype).eps for dtype in dtypes) + 1e-5
     if not distance <= tolerance:
         raise UnsupportedVAEError(
-            f"the VAE's {what} differ from the 2-D {part}'s by {distance:.2g} of their standard "
-            f"deviation, wanted at most {tolerance:.2g}: it computes something its weights and "
-            "module settings do not show"
+            f"the VAE's {what} must be within {tolerance:.2g} of the 2-D {part}'s in standard "
+            f"deviations, got {distance:.2g}: it computes something its weights and module "
+            "settings do not show"
         )

@@ -95,17 +95,15 @@ class ConfigValues:
         z_dim = positive_int("z_dim", values["z_dim"])
         patch_size = values["patch_size"]
         multipliers = _sequence("dim_mult", values["dim_mult"])
-        if not multipliers:
-            raise UnsupportedVAEError("config: dim_mult is empty")
-        if len(multipliers) > _MOST_STAGES:
+        if not 1 <= len(multipliers) <= _MOST_STAGES:
             raise UnsupportedVAEError(
-                f"config: dim_mult has {len(multipliers)} values, wanted at most {_MOST_STAGES}"
+                f"config: dim_mult must have 1 to {_MOST_STAGES} values, got {len(multipliers)}"
             )
         temporal = _sequence("temperal_downsample", values["temperal_downsample"])
         if len(temporal) < len(multipliers) - 1:
             raise UnsupportedVAEError(
-                f"config: temperal_downsample has {len(temporal)} values for "
-                f"{len(multipliers)} stages, wanted at least {len(multipliers) - 1}"
+                f"config: temperal_downsample must have at least {len(multipliers) - 1} values "
+                f"for {len(multipliers)} stages, got {len(temporal)}"
             )
         return cls(
             base_dim=positive_int("base_dim", values["base_dim"]),
@@ -125,7 +123,7 @@ class ConfigValues:
         channels = read_config(config, name, read_config(config, "input_channels", 3))
         if positive_int(name, channels) != 3 * self.patch_size**2:
             raise UnsupportedVAEError(
-                f"config: {name}={channels}, wanted 3·patch_size² = {3 * self.patch_size**2}"
+                f"config: {name} must be 3·patch_size² = {3 * self.patch_size**2}, got {channels}"
             )
         return int(channels)
 
@@ -135,7 +133,7 @@ def positive_int(name: str, value: Any, most: int = LARGEST) -> int:
     if number is None or not 1 <= number <= most:
         limit = "" if most == LARGEST else f" of at most {most}"
         raise UnsupportedVAEError(
-            f"config: {name}={quoted(value)}, wanted a positive integer{limit}"
+            f"config: {name} must be a positive integer{limit}, got {quoted(value)}"
         )
     return number
 
@@ -143,28 +141,28 @@ def positive_int(name: str, value: Any, most: int = LARGEST) -> int:
 def _flag(name: str, value: Any) -> bool:
     if value is True or value is False or as_int(value) in (0, 1):
         return bool(value)
-    raise UnsupportedVAEError(f"config: {name} holds {quoted(value)}, wanted true or false")
+    raise UnsupportedVAEError(f"config: {name} must be true or false, got {quoted(value)}")
 
 
 def _sequence(name: str, value: Any) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
-        raise UnsupportedVAEError(f"config: {name}={quoted(value)}, wanted a list")
+        raise UnsupportedVAEError(f"config: {name} must be a list, got {quoted(value)}")
     return tuple(value)
 
 
 def _statistics(config: Any, name: str, z_dim: int) -> tuple[float, ...]:
     value = read_config(config, name)
     if value is None:
-        raise UnsupportedVAEError(f"config: {name} is missing, wanted {z_dim} numbers")
+        raise UnsupportedVAEError(f"config: {name} must be z_dim={z_dim} numbers, got none")
     if not isinstance(value, list | tuple) or len(value) != z_dim:
         size = f"{len(value)} values" if isinstance(value, list | tuple) else quoted(value)
-        raise UnsupportedVAEError(f"config: {name} has {size}, wanted z_dim={z_dim} numbers")
+        raise UnsupportedVAEError(f"config: {name} must be z_dim={z_dim} numbers, got {size}")
     numbers = tuple(map(_finite, value))
     for i, number in enumerate(numbers):
         if number is None or (name == "latents_std" and number <= _LEAST_STD):
-            wanted = f", wanted more than {_LEAST_STD:g}" if name == "latents_std" else ""
+            least = f" above {_LEAST_STD:g}" if name == "latents_std" else ""
             raise UnsupportedVAEError(
-                f"config: {name}[{i}]={quoted(value[i])} is not a usable number{wanted}"
+                f"config: {name}[{i}] must be a finite number{least}, got {quoted(value[i])}"
             )
     return tuple(number for number in numbers if number is not None)
 

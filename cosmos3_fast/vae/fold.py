@@ -123,7 +123,7 @@ class Fold:
             try:
                 earlier, exponents = fitted(kernels, conv.temporal, gamma, self._dtype)
             except UnsupportedVAEError as error:
-                raise UnsupportedVAEError(f"{source}.weight: {error}") from None
+                raise UnsupportedVAEError(f"{source}.weight {error}") from None
             self.tensors[f"{target}.earlier"] = earlier
             self.tensors[f"{target}.exponents"] = exponents
 
@@ -184,7 +184,9 @@ def fold(network: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
             _fold_decoder(made, topology)
     for name, tensor in made.tensors.items():
         if not bool(tensor.isfinite().all()):
-            raise UnsupportedVAEError(f"{name}, once folded, is not finite in {tensor.dtype}")
+            raise UnsupportedVAEError(
+                f"{name}, once folded, must be finite in {tensor.dtype}, got NaN or infinite values"
+            )
     return made.tensors
 
 
@@ -294,7 +296,8 @@ def fitted(
             if max(frames) > FLOAT16_MOST or any(lost):
                 if dtype == torch.float16:
                     raise UnsupportedVAEError(
-                        "float16 does not hold its kernels along time: take bfloat16 or float32"
+                        "must fit float16 as kernels along time, got values that it loses or "
+                        "that overflow: take bfloat16 or float32"
                     )
                 held, exponents = dtype, [0] * count
             else:

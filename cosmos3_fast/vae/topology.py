@@ -102,23 +102,23 @@ class Topology:
         wanted = topology.tensor_shapes()
         found = {name: tuple(s) for name, s in shapes.items() if cls.holds(name)}
         faults = [
-            f"{name} is missing, wanted {list(wanted[name])}"
+            f"{name} must have shape {list(wanted[name])}, got no such tensor"
             for name in wanted.keys() - found.keys()
         ]
         faults += [
-            f"{name} has shape {quoted(list(found[name]))}, wanted {list(wanted[name])}"
+            f"{name} must have shape {list(wanted[name])}, got {quoted(list(found[name]))}"
             for name in wanted.keys() & found.keys()
             if found[name] != wanted[name]
         ]
         faults += [
-            f"{name[:_NAME]} with shape {quoted(list(found[name]))} is unexpected"
+            f"{name[:_NAME]} must be absent, got shape {quoted(list(found[name]))}"
             for name in found.keys() - wanted.keys()
         ]
         if faults:
             faults.sort()
             more = f"; and {len(faults) - _LISTED} more" if len(faults) > _LISTED else ""
             raise UnsupportedVAEError(
-                f"the {cls.part}'s tensors do not match its config: "
+                f"the {cls.part}'s tensors must be those of its config: "
                 + "; ".join(faults[:_LISTED])
                 + more
             )
@@ -199,8 +199,8 @@ class EncoderTopology(Topology):
                 factor = stage.factor_t * (4 if stage.downsample else 1)
                 if stage.in_channels * factor % stage.out_channels:
                     raise UnsupportedVAEError(
-                        f"config: the average shortcut of stage {i} cannot spread "
-                        f"{stage.in_channels}x{factor} values over {stage.out_channels} channels"
+                        f"config: the average shortcut of stage {i} must divide its values evenly, "
+                        f"got {stage.in_channels}x{factor} for {stage.out_channels} channels"
                     )
         return cls(
             in_channels=in_channels,
@@ -337,8 +337,8 @@ class DecoderTopology(Topology):
             )
             if values.residual and upsamples and 4 * stage.factor_t * width % stage.in_channels:
                 raise UnsupportedVAEError(
-                    f"config: the duplicating shortcut of stage {i} cannot spread "
-                    f"{stage.in_channels} channels over {width}x{4 * stage.factor_t} values"
+                    f"config: the duplicating shortcut of stage {i} must repeat its channels "
+                    f"evenly, got {stage.in_channels} for {width}x{4 * stage.factor_t} values"
                 )
             stages.append(stage)
         return cls(

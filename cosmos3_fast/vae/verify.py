@@ -33,7 +33,9 @@ def relative_error(ours: Tensor, wanted: Tensor) -> float:
         ValueError: the shapes differ.
     """
     if ours.shape != wanted.shape:
-        raise ValueError(f"shapes differ: {list(ours.shape)} and {list(wanted.shape)}")
+        raise ValueError(
+            f"ours must have the shape of wanted, {list(wanted.shape)}, got {list(ours.shape)}"
+        )
     scale = largest(wanted)
     difference = largest(ours.double() - wanted.double())
     return difference / scale if scale else difference
@@ -88,7 +90,7 @@ def compare(ours: Tensor, vae: Tensor, exact: Tensor | None = None) -> Compariso
         error = relative_error(ours, vae)
         return Comparison(name, "max |fast-ref| / max |ref|", error, FLOAT32_BOUND)
     if exact is None:
-        raise ValueError(f"{name} is compared with a float64 run, and none was given")
+        raise ValueError(f"exact must be the result of a float64 run for {name}, got None")
     scale = rms(exact)
     return Comparison(
         name,

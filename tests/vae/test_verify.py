@@ -50,7 +50,9 @@ def test_what_is_not_finite_never_passes(bad: float):
 
 
 def test_shapes_must_agree():
-    with pytest.raises(ValueError, match=r"shapes differ: \[1, 2\] and \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"ours must have the shape of wanted, \[2\], got \[1, 2\]"
+    ):
         relative_error(torch.ones(1, 2), torch.ones(2))
 
 
@@ -73,7 +75,9 @@ def test_16_bits_are_held_to_the_vae_s_own_error(dtype: torch.dtype):
     assert compare(far, far, exact).passed
     assert not compare(far, near, exact).passed
     assert compare(near, far, exact).error == pytest.approx(0.125 / math.sqrt(2))
-    with pytest.raises(ValueError, match="is compared with a float64 run, and none was given"):
+    with pytest.raises(
+        ValueError, match=r"exact must be the result of a float64 run for .*float16, got None"
+    ):
         compare(near, far)
 
 

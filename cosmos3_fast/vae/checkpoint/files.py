@@ -94,12 +94,14 @@ def _fetch(repo: str, subfolder: str, variant: str | None, hub: Mapping[str, Any
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _MOST_JSON_BYTES:
-            raise ValueError(f"it has {path.stat().st_size} bytes")
+            raise ValueError(
+                f"it must have at most {_MOST_JSON_BYTES} bytes, got {path.stat().st_size}"
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, wanted a JSON object")
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
 
 
@@ -200,7 +202,7 @@ def _pickled_slices(path: Path) -> dict[str, Any]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} holds {type(content).__name__}, wanted a state dict")
+        raise CheckpointError(f"{path} must hold a state dict, got {type(content).__name__}")
     _check_count(path, len(content))
     return {name: _Whole(value) for name, value in content.items() if isinstance(value, Tensor)}
 
@@ -223,7 +225,7 @@ class _Whole:
 
 def _check_count(path: Path, count: int) -> None:
     if count > _MOST_TENSORS:
-        raise CheckpointError(f"{path} has {count} tensors, wanted at most {_MOST_TENSORS}")
+        raise CheckpointError(f"{path} must have at most {_MOST_TENSORS} tensors, got {count}")
 
 
 def _renamed(slices: dict[str, Any]) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def open_checkpoint(
             for name, part in slices.items():
                 if part.get_dtype() not in _FLOAT_DTYPES:
                     raise UnsupportedVAEError(
-                        f"{name} is {part.get_dtype()}, wanted one of {list(_FLOAT_DTYPES)}"
+                        f"{name} must be one of {list(_FLOAT_DTYPES)}, got {part.get_dtype()}"
                     )
         except UnsupportedVAEError as error:
             raise UnsupportedVAEError(f"{location}: {error}") from None
@@ -78,6 +78,6 @@ def _refuse_float8(slices: Mapping[str, Any]) -> None:
     for name, part in slices.items():
         if part.get_dtype().startswith("F8_"):
             raise UnsupportedVAEError(
-                f"{name[:120]} is {part.get_dtype()}: (scaled) fp8 weights are not read, take the "
-                "bf16, fp16 or fp32 file"
+                f"{name[:120]} must be one of {list(_FLOAT_DTYPES)}, got {part.get_dtype()}: "
+                "(scaled) float8 weights are not read, take a file of 16 or 32 bits"
             )

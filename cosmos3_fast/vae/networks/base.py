@@ -14,7 +14,7 @@ from cosmos3_fast.ops.checks import FLOAT_DTYPES as _DTYPES
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.compatibility import check_modules
 from cosmos3_fast.vae.fold import fold
-from cosmos3_fast.vae.networks.causal import CausalConv, Temporal, WinogradConv
+from cosmos3_fast.vae.networks.causal import Temporal, WinogradConv
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 if TYPE_CHECKING:
@@ -66,9 +66,6 @@ class FoldedNetwork(nn.Module):
     def _finish(self) -> None:
         """The end of a constructor: parameters of their dtypes and layouts, without gradients."""
         self.to(self.folded_dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for module in self.modules():
-            if isinstance(module, CausalConv):
-                module.hold_kernels()
         self.requires_grad_(False)
         self._complete = True
 
@@ -126,11 +123,13 @@ class FoldedNetwork(nn.Module):
         """
         part, outer_conv = cls.topology_type.part, cls.topology_type.outer_conv
         if not all(hasattr(vae, name) for name in (part, outer_conv, "config")):
-            raise UnsupportedVAEError(f"{type(vae).__name__} has no {part}, {outer_conv} or config")
+            raise UnsupportedVAEError(
+                f"vae must have {part}, {outer_conv} and config, got a {type(vae).__name__}"
+            )
         vae = getattr(vae, "_orig_mod", vae)  # of torch.compile
         if hasattr(getattr(vae, part), "_orig_mod"):
             raise UnsupportedVAEError(
-                f"vae.{part} is compiled: fold the VAE before its {part} is compiled"
+                f"vae.{part} must not be compiled, got one that is: fold the VAE first"
             )
         tensors = vae.state_dict()
         topology = cls._checked_topology(tensors, vae.config)
@@ -227,10 +226,12 @@ class FoldedNetwork(nn.Module):
         )
         for name, tensor in used.items():
             if tensor.is_meta:
-                raise UnsupportedVAEError(f"{name} is on the meta device: it has no values to fold")
+                raise UnsupportedVAEError(
+                    f"{name} must have values, got a tensor on the meta device"
+                )
             if tensor.dtype not in _DTYPES:
                 raise UnsupportedVAEError(
-                    f"{name} is {tensor.dtype}, wanted one of {[str(d) for d in _DTYPES]}"
+                    f"{name} must be one of {[str(d) for d in _DTYPES]}, got {tensor.dtype}"
                 )
         return topology
 

@@ -319,10 +319,22 @@ class CausalConv(WinogradConv):
             self.register_buffer("exponents", torch.zeros(temporal.kernels, dtype=torch.int64))
             self._exponents = [0] * temporal.kernels
 
-    def hold_kernels(self) -> None:
-        """Undo what a conversion of the whole network did to the dtype of `earlier`."""
-        if self.temporal is not None:
-            self.earlier.data = self.earlier.data.to(self.temporal.dtype)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CausalConv:
+        """As any module's, but `earlier` keeps its dtype: a conversion of the whole network to the
+        dtype that it has would round float16 kernels to bfloat16."""
+        if self.temporal is None:
+            super()._apply(fn, recurse)
+            return self
+        held = self.earlier
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            if tensor is not held or made.dtype == tensor.dtype:
+                return made
+            return torch.empty_like(made, dtype=tensor.dtype).copy_(tensor)
+
+        super()._apply(moved, recurse)
+        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if self.temporal is not None and f"{prefix}earlier" in state_dict:

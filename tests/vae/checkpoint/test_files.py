@@ -132,7 +132,9 @@ def test_float8_is_refused_by_name(tmp_path: Path) -> None:
         {**tensors, **scale, name: tensors[name].to(torch.float8_e4m3fn)},
         tmp_path / "v.safetensors",
     )
-    with pytest.raises(UnsupportedVAEError, match=r"encoder\.conv_in\.weight is F8_E4M3.*fp8"):
+    with pytest.raises(
+        UnsupportedVAEError, match=r"encoder\.conv_in\.weight must be .* got F8_E4M3: .*float8"
+    ):
         FrameEncoder.from_pretrained(tmp_path / "v.safetensors")
 
 

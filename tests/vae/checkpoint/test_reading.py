@@ -65,7 +65,7 @@ def test_equals_from_state_dict(
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in got.state_dict().items())
 
 
-def test_default_dtype_is_bf16_and_weights_are_copies(single: Path) -> None:
+def test_default_dtype_is_bfloat16_and_weights_are_copies(single: Path) -> None:
     encoder = load(single)
     assert encoder.dtype == torch.bfloat16
     pixels = image(0, 1, 32, 32, torch.bfloat16)
@@ -194,26 +194,41 @@ def test_missing_and_misshapen_tensors(single: Path) -> None:
     refuse(
         single,
         str(single),
-        f"{name} is missing, wanted [64, 64, 3, 3, 3]",
+        f"{name} must have shape [64, 64, 3, 3, 3], got no such tensor",
         error=UnsupportedVAEError,
     )
     save_file({**tensors, name: tensors[name][:, :, -1].contiguous()}, single / WEIGHTS)
-    refuse(single, str(single), f"{name} has shape [64, 64, 3, 3]", error=UnsupportedVAEError)
+    refuse(
+        single,
+        str(single),
+        f"{name} must have shape [64, 64, 3, 3, 3], got [64, 64, 3, 3]",
+        error=UnsupportedVAEError,
+    )
     save_file({**tensors, name: tensors[name].to(torch.int8)}, single / WEIGHTS)
-    refuse(single, str(single), f"{name} is I8, wanted one of", error=UnsupportedVAEError)
+    refuse(
+        single,
+        str(single),
+        f"{name} must be one of ['F64', 'F32', 'F16', 'BF16'], got I8",
+        error=UnsupportedVAEError,
+    )
 
 
 @pytest.mark.parametrize("key", ["latents_mean", "latents_std", "base_dim", "is_residual"])
 def test_missing_config_key(single: Path, key: str) -> None:
     config = {k: v for k, v in RESIDUAL.items() if k != key}
     (single / "config.json").write_text(json.dumps(config))
-    named = key if key.startswith("latents") else "do not match its config"
+    named = key if key.startswith("latents") else "must be those of its config"
     refuse(single, str(single), named, error=UnsupportedVAEError)
 
 
 def test_wrong_statistics(single: Path) -> None:
     (single / "config.json").write_text(json.dumps({**RESIDUAL, "latents_std": [1.0] * 16}))
-    refuse(single, str(single), "latents_std has 16 values", error=UnsupportedVAEError)
+    refuse(
+        single,
+        str(single),
+        "latents_std must be z_dim=48 numbers, got 16 values",
+        error=UnsupportedVAEError,
+    )
 
 
 def test_unreadable_config(single: Path) -> None:

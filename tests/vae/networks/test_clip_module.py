@@ -83,14 +83,14 @@ def test_casts_pixels_to_its_dtype() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 32, 32), r"pixels has shape \[3, 32, 32\], wanted \[B, 3, T, H, W\]"),
-        ((1, 1, 3, 5, 32, 32), r"pixels has shape .* wanted \[B, 3, T, H, W\]"),
-        ((1, 3, 4, 32, 32), r"pixels has 4 frames, wanted 1 \+ 4k"),
-        ((1, 3, 6, 32, 32), r"pixels has 6 frames, wanted 1 \+ 4k"),
-        ((1, 3, 0, 32, 32), r"pixels has 0 frames, wanted 1 \+ 4k"),
-        ((1, 4, 5, 32, 32), r"pixels has 4 channels in shape \[1, 4, 32, 32\], wanted 3"),
-        ((1, 3, 5, 40, 32), r"pixels has height 40, wanted a positive multiple of 16"),
-        ((1, 3, 5, 32, 8), r"pixels has width 8, wanted a positive multiple of 16"),
+        ((3, 32, 32), r"pixels must have shape \[B, 3, T, H, W\], got \[3, 32, 32\]"),
+        ((1, 1, 3, 5, 32, 32), r"pixels must have shape \[B, 3, T, H, W\], got"),
+        ((1, 3, 4, 32, 32), r"pixels must have 1 \+ 4k frames, got 4"),
+        ((1, 3, 6, 32, 32), r"pixels must have 1 \+ 4k frames, got 6"),
+        ((1, 3, 0, 32, 32), r"pixels must have 1 \+ 4k frames, got 0"),
+        ((1, 4, 5, 32, 32), r"pixels must have 3 channels, got 4 in shape \[1, 4, 32, 32\]"),
+        ((1, 3, 5, 40, 32), r"pixels must have a height that is a positive multiple of 16, got 40"),
+        ((1, 3, 5, 32, 8), r"pixels must have a width that is a positive multiple of 16, got 8"),
     ],
 )
 def test_bad_shapes(encoder: ClipEncoder, shape: tuple[int, ...], message: str) -> None:
@@ -100,21 +100,23 @@ def test_bad_shapes(encoder: ClipEncoder, shape: tuple[int, ...], message: str) 
 
 @pytest.mark.parametrize("count", [0, -1, 3, 1.0, True, "2"])
 def test_bad_number_of_latent_frames(encoder: ClipEncoder, count: object) -> None:
-    message = rf"num_latent_frames is {count!r}, wanted 1 to 2 for 5 pixel frames"
+    message = rf"num_latent_frames must be in 1 to 2 for 5 pixel frames, got {count!r}"
     with pytest.raises(ValueError, match=message):
         encoder(torch.zeros(1, 3, 5, 32, 32), count)
 
 
 def test_bad_dtype_and_device(encoder: ClipEncoder) -> None:
-    with pytest.raises(ValueError, match=r"pixels is torch\.int64, wanted floating point"):
+    with pytest.raises(ValueError, match=r"pixels must be floating point .* got torch\.int64"):
         encoder(torch.zeros(1, 3, 5, 32, 32, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"pixels is on meta, the encoder on cpu"):
+    with pytest.raises(ValueError, match=r"pixels must be on the encoder's device, cpu, got meta"):
         encoder(torch.zeros(1, 3, 5, 32, 32, device="meta"))
-    with pytest.raises(ValueError, match=r"bytes of shape \[1, 32, 32, 4\], wanted"):
+    with pytest.raises(ValueError, match=r"must as bytes have shape .* got \[1, 32, 32, 4\]"):
         encoder(torch.zeros(1, 5, 32, 32, 4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"pixels has shape .* wanted \[B, T, H, W, 3\]"):
+    with pytest.raises(
+        ValueError, match=r"pixels must have shape \[B, T, H, W, 3\], got \[32, 32, 3\]"
+    ):
         encoder(torch.zeros(32, 32, 3, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8, wanted one of"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got torch\.int8"):
         ClipEncoder(encoder.topology, torch.int8)
 
 
@@ -183,14 +185,45 @@ def test_state_dict_round_trip(tmp_path: Path) -> None:
     assert not any(p.requires_grad for p in fresh.parameters())
 
 
-def test_copies_and_conversions_behave_alike() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_copies_and_moves_behave_alike(dtype: torch.dtype) -> None:
+    encoder = build(dtype=dtype)
+    pixels = clip(11, 1, 5, 16, 24, dtype)
+    wanted = encoder(pixels)
+    for other in (
+        copy.deepcopy(encoder),
+        pickle.loads(pickle.dumps(encoder)),
+        copy.deepcopy(encoder).to(device="cpu", dtype=dtype),
+        copy.deepcopy(encoder).to(memory_format=torch.channels_last),
+    ):
+        assert torch.equal(other(pixels), wanted)
+        dtypes = {name: tensor.dtype for name, tensor in encoder.state_dict().items()}
+        assert {name: tensor.dtype for name, tensor in other.state_dict().items()} == dtypes
+    assert copy.deepcopy(encoder).to("meta").device.type == "meta"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_another_dtype_is_folded_anew(dtype: torch.dtype) -> None:
+    """Kernels along time are rounded once, from float64."""
+    encoder = build(dtype=dtype)
+    pixels = clip(12, 1, 5, 16, 24, dtype)
+    wanted = encoder(pixels)
+    other = torch.float16
+    message = rf"a ClipEncoder must be folded in its dtype, got a conversion of {dtype} to {other}"
+    for convert in (encoder.half, lambda: encoder.to(other), lambda: encoder.to("cpu", other)):
+        with pytest.raises(TypeError, match=message):
+            convert()
+    assert torch.equal(encoder(pixels), wanted)
+
+
+def test_first_shares_its_parameters() -> None:
     encoder = build()
-    pixels = clip(11, 1, 5, 16, 24, torch.float32)
-    for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
-        assert torch.equal(other(pixels), encoder(pixels))
-    moved, direct = build().to(torch.bfloat16), build(dtype=torch.bfloat16)
-    assert moved.dtype == torch.bfloat16
-    assert torch.equal(moved(pixels), direct(pixels))
+    first = encoder.first
+    assert type(first) is FrameEncoder
+    own = dict(encoder.named_parameters())
+    for name, parameter in first.named_parameters():
+        assert parameter.data_ptr() == own[name].data_ptr()
+        assert not parameter.requires_grad
 
 
 @pytest.mark.parametrize("config", [RESIDUAL, WAN21], ids=["wan2.2", "wan2.1"])
@@ -206,7 +239,9 @@ def test_checkpoint_equals_from_state_dict(tmp_path: Path, config: dict, shard: 
     assert got.keys() == wanted.state_dict().keys()
     assert all(torch.equal(got[name], tensor) for name, tensor in wanted.state_dict().items())
     alone = FrameEncoder.from_pretrained(tmp_path).state_dict()
-    assert all(torch.equal(got[f"first.{name}"], tensor) for name, tensor in alone.items())
+    assert all(torch.equal(got[name], tensor) for name, tensor in alone.items())
+    along_time = {name for name in got if name.endswith((".earlier", ".exponents", ".weight"))}
+    assert got.keys() - alone.keys() <= along_time | {n for n in got if ".time_conv." in n}
 
 
 def test_broken_checkpoint(tmp_path: Path) -> None:

@@ -201,6 +201,12 @@ def test_decode_sample_reads_each_return_convention() -> None:
         decode_sample(SimpleNamespace(decode=lambda z: "pixels"), latents)
 
 
+def duplicated(x: Tensor, out: int, factor_t: int, time: int) -> Tensor:
+    """The four phases of `duplicated_phase` as one image."""
+    phases = [duplicated_phase(x, out, factor_t, time, phase) for phase in range(4)]
+    return F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2)
+
+
 SHORTCUTS = [
     (width, out, factor_t)
     for width, out in ((8, 8), (8, 4), (16, 4), (4, 8), (6, 9), (2, 16))
@@ -218,6 +224,17 @@ def test_duplicated_phases_are_the_3d_layers_last_frame(
     x = torch.randn(2, width, 3, 5, generator=torch.Generator().manual_seed(0))
     wanted = DupUp3D(width, out, factor_t, 2)(x[:, :, None], first_chunk=True)
     assert wanted.shape[2] == 1
-    phases = [duplicated_phase(x, out, factor_t, phase) for phase in range(4)]
-    got = F.pixel_shuffle(torch.stack(phases, 2).flatten(1, 2), 2)
-    assert torch.equal(got, wanted[:, :, 0])
+    assert torch.equal(duplicated(x, out, factor_t, factor_t - 1), wanted[:, :, 0])
+
+
+@pytest.mark.parametrize(("width", "out", "factor_t"), SHORTCUTS)
+def test_duplicated_phases_are_the_3d_layers_later_frames(
+    width: int, out: int, factor_t: int
+) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl_wan import DupUp3D
+
+    clip = torch.randn(2, width, 3, 3, 5, generator=torch.Generator().manual_seed(1))
+    wanted = DupUp3D(width, out, factor_t, 2)(clip, first_chunk=False)
+    assert wanted.shape[2] == 3 * factor_t
+    times = [duplicated(x, out, factor_t, t) for x in clip.unbind(2) for t in range(factor_t)]
+    assert torch.equal(torch.stack(times, 2), wanted)

@@ -31,32 +31,39 @@ def refuse(tensors: dict[str, Tensor], message: str, **config: Any) -> None:
 def test_tensors_that_do_not_fit() -> None:
     for name in ("decoder.conv_in.weight", CONV1, "post_quant_conv.bias"):
         others = {key: value for key, value in STATE.items() if key != name}
-        refuse(others, f"{name} is missing, wanted {list(STATE[name].shape)}")
+        refuse(others, f"{name} must have shape {list(STATE[name].shape)}, got no such tensor")
     shape = list(STATE[CONV1].shape)
     misshapen = {**STATE, CONV1: STATE[CONV1][:, :-1]}
-    refuse(misshapen, f"{CONV1} has shape {[shape[0], shape[1] - 1, 3, 3, 3]}, wanted {shape}")
+    refuse(misshapen, f"{CONV1} must have shape {shape}, got {[shape[0], shape[1] - 1, 3, 3, 3]}")
     extra = {**STATE, "decoder.norm_out.bias": torch.ones(4)}
-    refuse(extra, "decoder.norm_out.bias with shape [4] is unexpected")
-    refuse({**STATE, CONV1: STATE[CONV1].to("meta")}, f"{CONV1} is on the meta device")
-    refuse({**STATE, CONV1: STATE[CONV1].to(torch.int8)}, f"{CONV1} is torch.int8, wanted one of")
+    refuse(extra, "decoder.norm_out.bias must be absent, got shape [4]")
+    refuse(
+        {**STATE, CONV1: STATE[CONV1].to("meta")},
+        f"{CONV1} must have values, got a tensor on the meta device",
+    )
+    dtypes = [f"torch.{name}" for name in ("float32", "bfloat16", "float16", "float64")]
+    refuse(
+        {**STATE, CONV1: STATE[CONV1].to(torch.int8)},
+        f"{CONV1} must be one of {dtypes}, got torch.int8",
+    )
     FrameDecoder.from_state_dict({**STATE, "encoder.anything": torch.ones(1)}, TINY)
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"is_residual": False}, "upsampler.resample.1.bias with shape [16] is unexpected"),
-        ({"out_channels": 3}, "out_channels=3, wanted 3·patch_size² = 12"),
-        ({"decoder_base_dim": 0}, "decoder_base_dim=0, wanted a positive integer"),
-        ({"decoder_base_dim": 16}, "decoder.conv_in.bias has shape [16], wanted [32]"),
+        ({"is_residual": False}, "upsampler.resample.1.bias must be absent, got shape [16]"),
+        ({"out_channels": 3}, "out_channels must be 3·patch_size² = 12, got 3"),
+        ({"decoder_base_dim": 0}, "decoder_base_dim must be a positive integer, got 0"),
+        ({"decoder_base_dim": 16}, "decoder.conv_in.bias must have shape [32], got [16]"),
         # Then as wide as the encoder.
-        ({"decoder_base_dim": None, "base_dim": 16}, "has shape [16], wanted [32]"),
+        ({"decoder_base_dim": None, "base_dim": 16}, "must have shape [32], got [16]"),
         (
             {"dim_mult": [1, 7, 5], "temperal_downsample": [True, True]},
-            "the duplicating shortcut of stage 1 cannot spread 40 channels over 56x8 values",
+            "shortcut of stage 1 must repeat its channels evenly, got 40 for 56x8 values",
         ),
-        ({"temperal_downsample": [False]}, "time_conv.bias with shape [32] is unexpected"),
-        ({"latents_std": [0.0] * 4}, "latents_std[0]=0.0 is not a usable number"),
+        ({"temperal_downsample": [False]}, "time_conv.bias must be absent, got shape [32]"),
+        ({"latents_std": [0.0] * 4}, "latents_std[0] must be a finite number above 1e-06, got 0.0"),
     ],
 )
 def test_config_that_does_not_fit(config: dict[str, Any], message: str) -> None:
@@ -83,7 +90,9 @@ def test_values_that_are_not_finite(
 ) -> None:
     broken = tensors[name].clone()
     broken[(-1,) * broken.dim()] = value
-    with pytest.raises(UnsupportedVAEError, match=f"{name} holds values that are not finite"):
+    with pytest.raises(
+        UnsupportedVAEError, match=f"{name} must be finite, got NaN or infinite values"
+    ):
         network.from_state_dict({**tensors, name: broken}, config)
 
 
@@ -92,12 +101,12 @@ def test_values_that_do_not_fit_the_dtype() -> None:
     FrameDecoder.from_state_dict(large, TINY, torch.bfloat16)
     with pytest.raises(
         UnsupportedVAEError,
-        match=r"stages\.1\.blocks\.0\.conv1\.weight, once folded, is not finite in torch\.float16",
+        match=r"stages\.1\.blocks\.0\.conv1\.weight, once folded, must be finite in torch\.float16",
     ):
         FrameDecoder.from_state_dict(large, TINY, torch.float16)
     # Its reciprocal exceeds float16's range.
     config = {**TINY_ENCODER, "latents_std": [2e-6] * TINY_ENCODER["z_dim"]}
-    with pytest.raises(UnsupportedVAEError, match=r"conv_out\.weight, once folded, is not finite"):
+    with pytest.raises(UnsupportedVAEError, match=r"conv_out\.weight, once folded, must be finite"):
         FrameEncoder.from_state_dict(synthetic_state_dict(config), config, torch.float16)
 
 
@@ -113,7 +122,8 @@ def test_first_taps_of_the_decoder_are_not_read() -> None:
 
 def test_not_a_vae() -> None:
     with pytest.raises(
-        UnsupportedVAEError, match=r"Linear has no decoder, post_quant_conv or config"
+        UnsupportedVAEError,
+        match=r"vae must have decoder, post_quant_conv and config, got a Linear",
     ):
         FrameDecoder.from_vae(nn.Linear(2, 2))
 
@@ -125,44 +135,47 @@ def setting(name: str, attribute: str, value: Any) -> Callable[[Any], None]:
 CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "replicate padding": (
         setting("mid_block.resnets.0.conv2", "padding_mode", "replicate"),
-        r"decoder\.mid_block\.resnets\.0\.conv2 has padding_mode replicate, wanted zeros",
+        r"decoder\.mid_block\.resnets\.0\.conv2 must have padding_mode zeros, got replicate",
     ),
-    "stride": (setting("conv_out", "stride", (1, 2, 2)), r"conv_out has stride \(1, 2, 2\)"),
+    "stride": (
+        setting("conv_out", "stride", (1, 2, 2)),
+        r"conv_out must have stride \(1, 1, 1\), got \(1, 2, 2\)",
+    ),
     "padding in time": (
         setting("conv_in", "_padding", (1, 1, 1, 1, 1, 1)),
-        r"conv_in has causal padding \(1, 1, 1, 1, 1, 1\), wanted \(1, 1, 1, 1, 2, 0\)",
+        r"conv_in must have causal padding \(1, 1, 1, 1, 2, 0\), got \(1, 1, 1, 1, 1, 1\)",
     ),
     "up-sampling padding": (
         setting("up_blocks.0.upsampler.resample.1", "padding", (0, 0)),
-        r"resample\.1 has padding \(0, 0\), wanted \(1, 1\)",
+        r"resample\.1 must have padding \(1, 1\), got \(0, 0\)",
     ),
     "up-sampling stride": (
         setting("up_blocks.1.upsampler.resample.1", "stride", (2, 2)),
-        r"resample\.1 has stride \(2, 2\), wanted \(1, 1\)",
+        r"resample\.1 must have stride \(1, 1\), got \(2, 2\)",
     ),
     "up-sampling mode": (
         setting("up_blocks.0.upsampler.resample.0", "mode", "bilinear"),
-        r"resample\.0 has mode bilinear, wanted nearest-exact",
+        r"resample\.0 must have mode nearest-exact, got bilinear",
     ),
     "up-sampling factor": (
         setting("up_blocks.2.upsampler.resample.0", "scale_factor", (2.0, 1.0)),
-        r"resample\.0 has scale_factor \(2\.0, 1\.0\), wanted \(2\.0, 2\.0\)",
+        r"resample\.0 must have scale_factor \(2\.0, 2\.0\), got \(2\.0, 1\.0\)",
     ),
     "norm bias": (
         setting("norm_out", "bias", torch.full((8, 1, 1, 1), 0.1)),
-        r"decoder\.norm_out has bias non-zero values, wanted 0",
+        r"decoder\.norm_out must have bias 0, got non-zero values",
     ),
     "nonlinearity": (
         setting("up_blocks.2.resnets.1", "nonlinearity", nn.GELU()),
-        r"resnets\.1 has nonlinearity GELU, wanted SiLU",
+        r"resnets\.1 must have nonlinearity SiLU, got GELU",
     ),
     "shortcut factors": (
         setting("up_blocks.1.avg_shortcut", "factor_t", 1),
-        r"avg_shortcut has factors \(time, space\) \(1, 2\), wanted \(2, 2\)",
+        r"avg_shortcut must have factors \(time, space\) \(2, 2\), got \(1, 2\)",
     ),
     "groups of the outer convolution": (
         lambda vae: setattr(vae.post_quant_conv, "groups", 2),
-        r"post_quant_conv has groups 2, wanted 1",
+        r"post_quant_conv must have groups 1, got 2",
     ),
 }
 
@@ -191,7 +204,9 @@ def test_probe_finds_what_attributes_hide(family: str, dtype: torch.dtype) -> No
     forward = vae.decoder.conv_in.forward
     vae.decoder.conv_in.forward = lambda *args, **kwargs: forward(*args, **kwargs) + 0.3
     FrameDecoder.from_vae(vae, probe=False)
-    with pytest.raises(UnsupportedVAEError, match=r"pixels differ from the 2-D decoder's by 0\."):
+    with pytest.raises(
+        UnsupportedVAEError, match=r"pixels must be within .* of the 2-D decoder's .* got 0\."
+    ):
         FrameDecoder.from_vae(vae)
 
 

@@ -30,7 +30,7 @@ def cosmos3_vae() -> Any:
     return synthetic_vae(COSMOS3_VAE_CONFIG, seed=0)
 
 
-def assert_fp32_bound(vae: Any, pixels: torch.Tensor) -> None:
+def assert_float32_bound(vae: Any, pixels: torch.Tensor) -> None:
     encoder = FrameEncoder.from_vae(vae)
     wanted = reference(vae, pixels)
     got = encoder(pixels)
@@ -44,23 +44,23 @@ def assert_fp32_bound(vae: Any, pixels: torch.Tensor) -> None:
 @pytest.mark.parametrize(
     ("batch", "cells"), [(1, (1, 1)), (1, (1, 7)), (2, (5, 3)), (3, (2, 9)), (1, (11, 4))]
 )
-def test_fp32_matches(family: str, batch: int, cells: tuple[int, int]) -> None:
+def test_float32_matches(family: str, batch: int, cells: tuple[int, int]) -> None:
     vae = BUILDERS[family](7)
     factor = FrameEncoder.from_vae(vae, probe=False).spatial_factor
     assert factor == (16 if "2.2" in family else 8)
-    assert_fp32_bound(vae, image(3, batch, cells[0] * factor, cells[1] * factor, torch.float32))
+    assert_float32_bound(vae, image(3, batch, cells[0] * factor, cells[1] * factor, torch.float32))
 
 
 @pytest.mark.parametrize("size", [(64, 96), (16, 16)])
-def test_fp32_matches_at_cosmos3_widths(cosmos3_vae: Any, size: tuple[int, int]) -> None:
-    assert_fp32_bound(cosmos3_vae, image(0, 1, *size, torch.float32))
+def test_float32_matches_at_cosmos3_widths(cosmos3_vae: Any, size: tuple[int, int]) -> None:
+    assert_float32_bound(cosmos3_vae, image(0, 1, *size, torch.float32))
 
 
 def half_errors(vae: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Errors of the encoder and of the VAE against fp64 with the same (rounded) weights.
+    """Errors of the encoder and of the VAE against float64 with the same (rounded) weights.
 
-    The fp64 run is the 2-D encoder's, which `test_fp64_is_exact_algebra` holds to the 3-D VAE's:
-    PyTorch's fp64 conv3d takes minutes.
+    The float64 run is the 2-D encoder's, which `test_float64_is_exact_algebra` holds to the 3-D
+    VAE's: PyTorch's float64 conv3d takes minutes.
     """
     truth = FrameEncoder.from_vae(vae, torch.float64, probe=False)(pixels)
     got = FrameEncoder.from_vae(vae, probe=False)(pixels)
@@ -117,8 +117,8 @@ def test_first_frame_of_a_clip(family: str, frames: int) -> None:
 
 
 @pytest.mark.parametrize("family", BUILDERS)
-def test_fp64_is_exact_algebra(family: str) -> None:
-    """In fp64 rounding hides nothing: a fold that is off by 1e-11 would show."""
+def test_float64_is_exact_algebra(family: str) -> None:
+    """In float64 rounding hides nothing: a fold that is off by 1e-11 would show."""
     vae = BUILDERS[family](1).double()
     pixels = image(1, 1, 16, 32, torch.float64)
     mean, std = (

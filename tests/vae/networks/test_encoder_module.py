@@ -95,13 +95,16 @@ def test_empty_batch(encoder: FrameEncoder) -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((3, 32, 32), r"pixels has shape \[3, 32, 32\], wanted \[B, 3, H, W\]"),
-        ((1, 4, 32, 32), r"pixels has 4 channels in shape \[1, 4, 32, 32\], wanted 3"),
-        ((1, 3, 5, 32, 32), r"pixels has 5 frames, wanted 1: clips .* exact mode, through a VAE"),
-        ((1, 3, 0, 32, 32), r"pixels has 0 frames, wanted 1"),
-        ((1, 3, 40, 32), r"pixels has height 40, wanted a positive multiple of 16"),
-        ((1, 3, 32, 8), r"pixels has width 8, wanted a positive multiple of 16"),
-        ((1, 3, 0, 32), r"pixels has height 0, wanted a positive multiple of 16"),
+        (
+            (3, 32, 32),
+            r"pixels must have shape \[B, 3, H, W\] or \[B, 3, 1, H, W\], got \[3, 32, 32\]",
+        ),
+        ((1, 4, 32, 32), r"pixels must have 3 channels, got 4 in shape \[1, 4, 32, 32\]"),
+        ((1, 3, 5, 32, 32), r"pixels must have 1 frame, got 5: clips .* exact mode, through a VAE"),
+        ((1, 3, 0, 32, 32), r"pixels must have 1 frame, got 0"),
+        ((1, 3, 40, 32), r"pixels must have a height that is a positive multiple of 16, got 40"),
+        ((1, 3, 32, 8), r"pixels must have a width that is a positive multiple of 16, got 8"),
+        ((1, 3, 0, 32), r"pixels must have a height that is a positive multiple of 16, got 0"),
     ],
 )
 def test_bad_shapes(encoder: FrameEncoder, shape: tuple[int, ...], message: str) -> None:
@@ -110,11 +113,11 @@ def test_bad_shapes(encoder: FrameEncoder, shape: tuple[int, ...], message: str)
 
 
 def test_bad_dtype_and_device(encoder: FrameEncoder) -> None:
-    with pytest.raises(ValueError, match=r"pixels is torch\.int64, wanted floating point"):
+    with pytest.raises(ValueError, match=r"pixels must be floating point .* got torch\.int64"):
         encoder(torch.zeros(1, 3, 32, 32, dtype=torch.int64))
-    with pytest.raises(ValueError, match=r"pixels is on meta, the encoder on cpu"):
+    with pytest.raises(ValueError, match=r"pixels must be on the encoder's device, cpu, got meta"):
         encoder(torch.zeros(1, 3, 32, 32, device="meta"))
-    with pytest.raises(ValueError, match=r"dtype is torch\.int8, wanted one of"):
+    with pytest.raises(ValueError, match=r"dtype must be one of .* got torch\.int8"):
         FrameEncoder(encoder.topology, torch.int8)
 
 
@@ -255,7 +258,7 @@ def test_norm_matches_its_formula_and_rounds_once() -> None:
         wanted = F.normalize(x.double()) * 24**0.5 * weight.double().view(-1, 1, 1)
         wanted = F.silu(wanted) if silu else wanted
         got = rms_norm_silu(x, weight, silu)
-        # Half the spacing of bf16's 8 significant bits, and fp32's own rounding.
+        # Half the spacing of bfloat16's 8 significant bits, and float32's own rounding.
         assert ((got.double() - wanted).abs() <= wanted.abs() * (2**-8 + 1e-5) + 1e-30).all()
         assert got.dtype == x.dtype
 
@@ -292,7 +295,7 @@ def test_average_shortcut_matches_the_3d_layer(
 
 
 def test_bytes_equal_their_normalised_floats() -> None:
-    """uint8 [B, H, W, 3] against SGLang's `2 (x / 255) - 1` in fp32, bit for bit."""
+    """uint8 [B, H, W, 3] against SGLang's `2 (x / 255) - 1` in float32, bit for bit."""
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (2, 32, 48, 3), dtype=torch.uint8, generator=generator)
     floats = 2.0 * (pixels.permute(0, 3, 1, 2).float() / 255.0) - 1.0
@@ -305,9 +308,9 @@ def test_bytes_equal_their_normalised_floats() -> None:
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        ((1, 3, 32, 48), r"bytes of shape \[1, 3, 32, 48\], wanted \[B, H, W, 3\]"),
-        ((32, 48, 3), r"bytes of shape \[32, 48, 3\], wanted \[B, H, W, 3\]"),
-        ((1, 40, 48, 3), "height 40, wanted a positive multiple of 16"),
+        ((1, 3, 32, 48), r"must as bytes have shape \[B, H, W, 3\], got \[1, 3, 32, 48\]"),
+        ((32, 48, 3), r"must as bytes have shape \[B, H, W, 3\], got \[32, 48, 3\]"),
+        ((1, 40, 48, 3), "height that is a positive multiple of 16, got 40"),
     ],
 )
 def test_bytes_of_another_shape_are_refused(
