@@ -5,7 +5,8 @@ Winograd's F(m, 3) *along time* (`ops/cook_toom.py` has the matrices and their s
 window d = x[t - 2], ..., x[t + m - 1] and the kernel's three taps w, the frames y[t], ...,
 y[t + m - 1] are `A^T [conv2d((B^T d)[j], (G w)[j]) for j in 0 .. m + 1]`. This op is what stands
 between the products of one such convolution and the transformed frames `B^T d` of the next one.
-Kernels: `csrc/cpu/transform_frames.cpp` and `csrc/cuda/transform_frames.cu`.
+Kernels: `csrc/cpu/transform_frames.cpp` and `csrc/cuda/transform_frames.cu`; eager torch serves a
+GPU for which the library was not built.
 """
 
 from __future__ import annotations
