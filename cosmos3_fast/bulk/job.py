@@ -75,7 +75,7 @@ def encode(
         clips: the most pixel frames, 1 + 4k, that are taken of an animation or video, from its
             start; shorter ones give the most 1 + 4k that they have.
         shard_size: samples per shard; also what a killed run may have to encode again.
-        column: of Parquet files, the one with the bytes.
+        column: of Parquet files, the one with the bytes, or with paths.
         background: painted behind transparent pixels (see `load.load_pixels`).
         check: compare the checksum of every shard that is there. Without it only sizes are. What
             is damaged is set aside, under a name that ends in .damaged, and encoded again.

@@ -17,8 +17,8 @@ from cosmos3_fast.vae.topology import (
     Topology,
     UnsupportedVAEError,
     attention_shapes,
+    config_int,
     conv_shapes,
-    positive_int,
     read_config,
     residual_block_shapes,
 )
@@ -70,9 +70,7 @@ class DecoderTopology(Topology):
         values = ConfigValues.read(config)
         out_channels = values.pixel_channels(config, "out_channels")
         base_dim = read_config(config, "decoder_base_dim")
-        base_dim = (
-            values.base_dim if base_dim is None else positive_int("decoder_base_dim", base_dim)
-        )
+        base_dim = values.base_dim if base_dim is None else config_int("decoder_base_dim", base_dim)
         multipliers = values.multipliers[::-1]
         widths = [base_dim * m for m in (multipliers[0], *multipliers)]
         temporal = values.temporal[::-1]
