@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from cosmos3_fast.arguments import as_int, quoted
 from cosmos3_fast.bulk.folder import Folder, FolderError
-from cosmos3_fast.bulk.manifest import by_name, read_manifest, read_names
+from cosmos3_fast.bulk.manifest import read_manifest, read_names, sorted_by_name
 from cosmos3_fast.vae.source import VaeSource
 
 # Shards that are kept open; each takes a mapping of the process, not memory.
@@ -67,8 +67,7 @@ class LatentDataset(Dataset[dict[str, Any]]):
                 raise FolderError(
                     f"{str(folder)!r} must hold latents of the VAE {wanted}, got {self.vae_hash}"
                 )
-        self._table = table.take(by_name(table["source"].to_pylist()))
-        table = self._table
+        self._table = table = sorted_by_name(table)
         self.shapes: list[tuple[int, ...]] = [tuple(s) for s in table["latent_shape"].to_pylist()]
         self._open: OrderedDict[Path, Any] = OrderedDict()
         self._names: dict[str, list[str]] | None = None

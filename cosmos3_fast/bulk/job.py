@@ -75,7 +75,7 @@ def encode(
         clips: the most pixel frames, 1 + 4k, that are taken of an animation or video, from its
             start; shorter ones give the most 1 + 4k that they have.
         shard_size: samples per shard; also what a killed run may have to encode again.
-        column: of Parquet files, the one with the bytes.
+        column: of Parquet files, the one with the bytes, or with paths.
         background: painted behind transparent pixels (see `load.load_pixels`).
         check: compare the checksum of every shard that is there. Without it only sizes are. What
             is damaged is set aside, under a name that ends in .damaged, and encoded again.
@@ -104,7 +104,7 @@ def encode(
         raise ValueError(f"clips must be 1 + 4k frames, got {clips}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {[str(each) for each in DTYPES]}, got {dtype}")
-    weights, device = VaeSource(vae), torch.device(device)
+    folder, weights, device = Folder(out), VaeSource(vae), torch.device(device)
     vae_dtype = compute_dtype(vae_dtype, device)
     cores = None if cores is None else positive_int("cores", cores)
     # The nodes of a cluster have encoders of their own; this one only tells what it is.
@@ -113,7 +113,6 @@ def encode(
     size = (480, 832) if size is None and not buckets else size
     sizes = Sizes(size and (int(size[0]), int(size[1])), tuple(buckets), encoder.spatial_factor)
 
-    folder = Folder(out)
     left_out: Counter[str] = Counter()
     pieces = list_pieces(source, column, exclude=folder.path, left_out=left_out)
     settings = Settings(

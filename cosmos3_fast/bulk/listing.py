@@ -131,7 +131,8 @@ def list_files(source: str, exclude: Path | None, left_out: Counter[str]) -> lis
         raise SourceError(f"source {printable(path)!r} does not exist")
     if not os.path.isabs(source):
         source = os.path.join(glob.escape(os.getcwd()), source)
-    matches = [each for each in _matches(source, left_out) if os.path.isfile(each)]
+    # A FIFO or a link to nothing is an error of its own.
+    matches = [each for each in _matches(source, left_out) if not os.path.isdir(each)]
     return _some(path, [Found(each) for each in sorted(matches)])
 
 

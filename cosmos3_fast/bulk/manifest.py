@@ -138,6 +138,13 @@ def by_name(names: Sequence[str]) -> list[int]:
     return sorted(range(len(names)), key=key)
 
 
+def sorted_by_name(table: pa.Table) -> pa.Table:
+    """The rows of a manifest in the order of `by_name`."""
+    import pyarrow as pa
+
+    return table.take(pa.array(by_name(table["source"].to_pylist()), pa.int64()))
+
+
 def read_names(folder: Folder) -> dict[str, list[str]]:
     """Every name of every sample, by key; in the order of the source as far as it is known."""
     names: dict[str, list[str]] = {}

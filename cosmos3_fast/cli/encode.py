@@ -61,7 +61,7 @@ def add_encode(commands: Any) -> None:
     parser.add_argument(
         "--shard-size", type=int, default=SHARD_SIZE, help=f"samples (default {SHARD_SIZE})"
     )
-    parser.add_argument("--column", help="of a Parquet file, the one with the bytes")
+    parser.add_argument("--column", help="of a Parquet file, the one with the bytes or paths")
     parser.add_argument(
         "--background",
         metavar="COLOR",

@@ -170,18 +170,20 @@ def _stoppable() -> Iterator[None]:
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(sent)
+        os.write(sent, bytes([_NO_SIGNAL]))  # not its end: a child may still have it open
         watch.join()
+        os.close(sent)
         os.close(received)
 
 
 _PATIENCE = 5.0
+_NO_SIGNAL = 0
 _watched: list[int] = []
 
 
 def _watch(received: int, signals: set[signal.Signals], answered: threading.Event) -> None:
     """Read the numbers of signals as they come, and see that they are answered."""
-    while number := os.read(received, 1):
+    while (number := os.read(received, 1)) and number[0] != _NO_SIGNAL:
         if number[0] in signals and not answered.wait(_PATIENCE):
             remove_partials()
             name = signal.Signals(number[0]).name

@@ -92,7 +92,7 @@ class ConfigValues:
             UnsupportedVAEError: a value is missing or cannot be used.
         """
         values = {key: read_config(config, key, value) for key, value in _CONFIG_DEFAULTS.items()}
-        z_dim = positive_int("z_dim", values["z_dim"])
+        z_dim = config_int("z_dim", values["z_dim"])
         patch_size = values["patch_size"]
         multipliers = _sequence("dim_mult", values["dim_mult"])
         if not 1 <= len(multipliers) <= _MOST_STAGES:
@@ -106,13 +106,13 @@ class ConfigValues:
                 f"for {len(multipliers)} stages, got {len(temporal)}"
             )
         return cls(
-            base_dim=positive_int("base_dim", values["base_dim"]),
-            multipliers=tuple(positive_int("dim_mult", m) for m in multipliers),
-            num_blocks=positive_int("num_res_blocks", values["num_res_blocks"], _MOST_BLOCKS),
+            base_dim=config_int("base_dim", values["base_dim"]),
+            multipliers=tuple(config_int("dim_mult", m) for m in multipliers),
+            num_blocks=config_int("num_res_blocks", values["num_res_blocks"], _MOST_BLOCKS),
             temporal=tuple(_flag("temperal_downsample", each) for each in temporal),
             attention_scales=_sequence("attn_scales", values["attn_scales"]),
             z_dim=z_dim,
-            patch_size=1 if patch_size is None else positive_int("patch_size", patch_size),
+            patch_size=1 if patch_size is None else config_int("patch_size", patch_size),
             residual=_flag("is_residual", values["is_residual"]),
             latents_mean=_statistics(config, "latents_mean", z_dim),
             latents_std=_statistics(config, "latents_std", z_dim),
@@ -121,14 +121,14 @@ class ConfigValues:
     def pixel_channels(self, config: Any, name: str) -> int:
         """`config[name]` (Qwen-Image: `input_channels`), which must be the colors of a patch."""
         channels = read_config(config, name, read_config(config, "input_channels", 3))
-        if positive_int(name, channels) != 3 * self.patch_size**2:
+        if config_int(name, channels) != 3 * self.patch_size**2:
             raise UnsupportedVAEError(
                 f"config: {name} must be 3·patch_size² = {3 * self.patch_size**2}, got {channels}"
             )
         return int(channels)
 
 
-def positive_int(name: str, value: Any, most: int = LARGEST) -> int:
+def config_int(name: str, value: Any, most: int = LARGEST) -> int:
     number = as_int(value)
     if number is None or not 1 <= number <= most:
         limit = "" if most == LARGEST else f" of at most {most}"

@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from cosmos3_fast.arguments import quoted
-from cosmos3_fast.vae.config import ConfigValues, UnsupportedVAEError, positive_int, read_config
+from cosmos3_fast.vae.config import ConfigValues, UnsupportedVAEError, config_int, read_config
 
 if TYPE_CHECKING:
     from typing import Self
@@ -319,9 +319,7 @@ class DecoderTopology(Topology):
         values = ConfigValues.read(config)
         out_channels = values.pixel_channels(config, "out_channels")
         base_dim = read_config(config, "decoder_base_dim")
-        base_dim = (
-            values.base_dim if base_dim is None else positive_int("decoder_base_dim", base_dim)
-        )
+        base_dim = values.base_dim if base_dim is None else config_int("decoder_base_dim", base_dim)
         multipliers = values.multipliers[::-1]
         widths = [base_dim * m for m in (multipliers[0], *multipliers)]
         temporal = values.temporal[::-1]

@@ -212,3 +212,14 @@ def test_clips_tell_vaes_apart_that_agree_on_one_frame(tmp_path: Path, kind: str
     # Of single frames they are one VAE.
     encode_tiny(tmp_path / "in", tmp_path / "frames", vae=vaes[0])
     assert len(LatentDataset(tmp_path / "frames", vaes[1])) == 1
+
+
+def test_a_folder_in_which_nothing_is_yet(folder: Path):
+    for part in ("shards", "manifest"):
+        for path in (folder / part).iterdir():
+            path.unlink()
+    data = LatentDataset(folder)
+    assert len(data) == 0
+    assert data.shapes == []
+    with pytest.raises(IndexError):
+        data[0]

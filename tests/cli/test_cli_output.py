@@ -300,3 +300,21 @@ sys.exit(cli.main([]))
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert (result.returncode, result.stdout) == (0, "done\n"), result.stderr
+
+
+def test_a_child_that_lives_on_is_not_waited_for(tmp_path):
+    script = """
+import os, sys, time
+from cosmos3_fast.cli import main as cli
+def run(args):
+    parent = os.getpid()
+    if not os.fork():
+        while os.getppid() == parent:
+            time.sleep(0.1)
+        os._exit(0)
+    return 0
+cli._Parser.parse_args = lambda self, argv: type("Args", (), {"run": staticmethod(run)})
+sys.exit(cli.main([]))
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=60, check=False)
+    assert result.returncode == 0
