@@ -19,6 +19,7 @@ from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import Cosmos3OmniDiffu
 
 from cosmos3_fast.engines import releases, selftest
 from cosmos3_fast.engines import vllm_omni as adapter
+from cosmos3_fast.vae.live.patch import hooked
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_vae
 
 EnginePipeline = Cosmos3OmniDiffusersPipeline
@@ -156,7 +157,7 @@ class _Announcing(EnginePipeline):
     """As the pipeline is once the plugin is registered."""
 
     if ENCODES_ALL_FRAMES:
-        _prepare_latents_i2v = adapter._announcing(EnginePipeline._prepare_latents_i2v)
+        _prepare_latents_i2v = hooked(adapter._announcing)(EnginePipeline._prepare_latents_i2v)
 
 
 def make_fast(vae: Any, dtype: torch.dtype | None = None) -> Any:
