@@ -222,7 +222,9 @@ def register_autograd(op: str, backward: Kernel, setup_context: Kernel, referenc
 
     Args:
         op: name in the schema, with its overload.
-        backward, setup_context: as `torch.library.register_autograd` takes them.
+        backward, setup_context: as `torch.library.register_autograd` takes them; but in
+            `ctx.needs_input_grad`, and in what `backward` returns, the tensors of a list stand one
+            by one.
         reference: the op in plain torch, with its defaults. It runs in the op's place under
             forward-mode AD, for which `torch.library` has no formula (without it every tangent
             would be zero), and inside nested function transforms.
@@ -230,15 +232,16 @@ def register_autograd(op: str, backward: Kernel, setup_context: Kernel, referenc
     overload = REGISTERED[op]
     defaults = [each.default for each in inspect.signature(reference).parameters.values()]
 
-    def forward(ctx: Any, *args_and_keyset: Any) -> Any:
-        *args, keyset = args_and_keyset
+    def forward(ctx: Any, *given: Any) -> Any:
+        *flat, sizes, keyset = given
+        args = _gathered(flat, sizes)
         output = _torch.redispatch(overload, keyset, *args)
-        setup_context(ctx, tuple(args), output)
+        setup_context(ctx, args, output)
         return output
 
     def gradients(ctx: Any, *of_outputs: Any) -> tuple[Any, ...]:
         found = backward(ctx, *of_outputs)
-        return *found, None
+        return *found, None, None
 
     function: Any = type(
         op.replace(".", "_"),
@@ -253,10 +256,31 @@ def register_autograd(op: str, backward: Kernel, setup_context: Kernel, referenc
             CHECKS[op](*args)
             return reference(*args)
         if requires_grad(*args):
-            return function.apply(*args, keyset)
+            # torch follows what stands by itself, and not in a list.
+            flat, sizes = _spread(args)
+            return function.apply(*flat, sizes, keyset)
         return _torch.redispatch(overload, keyset, *args)
 
     register_kernel(op, kernel, "Autograd")
+
+
+def _spread(args: tuple[Any, ...]) -> tuple[list[Any], list[int | None]]:
+    """The arguments with the tensors of each list one by one, and the lists' lengths."""
+    flat: list[Any] = []
+    sizes: list[int | None] = []
+    for x in args:
+        is_list = isinstance(x, list) and bool(x) and isinstance(x[0], Tensor)
+        flat += x if is_list else [x]
+        sizes.append(len(x) if is_list else None)
+    return flat, sizes
+
+
+def _gathered(flat: list[Any], sizes: list[int | None]) -> tuple[Any, ...]:
+    """What `_spread` was given."""
+    rest = iter(flat)
+    return tuple(
+        next(rest) if size is None else [next(rest) for _ in range(size)] for size in sizes
+    )
 
 
 def refuse_autograd(op: str, reason: str) -> None:

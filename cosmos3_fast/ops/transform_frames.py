@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype, check_rank
 from cosmos3_fast.ops.cook_toom import POINTS, Rows, cook_toom
-from cosmos3_fast.ops.registry import register, register_autograd, select
+from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
 from cosmos3_fast.ops.rms_norm_silu import check_channels, normalized
 
 # Frames of a convolution's products that belong together, by how many products there are.
@@ -305,6 +305,13 @@ def _check_target(argument: str, dtype: torch.dtype, first: Tensor) -> None:
     )
 
 
+def _example(device: str) -> tuple[Any, ...]:
+    products = [example_tensor(device, 2, 3, 2, 2) * (i + 1) for i in range(6)]
+    weight, past = example_tensor(device, 3), example_tensor(device, 2, 1, 3, 2, 2)
+    residual = example_tensor(device, 5, 1, 3, 2, 2)
+    return products, 5, 4, weight, residual, weight, True, past
+
+
 register(
     "transform_frames(Tensor[] products, int frames, int to=0, Tensor? bias=None, "
     "Tensor? residual=None, Tensor? weight=None, bool silu=True, Tensor? past=None, "
@@ -312,6 +319,7 @@ register(
     "ScalarType? frames_dtype=None) -> (Tensor sum, Tensor transformed, Tensor last)",
     check_transform,
     eager=transform_frames_reference,
+    example=_example,
 )
 
 
@@ -359,6 +367,7 @@ _TENSORS = (3, 4, 5, 7)
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     products, *rest = inputs
     ctx.save_for_backward(*products, *(inputs[i] for i in _TENSORS))
+    ctx.count = len(products)
     ctx.rest = [None if isinstance(x, Tensor) else x for x in rest]
 
 
@@ -372,11 +381,9 @@ def _gradients(
 
 
 def _backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-    # Of the arguments that were passed: the dispatcher drops defaults at the end.
-    of_products, *of_rest = ctx.needs_input_grad
-    passed = 1 + len(of_rest)
-    needed = [*of_products, *(i < passed and of_rest[i - 1] for i in _TENSORS)]
-    count = len(of_products)
+    count = ctx.count
+    of_products, of_rest = ctx.needs_input_grad[:count], ctx.needs_input_grad[count:]
+    needed = [*of_products, *(of_rest[i - 1] for i in _TENSORS)]
     twice = torch.is_grad_enabled()
     with torch.enable_grad():
         # A name of its own for each, since a tensor may be several arguments.
@@ -389,10 +396,10 @@ def _backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         asked = [x for x, is_needed in zip(leaves, needed, strict=True) if is_needed]
         found = iter(_gradients(reached, asked, twice))
     given = [next(found) if is_needed else None for is_needed in needed]
-    answer: list[Any] = [given[:count], *[None] * len(ctx.rest)]
+    of_others: list[Any] = [None] * len(ctx.rest)
     for position, gradient in zip(_TENSORS, given[count:], strict=True):
-        answer[position] = gradient
-    return tuple(answer[:passed])
+        of_others[position - 1] = gradient
+    return *given[:count], *of_others
 
 
 register_autograd(OP, _backward, _setup, transform_frames_reference)

@@ -15,9 +15,10 @@ from cosmos3_fast.ops import registry
 
 
 def floats(values: Any) -> list[Tensor]:
-    """The floating tensors among what an op takes or returns."""
-    values = values if isinstance(values, (tuple, list)) else [values]
-    return [x for x in values if isinstance(x, Tensor) and x.is_floating_point()]
+    """The floating tensors among what an op takes or returns, those in lists included."""
+    if isinstance(values, (tuple, list)):
+        return [x for each in values for x in floats(each)]
+    return [values] if isinstance(values, Tensor) and values.is_floating_point() else []
 
 
 def of_floats(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
@@ -25,8 +26,13 @@ def of_floats(function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[.
 
     def call(*tensors: Tensor) -> tuple[Tensor, ...]:
         replaced = iter(tensors)
-        given = [next(replaced).clone() if floats(x) else x for x in args]
-        return tuple(floats(function(*given)))
+
+        def given(x: Any) -> Any:
+            if isinstance(x, list) and floats(x):
+                return [given(each) for each in x]
+            return next(replaced).clone() if floats(x) else x
+
+        return tuple(floats(function(*map(given, args))))
 
     return call
 
