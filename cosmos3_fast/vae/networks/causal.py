@@ -266,10 +266,13 @@ class Temporal(NamedTuple):
     Attributes:
         block: m, the frames of a block: 4 or 2; 1: direct taps.
         dtype: of the earlier kernels, the transformed frames and the products.
+        large: of a level of large images and narrow kernels: only there a CPU also takes Winograd
+            in space, whose packed kernels are four times as large.
     """
 
     block: int
     dtype: torch.dtype
+    large: bool = False
 
     @property
     def of_large_images(self) -> Temporal:
@@ -280,7 +283,7 @@ class Temporal(NamedTuple):
         (`verify.FLOAT32_BOUND`).
         """
         coarse = self.dtype == torch.float32 and self.block == 4
-        return Temporal(2, self.dtype) if coarse else self
+        return Temporal(2 if coarse else self.block, self.dtype, True)
 
     @property
     def kernels(self) -> int:
@@ -341,7 +344,7 @@ class CausalConv(WinogradConv):
             # A convolution whose kernels float16 does not hold has them in the network's dtype.
             dtype = state_dict[f"{prefix}earlier"].dtype
             if dtype != self.earlier.dtype:
-                self.temporal = Temporal(self.temporal.block, dtype)
+                self.temporal = self.temporal._replace(dtype=dtype)
                 self.earlier = nn.Parameter(self.earlier.to(dtype), requires_grad=False)
             if f"{prefix}exponents" in state_dict:
                 self._exponents = state_dict[f"{prefix}exponents"].tolist()
@@ -429,7 +432,8 @@ class CausalConv(WinogradConv):
         else:
             width = self.out_channels
             kernel = self.earlier[index * width : (index + 1) * width]
-        if self._takes_winograd(x, kernel):
+        in_space = self.temporal is not None and self.temporal.large
+        if in_space and self._takes_winograd(x, kernel):
             return self._convolve_winograd(x, kernel, None, index=index)
         return F.conv2d(x, kernel, padding=1)
 
