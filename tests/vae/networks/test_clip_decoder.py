@@ -30,7 +30,6 @@ from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error, rms
 pytest.importorskip("diffusers")
 
 HALVES = [torch.bfloat16, torch.float16]
-MOTIONS = ["random", "slow", "still"]
 DIRECT = [False, True]
 
 
@@ -115,48 +114,61 @@ def test_float64_is_exact_algebra(family: str, upsamples_in_float64: None) -> No
 
 Errors = list[tuple[Tensor, Tensor]]
 
-MOTIONS = [(family, "random") for family in FAMILIES] + [
-    (family, motion) for family in ("wan2.2", "wan2.1") for motion in ("slow", "still")
+CASES = [
+    *((family, "random", False) for family in FAMILIES),
+    *((family, motion, False) for family in ("wan2.2", "wan2.1") for motion in ("slow", "still")),
+    *((family, "random", True) for family in ("wan2.2", "wan2.1")),
 ]
 
 
 @functools.cache
-def half_errors(family: str, motion: str, dtype: torch.dtype) -> Errors:
-    """Errors of the decoder and of the VAE against float64 with the same (rounded) weights.
+def half_runs(family: str, motion: str, dtype: torch.dtype) -> list[tuple[Any, ...]]:
+    """Of four seeds: the VAE, latents [1, z, 5, 5, 6] on its scale, what they are in float64 with
+    the same (rounded) weights, and the VAE's own error.
 
     The float64 run is the 2-D decoder's with direct taps, which `test_float64_is_exact_algebra`
-    holds to the 3-D VAE's. Of four VAEs, on 5x6 cells and 5 latent frames.
+    holds to the 3-D VAE's.
     """
-    errors: Errors = []
+    runs = []
     for seed in range(4):
         vae = decoding_vae(family, seed, dtype)
         latents = latent_clip(FAMILIES[family], seed, 1, 5, 5, 6, dtype, motion)
         exact = ClipDecoder.from_vae(vae, torch.float64, probe=False, direct=True)
         truth = exact.decode_unnormalized(latents)
-        got = ClipDecoder.from_vae(vae, probe=False).decode_unnormalized(latents)
-        theirs = decode_sample(vae, latents)
-        assert got.dtype == theirs.dtype == dtype
-        errors.append((got.double() - truth, theirs.double() - truth))
+        runs.append((vae, latents, truth, decode_sample(vae, latents).double() - truth))
+    return runs
+
+
+@functools.cache
+def half_errors(family: str, motion: str, direct: bool, dtype: torch.dtype) -> Errors:
+    """The decoder's errors and the VAE's."""
+    errors: Errors = []
+    for vae, latents, truth, theirs in half_runs(family, motion, dtype):
+        decoder = ClipDecoder.from_vae(vae, probe=False, direct=direct)
+        got = decoder.decode_unnormalized(latents)
+        assert got.dtype == dtype
+        errors.append((got.double() - truth, theirs))
     return errors
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("family", "motion"), MOTIONS)
+@pytest.mark.parametrize(("family", "motion", "direct"), CASES)
 def test_half_error_is_no_larger_than_the_vaes(
-    family: str, motion: str, dtype: torch.dtype
+    family: str, motion: str, direct: bool, dtype: torch.dtype
 ) -> None:
-    """In all, clip by clip: 0.79 to 0.81 of the VAE's in bfloat16, 0.93 to 0.95 in float16."""
-    for ours, theirs in half_errors(family, motion, dtype):
+    """In all, clip by clip: 0.76 to 0.82 of the VAE's in bfloat16, 0.89 to 0.97 in float16, whose
+    blocks have products no finer than the frames; 0.82 to 0.87 with direct taps."""
+    for ours, theirs in half_errors(family, motion, direct, dtype):
         assert rms(ours) <= rms(theirs)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-@pytest.mark.parametrize(("family", "motion"), MOTIONS)
+@pytest.mark.parametrize(("family", "motion", "direct"), CASES)
 def test_half_error_of_each_frame_and_between_neighbours(
-    family: str, motion: str, dtype: torch.dtype
+    family: str, motion: str, direct: bool, dtype: torch.dtype
 ) -> None:
     """Over four clips. A frame of one clip alone scatters by 0.05 around those ratios."""
-    errors = half_errors(family, motion, dtype)
+    errors = half_errors(family, motion, direct, dtype)
     for parts in (
         [(ours.unbind(2), theirs.unbind(2)) for ours, theirs in errors],
         [(ours.diff(dim=2).unbind(2), theirs.diff(dim=2).unbind(2)) for ours, theirs in errors],
