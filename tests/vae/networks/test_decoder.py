@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from decoder_cases import FAMILIES, TINY, WAN22, latent_frame, reference
+from decoder_cases import FAMILIES, TINY, WAN22, decoding_vae, latent_frame, reference
 from torch import Tensor
 
 from cosmos3_fast import FrameDecoder
@@ -23,24 +23,9 @@ diffusers = pytest.importorskip("diffusers")
 SIZES = [(1, 1, 1), (1, 1, 6), (2, 5, 3), (1, 9, 4)]
 
 
-def vae_of(family: str, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-    vae = synthetic_vae(FAMILIES[family], seed, decoder_base_dim=None)
-    # AutoencoderKLWan.to keeps some modules in float32.
-    return torch.nn.Module.to(vae, dtype)
-
-
-@pytest.fixture
-def upsamples_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The VAEs up-sample in float32, which a float64 run would round to."""
-    from diffusers.models.autoencoders import autoencoder_kl_qwenimage, autoencoder_kl_wan
-
-    for upsample in (autoencoder_kl_wan.WanUpsample, autoencoder_kl_qwenimage.QwenImageUpsample):
-        monkeypatch.setattr(upsample, "forward", torch.nn.Upsample.forward)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_matches(family: str) -> None:
-    vae = vae_of(family, 7)
+    vae = decoding_vae(family, 7)
     decoder = FrameDecoder.from_vae(vae)
     assert decoder.spatial_factor == (16 if "2.2" in family else 8)
     for size in SIZES:
@@ -73,7 +58,7 @@ def test_float32_matches_where_winograd_serves() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float64_is_exact_algebra(family: str, upsamples_in_float64: None) -> None:
     """In float64 rounding hides nothing: a fold that is off by 1e-11 would show."""
-    vae = vae_of(family, 1, torch.float64)
+    vae = decoding_vae(family, 1, torch.float64)
     latents = latent_frame(FAMILIES[family], 1, 1, 3, 2, torch.float64)
     decoder = FrameDecoder.from_vae(vae)
     assert relative_error(decoder(latents), reference(vae, latents)) <= 1e-12
@@ -89,7 +74,7 @@ def test_half_error_is_no_larger_than_the_vaes(family: str, dtype: torch.dtype) 
     `test_float64_is_exact_algebra`; PyTorch's float64 conv3d is slow.
     """
     for seed in range(3):
-        vae = vae_of(family, seed, dtype)
+        vae = decoding_vae(family, seed, dtype)
         decoder = FrameDecoder.from_vae(vae, probe=False)
         exact = FrameDecoder.from_vae(vae, torch.float64, probe=False)
         latents = latent_frame(FAMILIES[family], seed, 2, 5, 6, dtype)
@@ -108,7 +93,7 @@ def test_half_error_is_no_larger_than_the_vaes(family: str, dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bytes_are_the_pixels(dtype: torch.dtype) -> None:
-    vae = vae_of("wan2.2", 2, dtype)
+    vae = decoding_vae("wan2.2", 2, dtype)
     decoder = FrameDecoder.from_vae(vae)
     latents = latent_frame(WAN22, 0, 2, 4, 5, dtype)
     got = decoder(latents, output="uint8")
@@ -126,7 +111,7 @@ def test_bytes_are_the_pixels(dtype: torch.dtype) -> None:
 
 
 def test_follows_the_first_frame_of_a_longer_clip() -> None:
-    vae = vae_of("wan2.2", 3)
+    vae = decoding_vae("wan2.2", 3)
     latents = torch.stack([latent_frame(WAN22, i, 1, 3, 4, torch.float32) for i in range(2)], 2)
     first = decode_sample(vae, latents)[:, :, :1]
     got = FrameDecoder.from_vae(vae).decode_unnormalized(latents[:, :, :1])
@@ -134,7 +119,7 @@ def test_follows_the_first_frame_of_a_longer_clip() -> None:
 
 
 def test_ignores_tiling_and_restores_the_switch() -> None:
-    vae = vae_of("wan2.2", 0)
+    vae = decoding_vae("wan2.2", 0)
     vae.enable_tiling(16, 16, 16, 16)  # below the probe's size too
     decoder = FrameDecoder.from_vae(vae)
     assert vae.use_tiling
@@ -147,7 +132,7 @@ def test_ignores_tiling_and_restores_the_switch() -> None:
 
 
 def test_weights_are_copies_and_the_dtype_may_differ() -> None:
-    vae = vae_of("wan2.1", 0)
+    vae = decoding_vae("wan2.1", 0)
     decoder = FrameDecoder.from_vae(vae)
     half = FrameDecoder.from_vae(vae, dtype=torch.bfloat16)
     latents = latent_frame(FAMILIES["wan2.1"], 0, 1, 2, 3, torch.float32)
@@ -163,7 +148,7 @@ def test_weights_are_copies_and_the_dtype_may_differ() -> None:
 def test_synthetic_weights_are_those_of_the_synthetic_vae(family: str) -> None:
     config = FAMILIES[family]
     tensors = synthetic_decoder_state_dict(config, 5)
-    wanted = FrameDecoder.from_vae(vae_of(family, 5), probe=False).state_dict()
+    wanted = FrameDecoder.from_vae(decoding_vae(family, 5), probe=False).state_dict()
     got = FrameDecoder.from_state_dict(tensors, config).state_dict()
     assert got.keys() == wanted.keys()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
@@ -183,14 +168,14 @@ class AttributeVAE(torch.nn.Module):
 
 
 def test_reads_sglangs_conventions() -> None:
-    vae = vae_of("wan2.2", 0)
+    vae = decoding_vae("wan2.2", 0)
     wanted = FrameDecoder.from_vae(vae).state_dict()
     got = FrameDecoder.from_vae(AttributeVAE(vae)).state_dict()
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
 
 
 def test_decode_sample_reads_each_return_convention() -> None:
-    vae = vae_of("wan2.1", 0)
+    vae = decoding_vae("wan2.1", 0)
     latents = latent_frame(FAMILIES["wan2.1"], 0, 1, 2, 2, torch.float32).unsqueeze(2)
     wanted = vae.decode(latents).sample
     as_tuple = SimpleNamespace(decode=lambda z: vae.decode(z, return_dict=False))
