@@ -384,8 +384,8 @@ class ClipDecoder(_Decoder):
 class ClipStream:
     """The latent frames of one clip to pixels, as they come; see `ClipDecoder.stream`.
 
-    It holds what the clip's next frames look back on. After an exception it is at its end: what it
-    held has been dropped.
+    It holds what the clip's next frames look back on. Latents that are refused change nothing;
+    after any other exception it is at its end: what it held has been dropped.
 
     Args:
         decoder: that decodes.
