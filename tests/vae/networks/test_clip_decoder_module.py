@@ -456,6 +456,25 @@ def test_inference_mode_and_no_grad_agree(decoder: ClipDecoder) -> None:
         assert relative_error(stream.push(latents[:, :, 3:]), wanted[:, :, 9:]) <= FLOAT32_BOUND
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_changes_nothing(dtype: torch.dtype) -> None:
+    decoder = build(dtype=dtype)
+    alone = FrameDecoder.from_state_dict(synthetic_decoder_state_dict(TINY_CLIP), TINY_CLIP, dtype)
+    latents = tiny_clip(24, 1, 5, 2, 3, dtype=dtype)
+    wanted, first = decoder(latents), alone(latents[:, :, 0])
+    frames = decoder.frames(latents)
+    parts = [next(frames)]
+    for half in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", half):
+            assert torch.equal(decoder(latents), wanted)
+            assert torch.equal(alone(latents[:, :, 0]), first)
+            assert torch.equal(decoder.stream().push(latents), wanted)
+            for part in frames:
+                assert torch.is_autocast_enabled("cpu")  # the caller's own
+                parts.append(part)
+    assert torch.equal(torch.cat(parts, 2), wanted)
+
+
 STATES = [
     (torch.float32, {}),
     (torch.float32, {"products": torch.float16}),
