@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -292,5 +293,13 @@ def temporal_form(dtype: torch.dtype, products: torch.dtype | None, direct: bool
         raise ValueError(f"products must be the network's dtype, {dtype}{also}, got {products}")
     if direct:
         return Temporal(1, products)
-    # A float16 network leaves no finer dtype for six products: four, of two frames, round less.
-    return Temporal(2 if dtype == torch.float16 else 4, products)
+    # Six products need a finer dtype than 16-bit frames have: four, of two frames, round less.
+    coarse = products == dtype and dtype in (torch.bfloat16, torch.float16)
+    return Temporal(2 if coarse else 4, products)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context without autocast: a network promises its `dtype`, and is folded for it."""
+    if device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cosmos3_fast.frames import pixel_frames
 from cosmos3_fast.ops import unpack_pixels
 from cosmos3_fast.vae.compatibility import probe_decoder
-from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form
+from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form, without_autocast
 from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Sum, Temporal, Terms
 from cosmos3_fast.vae.networks.layers import (
     Attention,
@@ -219,7 +219,8 @@ class FrameDecoder(_Decoder):
             shape = (0, height, width, 3) if as_bytes else (0, 3, 1, height, width)
             dtype = torch.uint8 if as_bytes else self.dtype
             return torch.empty(shape, dtype=dtype, device=frame.device)
-        (pixels,) = self._decode_frames(entry, frame, as_bytes)
+        with without_autocast(frame.device):
+            (pixels,) = self._decode_frames(entry, frame, as_bytes)
         return pixels if as_bytes else pixels.unsqueeze(2)
 
     def _probe(self, vae: Any) -> None:
@@ -232,8 +233,9 @@ class ClipDecoder(_Decoder):
     `decoder(latents)` equals `vae.decode(latents * latents_std + latents_mean)` for T latent
     frames, which are 1 + 4(T - 1) pixel frames. The first frame is that of a `FrameDecoder`, bit
     for bit. The frames after it are taken in blocks of four along time: six 2-D convolutions give
-    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`); in a
-    float16 network in blocks of two, which round less. The result is that of the *untiled* VAE.
+    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`). In 16
+    bits with products no finer than the frames they are blocks of two, which round less. The result
+    is that of the *untiled* VAE.
 
     Three ways to decode: `decoder(latents)` gives all frames; `decoder.frames(latents)` gives them
     as they come, in memory that does not grow with T; `decoder.stream()` takes latents one after
@@ -317,7 +319,17 @@ class ClipDecoder(_Decoder):
         """
         as_bytes = self._check_output(output)
         clip = self._checked_clip(latents)
-        return self._frames(self.denormalize, clip, as_bytes)
+        return self._computed(self._frames(self.denormalize, clip, as_bytes))
+
+    def _computed(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+        """`parts`, without autocast while they are computed, whatever the caller has between."""
+        while True:
+            with without_autocast(self.device):
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+            del part
 
     def stream(self, output: str = "float") -> ClipStream:
         """A decoder of one clip whose latent frames come one after the other.
@@ -338,16 +350,17 @@ class ClipDecoder(_Decoder):
         frames = pixel_frames(count)
         shape = (batch, frames, height, width, 3) if as_bytes else (batch, 3, frames, height, width)
         parts = self._frames(entry, clip, as_bytes)
-        if torch.is_grad_enabled() and clip.requires_grad and not as_bytes:
-            return torch.cat(list(parts), 2)
-        dtype = torch.uint8 if as_bytes else self.dtype
-        pixels = torch.empty(shape, dtype=dtype, device=clip.device)
-        done, time = 0, 1 if as_bytes else 2
-        for part in parts:
-            size = part.shape[time]
-            pixels.narrow(time, done, size).copy_(part)
-            done += size
-        return pixels
+        with without_autocast(clip.device):
+            if torch.is_grad_enabled() and clip.requires_grad and not as_bytes:
+                return torch.cat(list(parts), 2)
+            dtype = torch.uint8 if as_bytes else self.dtype
+            pixels = torch.empty(shape, dtype=dtype, device=clip.device)
+            done, time = 0, 1 if as_bytes else 2
+            for part in parts:
+                size = part.shape[time]
+                pixels.narrow(time, done, size).copy_(part)
+                done += size
+            return pixels
 
     def _frames(self, entry: nn.Conv2d, clip: Tensor, as_bytes: bool) -> Iterator[Tensor]:
         memory = Memory(clip.shape[0])
@@ -388,8 +401,8 @@ class ClipDecoder(_Decoder):
 class ClipStream:
     """The latent frames of one clip to pixels, as they come; see `ClipDecoder.stream`.
 
-    It holds what the clip's next frames look back on. After an exception it is at its end: what it
-    held has been dropped.
+    It holds what the clip's next frames look back on. Latents that are refused change nothing;
+    after any other exception it is at its end: what it held has been dropped.
 
     Args:
         decoder: that decodes.
@@ -434,13 +447,14 @@ class ClipStream:
             pieces = clip.split(_LATENT_FRAMES, 2)
             if memory.first:
                 pieces = (clip[:, :, :1], *clip[:, :, 1:].split(_LATENT_FRAMES, 2))
-            for piece in pieces:
-                if piece.shape[2]:
-                    parts += decoder._next(decoder.denormalize, piece, self._as_bytes, memory)
+            with without_autocast(clip.device):
+                for piece in pieces:
+                    if piece.shape[2]:
+                        parts += decoder._next(decoder.denormalize, piece, self._as_bytes, memory)
+                return torch.cat(parts, time)
         except BaseException:
             self.close()
             raise
-        return torch.cat(parts, time)
 
     def close(self) -> None:
         """Drop what is held; the stream is at its end."""

@@ -14,7 +14,7 @@ from cosmos3_fast.frames import TEMPORAL_FACTOR, is_whole, latent_frames, pixel_
 from cosmos3_fast.ops import pack_pixels
 from cosmos3_fast.ops._torch import has_memory
 from cosmos3_fast.vae.compatibility import probe_encoder, probe_posterior
-from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form
+from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form, without_autocast
 from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Sum, Temporal, Terms
 from cosmos3_fast.vae.networks.layers import (
     NO_TILES,
@@ -211,11 +211,8 @@ class FrameEncoder(_Encoder):
         frame = self._checked_frame(pixels)
         if self.checks_values:
             check_values(frame)
-        kind = frame.device.type
-        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):  # `dtype` is promised, and folded for
-                return self._encode(frame)
-        return self._encode(frame)
+        with without_autocast(frame.device):
+            return self._encode(frame)
 
     def _encode(self, frame: Tensor) -> Tensor:
         if frame.shape[0] == 0:
@@ -304,11 +301,8 @@ class ClipEncoder(_Encoder):
         clip, wanted = self._checked_clip(pixels, num_latent_frames)
         if self.checks_values:
             check_values(clip)
-        kind = clip.device.type
-        if kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind):
-            with torch.autocast(kind, enabled=False):
-                return self._encode(clip, wanted)
-        return self._encode(clip, wanted)
+        with without_autocast(clip.device):
+            return self._encode(clip, wanted)
 
     def _encode(self, clip: Tensor, wanted: int) -> Tensor:
         """[T, B, 3, H, W] or bytes [T, B, H, W, 3], T = 4·wanted - 3."""
