@@ -7,7 +7,7 @@ once, to the target dtype; tensors that only move keep their bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.vae.config import UnsupportedVAEError
-from cosmos3_fast.vae.networks.causal import CausalConv, Temporal
+from cosmos3_fast.vae.networks.causal import TAPS, CausalConv, Temporal
 from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Topology
 
 FLOAT16_MOST = 64000.0
@@ -59,9 +59,18 @@ class Taps:
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise UnsupportedVAEError(f"{name} must be finite, got NaN or infinite values")
         return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are: one pass over the memory, where `isfinite` makes several."""
+    if tensor.numel() == 0:
+        return True
+    in_memory = sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+    least, most = torch.aminmax(tensor.permute(in_memory))  # either is NaN where a value is
+    return bool(least.isfinite()) and bool(most.isfinite())
 
 
 Change = Callable[[Tensor], Tensor]
@@ -117,11 +126,13 @@ class Fold:
         """
         conv = self._modules[target]
         assert isinstance(conv, CausalConv)
-        self.put(f"{target}.weight", change(self.read(f"{source}.weight")))
-        if conv.temporal is not None:
-            kernels = change(self._taps.all(f"{source}.weight"))
+        if conv.temporal is None:
+            self.put(f"{target}.weight", change(self.read(f"{source}.weight")))
+        else:
+            taps = self._taps.all(f"{source}.weight")
+            self.put(f"{target}.weight", change(taps[:, :, -1]))
             try:
-                earlier, exponents = fitted(kernels, conv.temporal, gamma, self._dtype)
+                earlier, exponents = fitted(change(taps), conv.temporal, gamma, self._dtype)
             except UnsupportedVAEError as error:
                 raise UnsupportedVAEError(f"{source}.weight {error}") from None
             self.tensors[f"{target}.earlier"] = earlier
@@ -183,7 +194,7 @@ def fold(network: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
         else:
             _fold_decoder(made, topology)
     for name, tensor in made.tensors.items():
-        if not bool(tensor.isfinite().all()):
+        if not is_finite(tensor):
             raise UnsupportedVAEError(
                 f"{name}, once folded, must be finite in {tensor.dtype}, got NaN or infinite values"
             )
@@ -273,38 +284,88 @@ def fitted(
     Raises:
         UnsupportedVAEError: float16 does not hold them, and the network's dtype is float16.
     """
-    kernels = taps.double().movedim(2, 0)  # the taps
     count = temporal.kernels
+    out_channels, in_channels = taps.shape[:2]
     exponents = [0] * count
     held = temporal.dtype
-    if temporal.block > 1:
-        _, kernel, inputs = cook_toom_tensors(temporal.block, kernels)
-        kernels = torch.einsum("jk,k...->j...", kernel, kernels)
-        if held == torch.float16:
-            assert gamma is not None
-            longest = gamma.numel() ** 0.5 * gamma.double().abs().max().item()
-            frames = [row.abs().sum().item() * longest for row in inputs]
-            lengths = kernels.norm(dim=2).sum((2, 3)).amax(1).tolist()
-            exponents = [
-                math.floor(math.log2(FLOAT16_MOST / (a * b))) if a * b else 0
-                for a, b in zip(frames, lengths, strict=True)
-            ]
+    if held == torch.float16 and temporal.block > 1:
+        assert gamma is not None
+        exponents, fits = _float16_exponents(taps, temporal.block, gamma, dtype)
+        if not fits:
             if dtype == torch.float16:
-                exponents[-1] = min(exponents[-1], 0)  # its last tap is held unscaled
-            scaled = [k * 2.0**e for k, e in zip(kernels, exponents, strict=True)]
-            lost = [(k - k.half().double()).norm() > FLOAT16_LOSS * k.norm() for k in scaled]
-            if max(frames) > FLOAT16_MOST or any(lost):
-                if dtype == torch.float16:
-                    raise UnsupportedVAEError(
-                        "must fit float16 as kernels along time, got values that it loses or "
-                        "that overflow: take bfloat16 or float32"
-                    )
-                held, exponents = dtype, [0] * count
-            else:
-                kernels = torch.stack(scaled)
-    earlier = kernels[: count - 1].flatten(0, 1).to(held)
-    earlier = earlier.contiguous(memory_format=torch.channels_last)
-    return earlier, torch.tensor(exponents, dtype=torch.int64)
+                raise UnsupportedVAEError(
+                    "must fit float16 as kernels along time, got values that it loses or "
+                    "that overflow: take bfloat16 or float32"
+                )
+            held, exponents = dtype, [0] * count
+    # As it lies in memory: the channels of the input are last.
+    earlier = torch.empty(count - 1, out_channels, 9, in_channels, dtype=held)
+    if temporal.block == 1:
+        earlier.copy_(taps[:, :, :-1].flatten(3).permute(2, 0, 3, 1))
+    else:
+        scales = float64(tuple(2.0**e for e in exponents)).view(-1, 1, 1, 1)
+        for rows, kernels in _transformed(taps, temporal.block):
+            earlier[:, rows].copy_(kernels[:-1].mul_(scales[:-1]))
+    shape = ((count - 1) * out_channels, 3, 3, in_channels)
+    return earlier.view(shape).permute(0, 3, 1, 2), torch.tensor(exponents, dtype=torch.int64)
+
+
+# Taps that are transformed at a time, for each of torch's threads: few enough to stay in a cache.
+_TAPS_AT_ONCE = 1 << 17
+
+
+def _transformed(taps: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
+    """`G taps`, a few output channels at a time.
+
+    Yields:
+        Which output channels, and their kernels [block + 2, n, 9, Cin] in float64, which the next
+        ones overwrite. The last kernel is the last tap.
+    """
+    out_channels, in_channels = taps.shape[:2]
+    most = torch.get_num_threads() * _TAPS_AT_ONCE // (TAPS * 9 * in_channels)
+    size = min(max(1, most), out_channels)
+    _, matrix, _ = cook_toom_tensors(block, torch.empty(0, device="cpu"))
+    source = torch.empty(TAPS * size * 9 * in_channels, dtype=torch.float64)
+    result = torch.empty(len(matrix) * size * 9 * in_channels, dtype=torch.float64)
+    for start in range(0, out_channels, size):
+        rows = slice(start, min(start + size, out_channels))
+        shape = (rows.stop - start, 9, in_channels)
+        count = math.prod(shape)
+        window = source[: TAPS * count].view(TAPS, *shape)
+        window.copy_(taps[rows].flatten(3).permute(2, 0, 3, 1))
+        kernels = result[: len(matrix) * count].view(len(matrix), count)
+        torch.mm(matrix, window.view(TAPS, count), out=kernels)
+        yield rows, kernels.view(len(matrix), *shape)
+
+
+def _float16_exponents(
+    taps: Tensor, block: int, gamma: Tensor, dtype: torch.dtype
+) -> tuple[list[int], bool]:
+    """The exponents of `fitted` in float16, and whether it then holds kernels and frames."""
+    _, _, inputs = cook_toom_tensors(block, torch.empty(0, device="cpu"))
+    longest = gamma.numel() ** 0.5 * gamma.double().abs().max().item()
+    frames = [row.abs().sum().item() * longest for row in inputs]
+    if max(frames) > FLOAT16_MOST:
+        return [], False
+    # Of each kernel, by tap in space, its length over the input channels.
+    lengths = torch.cat([kernels.norm(dim=3) for _, kernels in _transformed(taps, block)], 1)
+    exponents = [
+        math.floor(math.log2(FLOAT16_MOST / (a * b))) if a * b else 0
+        for a, b in zip(frames, lengths.sum(2).amax(1).tolist(), strict=True)
+    ]
+    if dtype == torch.float16:
+        exponents[-1] = min(exponents[-1], 0)  # its last tap is held unscaled
+    scales = float64(tuple(2.0**e for e in exponents))
+    scaled = lengths.flatten(1) * scales[:, None]
+    # No rounding of a normal number loses that much, and one of a subnormal at most 2^-25.
+    rms = scaled.norm(dim=1) * (taps[:, :, 0].numel() ** -0.5)
+    if bool((rms >= 2.0**-14).all()) and bool((scaled.amax(1) <= FLOAT16_MOST).all()):
+        return exponents, True
+    lost = torch.zeros(len(scales), dtype=torch.float64)
+    for _, kernels in _transformed(taps, block):
+        kernels.mul_(scales.view(-1, 1, 1, 1))
+        lost += (kernels - kernels.half().double()).flatten(1).norm(dim=1) ** 2
+    return exponents, not bool((lost.sqrt() > FLOAT16_LOSS * scaled.norm(dim=1)).any())
 
 
 def float64(values: tuple[float, ...]) -> Tensor:

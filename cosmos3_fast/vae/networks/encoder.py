@@ -16,6 +16,7 @@ from cosmos3_fast.ops._torch import has_memory
 from cosmos3_fast.vae.compatibility import probe_encoder, probe_posterior
 from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form, without_autocast
 from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Sum, Temporal, Terms
+from cosmos3_fast.vae.networks.graphs import Captures
 from cosmos3_fast.vae.networks.layers import (
     NO_TILES,
     Attention,
@@ -155,7 +156,7 @@ class _Encoder(FoldedNetwork):
         return torch.empty(shape, dtype=self.dtype, device=frame.device)
 
 
-class FrameEncoder(_Encoder):
+class FrameEncoder(Captures, _Encoder):
     """The encoder of a Wan-family VAE (the one of Cosmos3) for single frames.
 
     `encoder(pixels)` equals `(vae.encode(pixels).mode() - latents_mean) / latents_std` for one
@@ -167,7 +168,8 @@ class FrameEncoder(_Encoder):
     Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
     initial weights, to receive a `state_dict()` of the same topology.
 
-    Parameters do not require gradients; gradients to the pixels flow.
+    Parameters do not require gradients; gradients to the pixels flow. On a GPU, `capture()` has
+    calls replayed as CUDA graphs.
 
     Args:
         topology: the structure.
@@ -217,6 +219,9 @@ class FrameEncoder(_Encoder):
     def _encode(self, frame: Tensor) -> Tensor:
         if frame.shape[0] == 0:
             return self._empty(frame, 1)
+        return self._replayed(self._latent, frame)
+
+    def _latent(self, frame: Tensor) -> Tensor:
         x = self._encode_frames(frame)
         return x.contiguous(memory_format=torch.contiguous_format).unsqueeze(2)
 
