@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FrameEncoder,
         UnsupportedVAEError,
     )
+    from cosmos3_fast.vae.show import save_video
 
 __version__ = "0.1.0"
 
@@ -37,6 +38,7 @@ __all__ = [
     "prepare_latents_",
     "refresh",
     "restore",
+    "save_video",
 ]
 
 # No module of the package may be called as one of these names: importing it would hide the name.
@@ -51,6 +53,7 @@ _HOMES = {
     "accelerate": "cosmos3_fast.acceleration",
     "refresh": "cosmos3_fast.acceleration",
     "restore": "cosmos3_fast.acceleration",
+    "save_video": "cosmos3_fast.vae.show",
 }
 _MODULES = ("engines", "images", "latents", "vae")
 

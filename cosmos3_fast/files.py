@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -83,8 +84,68 @@ def replacing(target: Path) -> Iterator[Path]:
         _partials.discard(partial)
 
 
+def check_new_folder(path: str, option: str) -> Path:
+    """The folder that `path` stands for, which is to be written: new, or there and empty.
+
+    Args:
+        path: what the user gave.
+        option: how messages call it.
+
+    Raises:
+        TargetError: it is a file, a folder that holds something, or in a folder that is missing or
+            not writable.
+    """
+    label = f"{option} {path!r}"
+    try:
+        path.encode("utf-8")
+        target = Path(path).resolve()
+        found = target.exists()
+        holds = found and (not target.is_dir() or any(target.iterdir()))
+    except UnicodeEncodeError:
+        raise TargetError(f"{label} must be a name in UTF-8") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TargetError(f"{label} cannot be used: {error}") from None
+    if holds:
+        what = "a folder that holds something" if target.is_dir() else "a file"
+        raise TargetError(f"{label} must be a new or empty folder, got {what}")
+    if not target.parent.is_dir():
+        raise TargetError(f"{label}: the folder {str(target.parent)!r} does not exist")
+    if not os.access(target.parent, os.W_OK):
+        raise TargetError(f"{label}: the folder {str(target.parent)!r} is not writable")
+    return target
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target` to write into, which becomes it at the end of the block.
+
+    If the block fails, nothing is left of it. There must be no `target`, or an empty folder.
+    """
+    partial = target.with_name(f".cosmos3-{os.getpid()}-{secrets.token_hex(4)}.partial")
+    _partials.add(partial)
+    try:
+        partial.mkdir()
+        yield partial
+        partial.replace(target)
+    finally:
+        _remove(partial)
+        _partials.discard(partial)
+
+
 def remove_partials() -> None:
     """Remove what this process has begun to write, before it ends without unwinding."""
     for partial in tuple(_partials):
         with contextlib.suppress(OSError):
+            _remove(partial)
+
+
+def _remove(partial: Path) -> None:
+    """A partial file or folder, which another thread may still be writing into."""
+    for _ in range(_REMOVALS):
+        if not partial.is_dir():
             partial.unlink(missing_ok=True)
+            return
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+_REMOVALS = 8

@@ -1,8 +1,12 @@
-"""`python -m cosmos3_fast decode`: one latent frame to a picture."""
+"""`python -m cosmos3_fast decode`: latents to a video, an animation, pictures, or one picture."""
 
 from __future__ import annotations
 
 import argparse
+import pickle
+import zipfile
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -10,82 +14,261 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from cosmos3_fast.cli.options import UserError, add_vae, check_memory, step, vae_of
-from cosmos3_fast.files import check_target, replacing
-from cosmos3_fast.vae import FrameDecoder
-from cosmos3_fast.vae.show import decoded_picture
-from cosmos3_fast.vae.source import compute_dtype
+from cosmos3_fast.cli.options import UserError, add_vae, counted, step, vae_of
+from cosmos3_fast.files import printable, replacing
+from cosmos3_fast.frames import pixel_frames
+from cosmos3_fast.images.video import CRF_KINDS, FOLDER, PICTURE, check_video, frame_rate, kind_of
+from cosmos3_fast.vae.show import check_memory, decoded_picture, save_video
+from cosmos3_fast.vae.source import VaeSource, compute_dtype
+
+_SCALES = {"normalized": True, "vae": False}
+_COMFYUI, _COMFYUI_MARK = "latent_tensor", "latent_format_version_0"
 
 
 def add_decode(commands: Any) -> None:
     """Register the command with argparse's subparsers."""
     parser = commands.add_parser(
         "decode",
-        help="one latent frame to a picture",
-        description="Decode one latent frame of a safetensors file that `prepare` wrote, or of "
-        "another with normalized `latents` [B, z, T, h, w], to a PNG.",
+        help="latents to a video, or one latent frame to a picture",
+        description="Decode latents [B, z, T, h, w] to a video, or one latent frame to a PNG. They "
+        "come from `prepare`, from `encode` (--key), from ComfyUI, or from another safetensors "
+        "file with `latents` or .pt file with a tensor, or a dictionary with `latents` or "
+        "`samples`.",
     )
-    parser.add_argument("latents", metavar="FILE", help="a .safetensors with `latents`")
-    parser.add_argument("--out", required=True, metavar="PNG", help="the picture to write")
-    parser.add_argument("--frame", type=int, default=0, help="latent frame (default 0)")
+    parser.add_argument(
+        "latents",
+        metavar="FILE",
+        help="a .safetensors, .latent or .pt file; with --key also a folder that `encode` wrote",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="PATH",
+        help=".mp4 (H.264), .webm (VP9) or .gif, a new folder for pictures of all frames, or .png "
+        "for one latent frame; all but pictures need the extra [video]",
+    )
+    parser.add_argument("--frame", type=int, help="of a .png: the latent frame (default 0)")
+    parser.add_argument("--fps", type=_rate, help="of a video or .gif (default 24)")
+    parser.add_argument(
+        "--crf",
+        type=float,
+        help="quality of .mp4 (0 to 51) and .webm (0 to 63), lower is better (default 18)",
+    )
+    parser.add_argument("--key", help="the tensor in the file, such as a sample's of `encode`")
+    parser.add_argument(
+        "--sample", type=int, default=0, help="the entry of the batch that is shown (default 0)"
+    )
+    parser.add_argument(
+        "--scale",
+        choices=tuple(_SCALES),
+        help="of the latents: the model's or the VAE's own (default: the VAE's own for files of "
+        "ComfyUI and dictionaries with `samples`, normalized for all others)",
+    )
     add_vae(parser)
     parser.set_defaults(run=run)
 
 
+def _rate(text: str) -> Fraction:
+    try:
+        return frame_rate(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(
+            f"want a number in [0.01, 1000] such as 24 or 30000/1001, got {text!r}"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What a file holds.
+
+    Attributes:
+        values: [1, z, T, h, w].
+        normalized: whether they have the model's scale, not the VAE's own.
+        scale: the same in words, with how it is known.
+        batch: how many entries the batch had.
+    """
+
+    values: torch.Tensor
+    normalized: bool
+    scale: str
+    batch: int
+
+
 def run(args: argparse.Namespace) -> int:
-    out = check_target(args.out, "--out", [args.latents, *([args.vae] if args.vae else [])])
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out must end in .png, got {args.out!r}")
-    latents = _latents(args.latents, args.frame)
+    inputs = [args.latents, *([args.vae] if args.vae else [])]
+    kind = kind_of(args.out, "--out")
+    if kind != PICTURE and args.frame is not None:
+        raise UserError(f"--frame is of a {PICTURE}, got --out {args.out!r}")
+    if kind not in CRF_KINDS and args.crf is not None:
+        raise UserError(f"--crf is of {' and '.join(CRF_KINDS)}, got --out {args.out!r}")
+    if kind in (PICTURE, FOLDER) and args.fps is not None:
+        raise UserError(f"--fps is of a video or .gif, got --out {args.out!r}")
+    crf = 18 if args.crf is None else args.crf
+    fps = Fraction(24) if args.fps is None else args.fps
+    out = check_video(args.out, fps, crf, "--out", inputs)
+    frame = (args.frame or 0) if kind == PICTURE else None
+    latents = _read(args, frame)
     vae = vae_of(args.vae)
+    if kind == PICTURE:
+        return _picture(args, vae, latents, out, frame or 0)
+    values = latents.values
+    frames = pixel_frames(values.shape[2])
     with step("loading the decoder"):
-        decoder = vae.decoder(compute_dtype(args.vae_dtype, args.device), args.device)
-    _check_memory(decoder, latents)
-    with step(f"decoding latent frame {args.frame}"):
-        name = f"latent frame {args.frame} of {args.latents!r}"
-        picture = decoded_picture(decoder, latents, name)
-    with replacing(out) as partial:
-        Image.fromarray(picture.numpy()).save(partial, format="PNG")
-    print(f"{out}: {picture.shape[1]}x{picture.shape[0]} picture of latent frame {args.frame}")
+        decoder = vae.decoder(
+            compute_dtype(args.vae_dtype, args.device), args.device, clips=values.shape[2] > 1
+        )
+    with counted(f"decoding {frames} frames", frames) as progress:
+        save_video(decoder, values, args.out, fps, crf, latents.normalized, progress=progress)
+    height, width = (size * decoder.spatial_factor for size in values.shape[3:])
+    what = "pictures" if kind == FOLDER else "frames"
+    rate = "" if kind == FOLDER else f" at {float(fps):g} fps"
+    print(f"{printable(str(out))}: {frames} {what} of {width}x{height}{rate}")
+    _say(args, latents)
     return 0
 
 
-def _latents(path: str, frame: int) -> torch.Tensor:
-    """The first sample's latents [1, z, 1, h, w] of one frame."""
-    if not Path(path).is_file():
-        raise UserError(f"{path!r} is no file")
+def _picture(
+    args: argparse.Namespace, vae: VaeSource, latents: Latents, out: Path, frame: int
+) -> int:
+    with step("loading the decoder"):
+        decoder = vae.decoder(compute_dtype(args.vae_dtype, args.device), args.device)
+    check_memory(decoder, latents.values.shape)
+    with step(f"decoding latent frame {frame}"):
+        name = f"latent frame {frame} of {args.latents!r}"
+        picture = decoded_picture(decoder, latents.values, name, latents.normalized)
+    with replacing(out) as partial:
+        Image.fromarray(picture.numpy()).save(partial, format="PNG")
+    print(f"{out}: {picture.shape[1]}x{picture.shape[0]} picture of latent frame {frame}")
+    _say(args, latents)
+    return 0
+
+
+def _say(args: argparse.Namespace, latents: Latents) -> None:
+    if latents.batch > 1:
+        print(f"  sample {args.sample} of {latents.batch} (--sample)")
+    print(f"  latents taken as {latents.scale}")
+
+
+def _read(args: argparse.Namespace, frame: int | None) -> Latents:
+    """The latents of a file, of all frames or one."""
+    path = Path(args.latents)
+    if path.is_dir():
+        path = _shard(path, args.key)
+    elif not path.is_file():
+        raise UserError(f"{args.latents!r} is no file")
+    if path.suffix.lower() in (".pt", ".pth") or zipfile.is_zipfile(path):
+        return _read_torch(args, frame)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            if "latents" not in file.keys():  # noqa: SIM118 - no mapping
-                raise UserError(f"{path!r} has no tensor `latents`")
-            part = file.get_slice("latents")
+            names = list(file.keys())
+            name = args.key or (_COMFYUI if _COMFYUI in names else "latents")
+            if name not in names:
+                raise UserError(f"{args.latents!r} has no tensor `{name}`{_others(names)}")
+            metadata = file.metadata() or {}
+            part = file.get_slice(name)
+            label = f"`{name}` of {args.latents!r}"
             shape = part.get_shape()
-            if len(shape) != 5 or 0 in shape:
-                raise UserError(
-                    f"`latents` of {path!r} must have shape [B, z, T, h, w], got {shape}"
-                )
-            if not 0 <= frame < shape[2]:
-                raise UserError(
-                    f"--frame must be in [0, {shape[2]}), got {frame}: {path!r} has {shape[2]} "
-                    "latent frames"
-                )
-            latents: torch.Tensor = part[:1, :, frame : frame + 1]
+            sample, frames = _chosen(args, label, shape, frame, in_dataset=args.key is not None)
+            values = part[:, frames][None] if sample is None else part[sample, :, frames]
     except SafetensorError as error:
-        raise UserError(f"{path!r} is not a complete safetensors file: {error}") from error
-    if not latents.is_floating_point():
-        raise UserError(f"`latents` of {path!r} must be floating point, got {latents.dtype}")
-    return latents
-
-
-def _check_memory(decoder: FrameDecoder, latents: torch.Tensor) -> None:
-    """Refuse latents whose picture cannot fit; a lower bound."""
-    height, width = (size * decoder.spatial_factor for size in latents.shape[-2:])
-    # What the last stage reads and what it writes, and the pixels.
-    cells = (height // decoder.topology.patch_size) * (width // decoder.topology.patch_size)
-    channels = decoder.topology.stages[-1].out_channels
-    size = decoder.dtype.itemsize
-    check_memory(
-        f"latents of {latents.shape[-2]}x{latents.shape[-1]} cells, {height}x{width} pixels,",
-        2 * cells * channels * size + 3 * height * width * size,
-        decoder.device,
+        raise UserError(f"{args.latents!r} is not a complete safetensors file: {error}") from error
+    batch = 1 if sample is None else shape[0]
+    if name == _COMFYUI:
+        if _COMFYUI_MARK not in names and args.scale is None:
+            raise UserError(
+                f"{label} has an unknown scale, as no `{_COMFYUI_MARK}` is with it: give --scale"
+            )
+        return _latents(args, values, label, False, "as ComfyUI writes them", batch)
+    known = "vae_hash" in metadata or "cosmos3_fast" in metadata
+    writer = "encode" if "vae_hash" in metadata else "prepare"
+    return _latents(
+        args, values, label, True, f"as `{writer}` writes them" if known else None, batch
     )
+
+
+def _read_torch(args: argparse.Namespace, frame: int | None) -> Latents:
+    try:
+        content = torch.load(args.latents, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{args.latents!r} cannot be read as a file of tensors: {reason[0]}"
+        ) from error
+    name, label = args.key, f"the tensor of {args.latents!r}"
+    if isinstance(content, dict):
+        name = name or next((each for each in ("latents", "samples") if each in content), "latents")
+        if name not in content:
+            names = [each for each, value in content.items() if isinstance(value, torch.Tensor)]
+            raise UserError(f"{args.latents!r} has no tensor `{name}`{_others(names)}")
+        content, label = content[name], f"`{name}` of {args.latents!r}"
+    elif name is not None:
+        raise UserError(f"--key must name a tensor of a dictionary, got one of {label}")
+    if not isinstance(content, torch.Tensor):
+        raise UserError(f"{label} must be a tensor, got {type(content).__name__}")
+    shape = list(content.shape)
+    sample, frames = _chosen(args, label, shape, frame, in_dataset=False)
+    values = content[sample, :, frames]
+    if name == "samples":
+        return _latents(args, values, label, False, "as ComfyUI has `samples`", shape[0])
+    return _latents(args, values, label, True, None, shape[0])
+
+
+def _others(names: list[str]) -> str:
+    if not names:
+        return ""
+    shown = ", ".join(f"`{each}`" for each in names[:3])
+    return f", but {len(names)} others: --key takes one, such as {shown}"
+
+
+def _chosen(
+    args: argparse.Namespace, label: str, shape: list[int], frame: int | None, in_dataset: bool
+) -> tuple[slice | None, slice]:
+    """Which entry of the batch, None where there is no batch, and which frames."""
+    wanted = "[B, z, T, h, w]" + (" or [z, T, h, w]" if in_dataset else "")
+    if 0 in shape or not (len(shape) == 5 or (in_dataset and len(shape) == 4)):
+        raise UserError(f"{label} must have shape {wanted}, got {shape}")
+    batch, total = (shape[0], shape[2]) if len(shape) == 5 else (1, shape[1])
+    if not 0 <= args.sample < batch:
+        raise UserError(f"--sample must be in [0, {batch}), got {args.sample}: {label} has {batch}")
+    if frame is not None and not 0 <= frame < total:
+        raise UserError(
+            f"--frame must be in [0, {total}), got {frame}: {args.latents!r} has {total} "
+            "latent frames"
+        )
+    frames = slice(None) if frame is None else slice(frame, frame + 1)
+    return slice(args.sample, args.sample + 1) if len(shape) == 5 else None, frames
+
+
+def _latents(
+    args: argparse.Namespace,
+    values: torch.Tensor,
+    label: str,
+    normalized: bool,
+    known: str | None,
+    batch: int,
+) -> Latents:
+    if not values.is_floating_point():
+        raise UserError(f"{label} must be floating point, got {values.dtype}")
+    if args.scale is not None:
+        normalized, known = _SCALES[args.scale], "by --scale"
+    scale = "normalized" if normalized else "on the VAE's own scale"
+    return Latents(values, normalized, f"{scale}, {known or 'by default (--scale)'}", batch)
+
+
+def _shard(folder: Path, key: str | None) -> Path:
+    """The shard of a folder from `encode` that has a key."""
+    shards = sorted((folder / "shards").glob("*.safetensors"))
+    if not shards:
+        raise UserError(f"{str(folder)!r} is no file, and no folder that `encode` wrote")
+    if key is None:
+        raise UserError(f"--key must say which sample of {str(folder)!r} is shown, got none")
+    for shard in shards:
+        try:
+            with safe_open(shard, framework="pt", device="cpu") as file:
+                if key in file.keys():  # noqa: SIM118 - no mapping
+                    return shard
+        except SafetensorError as error:
+            raise UserError(
+                f"{str(shard)!r} is not a complete safetensors file: {error}"
+            ) from error
+    raise UserError(f"--key must be one of the folder {str(folder)!r}, got {key!r}")

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
+from cosmos3_fast.memory import why_not_in_memory
 from cosmos3_fast.vae.source import SYNTHETIC_SEED, VaeSource
 
 DTYPES = {
@@ -101,19 +101,9 @@ def check_memory(what: str, needed: int, device: torch.device | None = None) -> 
     Raises:
         UserError: there is less memory, used or not.
     """
-    if device is not None and device.type == "cuda":
-        where, available = str(device), torch.cuda.get_device_properties(device).total_memory
-    else:
-        where = "this machine"
-        try:
-            available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (ValueError, OSError):
-            return
-    if needed > available:
-        raise UserError(
-            f"{what} need at least {needed / 1e9:.3g} GB of memory, {where} has "
-            f"{available / 1e9:.3g}"
-        )
+    reason = why_not_in_memory(what, needed, device)
+    if reason is not None:
+        raise UserError(reason)
 
 
 @contextlib.contextmanager
@@ -127,3 +117,26 @@ def step(text: str) -> Iterator[None]:
         print(file=sys.stderr)
         raise
     print(f" {time.perf_counter() - start:.1f} s", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def counted(text: str, total: int) -> Iterator[Callable[[int], None]]:
+    """`step` for work that is counted: on a terminal its line also says how much is done.
+
+    Args:
+        text: of the line.
+        total: of what is counted.
+
+    Yields:
+        What to call with the number that is done.
+    """
+    shows = sys.stderr.isatty()
+
+    def show(done: int) -> None:
+        if shows:
+            print(f"\r{text} ... {done} of {total}", file=sys.stderr, end="", flush=True)
+
+    with step(text):
+        yield show
+        if shows:
+            print(",", file=sys.stderr, end="")

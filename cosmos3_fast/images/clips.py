@@ -47,7 +47,7 @@ _VIDEO_STARTS = (
     b"DKIF",
     b"YUV4MPEG2 ",
 )
-_LEAST_PYAV = 17  # of the colors of BT.709 and the side data of frames
+LEAST_PYAV = 17  # of the colors of BT.709 and the side data of frames
 _QUICKTIME_BOXES = (b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot")
 
 
@@ -263,9 +263,9 @@ def _video_frames(stream: Any, label: str) -> Iterator[Image]:
             f"{label} looks like a video, and PyAV cannot be imported ({error}): "
             "pip install 'cosmos3-fast[video]'"
         ) from None
-    if int(av.__version__.split(".")[0]) < _LEAST_PYAV:
+    if int(av.__version__.split(".")[0]) < LEAST_PYAV:
         raise ValueError(
-            f"{label} looks like a video, for which PyAV must be {_LEAST_PYAV} or newer, got "
+            f"{label} looks like a video, for which PyAV must be {LEAST_PYAV} or newer, got "
             f"{av.__version__}: pip install 'cosmos3-fast[video]'"
         )
     found = False

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cosmos3_fast.vae import ClipEncoder, FrameDecoder, FrameEncoder, synthetic
+from cosmos3_fast.vae import ClipDecoder, ClipEncoder, FrameDecoder, FrameEncoder, synthetic
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.fold import Taps
 from cosmos3_fast.vae.topology import EncoderTopology
 
 Encoder = FrameEncoder | ClipEncoder
+Decoder = FrameDecoder | ClipDecoder
 
 SYNTHETIC_SEED = 0
 """Seed of the weights where no VAE is given."""
@@ -100,21 +101,25 @@ class VaeSource:
             return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
         return kind.from_vae(self.vae, dtype, device)
 
-    def decoder(self, dtype: torch.dtype, device: torch.device) -> FrameDecoder:
+    def decoder(self, dtype: torch.dtype, device: torch.device, clips: bool = False) -> Decoder:
         """The network that shows latents.
+
+        Args:
+            clips: a `ClipDecoder` is wanted, not a `FrameDecoder`.
 
         Raises:
             ValueError: only an encoder was given.
         """
         if isinstance(self.vae, (FrameEncoder, ClipEncoder)):
             raise ValueError(f"vae must have a decoder to show latents, got a {self}")
+        kind: type[Decoder] = ClipDecoder if clips else FrameDecoder
         if self.vae is None:
             config = _synthetic_config()
             tensors = synthetic.synthetic_decoder_state_dict(config, SYNTHETIC_SEED)
-            return FrameDecoder.from_state_dict(tensors, config, dtype, device)
+            return kind.from_state_dict(tensors, config, dtype, device)
         if self.checkpoint is not None:
-            return FrameDecoder.from_pretrained(self.checkpoint, dtype=dtype, device=device)
-        return FrameDecoder.from_vae(self.vae, dtype, device)
+            return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
+        return kind.from_vae(self.vae, dtype, device)
 
     def live(self, dtype: torch.dtype, device: torch.device, decodes: bool = False) -> Any:
         """diffusers' VAE, or the live VAE that was given as it is.

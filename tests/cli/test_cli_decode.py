@@ -1,4 +1,4 @@
-"""`python -m cosmos3_fast decode`, and the decoded frame in previews."""
+"""`python -m cosmos3_fast decode`: videos and pictures; the decoded frame in previews."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from decoder_cases import WAN22
 from PIL import Image
 from safetensors.torch import save_file
 
-from cosmos3_fast import FrameDecoder
+from cosmos3_fast import ClipDecoder, FrameDecoder
 from cosmos3_fast.cli import main as cli
 from cosmos3_fast.cli import prepare as cli_prepare
 from cosmos3_fast.images import preview
@@ -55,6 +55,12 @@ def test_a_frame_becomes_a_picture(vae: Path, tmp_path: Path):
         (("--frame", 3), "--frame must be in [0, 3), got 3"),
         (("--frame", -1), "--frame must be in [0, 3), got -1"),
         (("--out", "picture.jpg"), "--out must end in .png"),
+        (("--out", "frames", "--frame", 1), "--frame is of a .png, got --out 'frames'"),
+        (("--out", "frames", "--fps", 8), "--fps is of a video or .gif, got --out 'frames'"),
+        (("--crf", 3), "--crf is of .mp4 and .webm, got --out 'picture.png'"),
+        (("--fps", "0/0"), "want a number in [0.01, 1000] such as 24 or 30000/1001, got '0/0'"),
+        (("--key", "x"), "has no tensor `x`, but 1 others: --key takes one, such as `latents`"),
+        (("--sample", 1), "--sample must be in [0, 1), got 1"),
     ],
 )
 def test_faults_take_one_line_and_write_nothing(
@@ -167,3 +173,148 @@ def test_faults_of_a_file_name_it(vae: Path, tmp_path: Path, capsys: pytest.Capt
     file.write_bytes(file.read_bytes()[:-4])
     assert run("decode", file, *out) == 2
     assert f"'{file}' is not a complete safetensors file" in capsys.readouterr().err
+
+
+def pictures(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+
+
+def clip_of(vae: Path, latents: torch.Tensor, normalized: bool = True) -> np.ndarray:
+    decoder = ClipDecoder.from_pretrained(vae, dtype=torch.float32)
+    decode = decoder if normalized else decoder.decode_unnormalized
+    return decode(latents, output="uint8")[0].numpy()
+
+
+def test_all_frames_become_pictures(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    file, latents = latents_file(tmp_path)
+    assert run("decode", file, "--vae", vae, "--out", tmp_path / "frames") == 0
+    assert np.array_equal(pictures(tmp_path / "frames"), clip_of(vae, latents))
+    told = capsys.readouterr()
+    assert f"{tmp_path / 'frames'}: 9 pictures of 96x64\n" in told.out
+    assert "latents taken as normalized, by default (--scale)" in told.out
+    assert "decoding 9 frames ..." in told.err
+
+
+def test_all_frames_become_a_video(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    av = pytest.importorskip("av", reason="PyAV is not installed (the extra [video])")
+    file, _ = latents_file(tmp_path)
+    for suffix in (".mp4", ".webm", ".gif"):
+        out = tmp_path / f"clip{suffix}"
+        assert run("decode", file, "--vae", vae, "--out", out, "--fps", "12.5") == 0
+        with av.open(str(out)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == 9
+        assert f"{out}: 9 frames of 96x64 at 12.5 fps" in capsys.readouterr().out
+    assert run("decode", file, "--vae", vae, "--out", tmp_path / "a.mp4", "--crf", 60) == 2
+    assert "crf of .mp4 must be a number in [0, 51], got 60" in capsys.readouterr().err
+
+
+def test_progress_counts_frames_on_a_terminal(
+    vae: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(cli._Output, "isatty", lambda self: True)
+    file, _ = latents_file(tmp_path)
+    assert run("decode", file, "--vae", vae, "--out", tmp_path / "frames") == 0
+    line = capsys.readouterr().err.splitlines()
+    assert any("decoding 9 frames ... 1 of 9" in each for each in line)
+    assert any(each.startswith("decoding 9 frames ... 9 of 9, ") for each in line)
+
+
+def test_latents_of_a_dataset(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, latents = latents_file(tmp_path)
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    shard = tmp_path / "data" / "shards" / "0a.safetensors"
+    other = shard.with_name("00.safetensors")
+    save_file({"k0": torch.zeros(2, 2, 2, 2)}, other, {"vae_hash": "0", "cosmos3_fast": "0"})
+    samples = {"k1": latents[0].clone(), "k2": latents[0, :, :1].clone()}
+    save_file(samples, shard, {"vae_hash": "0", "cosmos3_fast": "0"})
+    for i, source in enumerate((shard, tmp_path / "data")):
+        out = tmp_path / f"frames{i}"
+        assert run("decode", source, "--key", "k1", "--vae", vae, "--out", out) == 0
+        assert np.array_equal(pictures(out), clip_of(vae, latents))
+        assert "normalized, as `encode` writes them" in capsys.readouterr().out
+        picture = tmp_path / f"{i}.png"
+        arguments = ("--key", "k1", "--vae", vae, "--out", picture, "--frame", 2)
+        assert run("decode", source, *arguments) == 0
+        wanted = FrameDecoder.from_pretrained(vae, dtype=torch.float32)(
+            latents[:, :, 2:3], output="uint8"
+        )
+        assert np.array_equal(np.asarray(Image.open(picture)), wanted[0])
+    capsys.readouterr()
+    out = ("--vae", vae, "--out", tmp_path / "frames")
+    for source, key, message in (
+        (tmp_path / "data", (), "--key must say which sample of"),
+        (tmp_path / "data", ("--key", "k9"), "--key must be one of the folder"),
+        (shard, (), "has no tensor `latents`, but 2 others: --key takes one, such as `k1`, `k2`"),
+        (tmp_path, (), "is no file, and no folder that `encode` wrote"),
+    ):
+        assert run("decode", source, *key, *out) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_latents_of_other_programs(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    _, latents = latents_file(tmp_path)
+    both = torch.cat([latents.flip(2), latents])
+    mark = {"latent_format_version_0": torch.tensor([])}
+    files = {
+        "tensor.pt": (lambda path: torch.save(both, path), True, "by default"),
+        "latents.pt": (lambda path: torch.save({"latents": both}, path), True, "by default"),
+        "samples.pt": (lambda path: torch.save({"samples": both}, path), False, "as ComfyUI has"),
+        "comfy.latent": (
+            lambda path: save_file({"latent_tensor": both, **mark}, path),
+            False,
+            "on the VAE's own scale, as ComfyUI writes them",
+        ),
+    }
+    wanted = {normalized: clip_of(vae, latents, normalized) for normalized in (True, False)}
+    for name, (write, normalized, said) in files.items():
+        write(tmp_path / name)
+        for scale in (None, "normalized", "vae"):
+            out = tmp_path / f"{name} {scale}".replace(".", " ")
+            chosen = () if scale is None else ("--scale", scale)
+            arguments = ("--sample", 1, "--vae", vae, "--out", out, *chosen)
+            assert run("decode", tmp_path / name, *arguments) == 0
+            told = capsys.readouterr().out
+            assert "sample 1 of 2" in told
+            assert (said if scale is None else "by --scale") in told
+            given = normalized if scale is None else scale == "normalized"
+            assert np.array_equal(pictures(out), wanted[given]), (name, scale)
+
+
+def test_files_of_other_programs_that_hold_none(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    _, latents = latents_file(tmp_path)
+    out = ("--vae", vae, "--out", tmp_path / "frames")
+    save_file({"latent_tensor": latents}, tmp_path / "old.latent")
+    torch.save({"latents": [1]}, tmp_path / "list.pt")
+    torch.save({"x": latents}, tmp_path / "x.pt")
+    torch.save(latents[0], tmp_path / "four.pt")
+    torch.save(Path("x"), tmp_path / "object.pt")
+    (tmp_path / "broken.pt").write_bytes(b"PK")
+    for name, message in (
+        ("old.latent", "has an unknown scale, as no `latent_format_version_0` is with it"),
+        ("list.pt", "must be a tensor, got list"),
+        ("x.pt", "has no tensor `latents`, but 1 others: --key takes one, such as `x`"),
+        ("four.pt", "must have shape [B, z, T, h, w], got [48, 3, 4, 6]"),
+        ("object.pt", "cannot be read as a file of tensors: Weights only load failed"),
+        ("broken.pt", "cannot be read as a file of tensors"),
+    ):
+        assert run("decode", tmp_path / name, *out) == 2, name
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+    assert run("decode", tmp_path / "x.pt", "--key", "x", *out) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_make_no_video(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+):
+    file, latents = latents_file(tmp_path)
+    latents[0, 3, 2, 2, 2] = value
+    save_file({"latents": latents}, file)
+    assert run("decode", file, "--vae", vae, "--out", tmp_path / "frames") == 2
+    assert "latents must hold finite values, got NaN or infinity" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == [file.name]

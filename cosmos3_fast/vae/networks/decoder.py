@@ -313,11 +313,14 @@ class ClipDecoder(_Decoder):
         """`forward` for latents on the VAE's own scale, as `vae.decode` takes them."""
         return self._decode(self.post_quant, latents, output)
 
-    def frames(self, latents: Tensor, output: str = "float") -> Iterator[Tensor]:
+    def frames(
+        self, latents: Tensor, output: str = "float", normalized: bool = True
+    ) -> Iterator[Tensor]:
         """The frames of `forward` as they come.
 
         Arguments and errors are those of `forward`; errors come with the call, not with the first
         frame. What a clip's frames are made of is held by the iterator alone, and goes with it.
+        Without `normalized` they are those of `decode_unnormalized`.
 
         Yields:
             The first frame by itself, then up to 16 at a time: [B, 3, n, H, W] or bytes
@@ -325,7 +328,8 @@ class ClipDecoder(_Decoder):
         """
         as_bytes = self._check_output(output)
         clip = self._checked_clip(latents)
-        return self._computed(self._frames(self.denormalize, clip, as_bytes))
+        entry = self.denormalize if normalized else self.post_quant
+        return self._computed(self._frames(entry, clip, as_bytes))
 
     def _computed(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
         """`parts`, without autocast while they are computed, whatever the caller has between."""
