@@ -264,7 +264,8 @@ Run = dict[str, Any]
 
 def read_run(folder: Path) -> Run:
     """One run: its commands' files, and every step's result by name."""
-    files = [folder / f"{name}.json" for name in ("checks", "sanitizers", "figures", "decoding")]
+    names = ("checks", "sanitizers", "figures", "decoding", "claims", "mends", "rest")
+    files = [folder / f"{name}.json" for name in names]
     commands = {path.stem: json.loads(path.read_text()) for path in files if path.exists()}
     steps = {name: step for each in commands.values() for name, step in each["steps"].items()}
     notes = folder / "notes.md"
