@@ -6,7 +6,7 @@ import copy
 import functools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from unittest import mock
@@ -58,13 +58,13 @@ Decoder = Callable[[Tensor], Tensor]
 FORMS: tuple[dict[str, Any], ...] = ({}, {"direct": True}, {"dtype": torch.float16})
 
 
-def weights(context: Context) -> Iterator[Result]:
+def weights(context: Context, forms: Sequence[dict[str, Any]] = FORMS) -> Iterator[Result]:
     """The random VAE, and the clip networks folded from it: made once, side by side, and kept."""
     start = time.perf_counter()
     for part, cfg in (("encoder", config(context)), ("decoder", decoder_config(context))):
         cases.weights(context, cfg, part)
     with ThreadPoolExecutor() as pool:
-        made = [pool.submit(make_clip_decoder, context, **form) for form in FORMS]
+        made = [pool.submit(make_clip_decoder, context, **form) for form in forms]
         for each in made:
             each.result()
     yield {"seconds": time.perf_counter() - start}
@@ -317,4 +317,5 @@ def bytes_of(products: list[Tensor], frames: int, options: dict[str, Any]) -> in
 
 
 USUAL = decode_step(Size(480, 832, 81), 4, 150, DIRECT, PLAIN, LAST, FASTVAE)
+AGAIN = decode_step(Size(480, 832, 81), 3, 90, PLAIN)
 LARGE = decode_step(Size(720, 1280, 189), 2, 90, PLAIN)

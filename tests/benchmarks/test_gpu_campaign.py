@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.gpu import campaign, checks, clips
 from benchmarks.gpu.cases import BF16
 from benchmarks.gpu.device import Context, kernel_kind
@@ -196,3 +197,30 @@ def test_the_bytes_of_a_recorded_call_are_those_of_its_tensors(to: int):
     results = ops.transform_frames(products, 7, **options)
     tensors = [*products, residual, *results, *([past] if to else [])]
     assert clips.bytes_of(products, 7, options) == sum(x.nbytes for x in tensors)
+
+
+def test_what_a_run_tells_of_clips_is_drawn_up():
+    told = {
+        "clips_decode_480x832": {
+            "memory": {"ClipDecoder": {"allocated": 2**30, "reserved": 2**31}},
+            "ratios": {"ClipDecoder": 1.0},
+        },
+        "transforms": {
+            "6 of [...]": {
+                "calls of a decode": 4,
+                "bytes_per_s": 2.0,
+                "share_of_copy_bandwidth": 0.5,
+                "call": {"median_us": 12.0},
+            },
+            "seconds of a decode, so far": 0.1,
+        },
+        "numerics": {
+            "ClipDecoder": {"frames": [0.1, 0.3], "between neighbours": [0.2]},
+            "above the VAE's own": [],
+        },
+    }
+    run = {"steps": {name: {"status": "done", "result": each} for name, each in told.items()}}
+    memory, transforms, numerics = (rows for _, rows in report.clip_tables(run))
+    assert memory == [["clips decode 480×832: ClipDecoder", "1.00", "1.00", "2.00"]]
+    assert transforms == [["6 of [...]", "4", "12.0 µs", "50 %"]]
+    assert numerics == [["ClipDecoder", "3.00e-01", "2.00e-01"]]
