@@ -70,6 +70,19 @@ def last_taps(vae: Any) -> Any:
     return vae
 
 
+def channels_last(vae: Any) -> Any:
+    """A copy of diffusers' VAE whose kernels have their channels last, in three dimensions or two.
+
+    `.to(memory_format=...)` takes no module that has both.
+    """
+    vae = copy.deepcopy(vae)
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    for parameter in vae.parameters():
+        if layout := layouts.get(parameter.dim()):
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+    return vae
+
+
 def seeded_frame(z_dim: int, size: str, dtype: torch.dtype) -> Tensor:
     """Noise [1, z, 1, h, w] on the VAE's own scale, for a picture of a "HEIGHTxWIDTH"."""
     height, width = (side // 16 for side in sides(size))

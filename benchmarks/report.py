@@ -8,6 +8,7 @@ with its plot.
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,7 +265,8 @@ Run = dict[str, Any]
 
 def read_run(folder: Path) -> Run:
     """One run: its commands' files, and every step's result by name."""
-    files = [folder / f"{name}.json" for name in ("checks", "sanitizers", "figures", "decoding")]
+    names = ("checks", "sanitizers", "figures", "decoding", "claims", "mends", "rest")
+    files = [folder / f"{name}.json" for name in names]
     commands = {path.stem: json.loads(path.read_text()) for path in files if path.exists()}
     steps = {name: step for each in commands.values() for name, step in each["steps"].items()}
     notes = folder / "notes.md"
@@ -360,6 +362,7 @@ def gpu_tables(run: Run) -> Iterator[tuple[Sequence[str], list[list[str]]]]:
     ]
     yield ("µs on the device", *KINDS, OTHERS, "in all"), rows
 
+    yield from clip_tables(run)
     result = result_of(run, "attention")
     variants = dict.fromkeys(name for each in result.values() for name, _ in timed(each))
     rows = [
@@ -375,6 +378,40 @@ def gpu_tables(run: Run) -> Iterator[tuple[Sequence[str], list[list[str]]]]:
         for name, each in timed(result)
     ]
     yield ("requests at 480×832×81, host clock", "median", "10 % to 90 %"), rows
+
+
+def clip_tables(run: Run) -> Iterator[tuple[Sequence[str], list[list[str]]]]:
+    """Of clips: memory, the kernel between convolutions by its calls, errors."""
+    rows = [
+        [
+            f"{size(step.replace('_', ' '))}: {name}",
+            f"{result_of(run, step).get('ratios', {}).get(name, math.nan):.2f}",
+            *(f"{peak[kind] / 2**30:.2f}" for kind in ("allocated", "reserved")),
+        ]
+        for step in run["steps"]
+        if step.startswith("clips_decode")
+        for name, peak in result_of(run, step).get("memory", {}).items()
+    ]
+    yield ("clips to pixels", "times ClipDecoder", "GiB allocated", "GiB reserved"), rows
+
+    rows = [
+        [
+            name,
+            f"{each['calls of a decode']}",
+            microseconds(each["call"]),
+            percent(each["share_of_copy_bandwidth"]),
+        ]
+        for name, each in result_of(run, "transforms").items()
+        if isinstance(each, dict) and "bytes_per_s" in each
+    ]
+    yield ("transform_frames, 480×832×81", "calls", "median", "of the copy"), rows
+
+    rows = [
+        [name, *(f"{max(each[part]):.2e}" for part in ("frames", "between neighbours"))]
+        for name, each in result_of(run, "numerics").items()
+        if isinstance(each, dict) and "frames" in each
+    ]
+    yield ("rms error over standard deviation", "worst frame", "between neighbours"), rows
 
 
 def kernel_kinds(run: Run) -> dict[str, dict[str, float]]:

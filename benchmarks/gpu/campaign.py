@@ -1,17 +1,18 @@
-"""Everything that is claimed about a GPU, in four commands of under nine minutes each.
+"""Everything that is claimed about a GPU, in commands that know how much time there is.
 
-    python -m benchmarks.gpu.campaign checks       the build, the tests, graphs, streams
-    python -m benchmarks.gpu.campaign figures      ceilings, op, encoder, stage, first calls
-    python -m benchmarks.gpu.campaign decoding     ceilings, decoder, clips, seam
-    python -m benchmarks.gpu.campaign sanitizers   compute-sanitizer's three tools
+    python -m benchmarks.gpu.campaign claims   under 8 minutes: tests, figures, clips, memcheck
+    python -m benchmarks.gpu.campaign mends    under 4: clips, their kernel, tests, after a change
+    python -m benchmarks.gpu.campaign rest     under 25: all tests, other sizes, first calls, seam
 
-Each writes a JSON file of its own, `--out`, rewritten after each step and each part of one, so that
-nothing is lost where time ends. A command builds the library first, where it is not up to date.
+Each writes a JSON file of its own, `--out`, rewritten after each step, so that nothing is lost
+where time ends; what counts most comes first. A command builds the library first, where it is not
+up to date, or with --built takes the one that lies there.
 
 On a bare machine: torch with CUDA, nvcc, ninja and pybind11; Triton, pytest, hypothesis,
-compute-sanitizer and Pillow for the steps that name them; no network. The 3-D VAE that the encoder
-is compared with comes from diffusers: installed, or as a folder of wheels with --wheels. What
-cannot run is named in the file, with the reason.
+compute-sanitizer and Pillow for the steps that name them; no network. The 3-D VAE that the
+networks are compared with comes from diffusers, and fastvae 0.1.0 is the other fast decoder:
+installed, or in a folder of wheels with --wheels. What cannot run is named in the file, with the
+reason.
 
 Each step is a process of its own with a time limit. With --dry-run, everything that a CPU can run
 is run there at tiny sizes, and nothing is measured.
@@ -20,6 +21,7 @@ is run there at tiny sizes, and nothing is measured.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import signal
@@ -35,7 +37,7 @@ from typing import Any
 
 from benchmarks.harness import ROOT, commit, machine
 
-COMMANDS = ("checks", "figures", "decoding", "sanitizers")
+BUDGETS = {"claims": 460, "mends": 220, "rest": 1500}  # in seconds
 DRY_RUN_NOTE = "dry run on a CPU at tiny sizes: nothing here is a figure about a GPU"
 
 
@@ -60,15 +62,41 @@ def without_numbers(value: Any) -> Any:
 
 def commands() -> dict[str, dict[str, Any]]:
     """The steps of each command, in their order."""
-    from benchmarks.gpu import checks, figures
+    from benchmarks.gpu import checks, clips, figures, networks
+    from benchmarks.gpu.device import Step
 
-    kinds = {
-        "checks": checks.STEPS,
-        "figures": figures.STEPS,
-        "decoding": figures.DECODING,
-        "sanitizers": checks.SANITIZERS,
+    tests = {"gpu_tests": checks.SELECTED_TESTS}
+    transforms = {"transforms": Step(clips.transforms, 45)}
+    memcheck, *others = (
+        {f"sanitizer_{tool}": checks.sanitizer(tool, 60, *checks.NEW_KERNELS)}
+        for tool in checks.TOOLS
+    )
+    claims = {
+        **tests,
+        **figures.CEILINGS,
+        "weights": Step(clips.weights, 60),
+        **figures.FRAMES,
+        "clips_decode_480x832": clips.USUAL,
+        **transforms,
+        "clips_17": networks.clip_step(17),
+        "numerics": Step(clips.numerics, 60),
+        **memcheck,
+        "clips_decode_720x1280": clips.LARGE,
+        **others[0],
+        **others[1],
     }
-    return {command: {**checks.FIRST, **steps} for command, steps in kinds.items()}
+    mends = {
+        **figures.CEILINGS,
+        "weights": Step(functools.partial(clips.weights, forms=clips.FORMS[:1]), 40),
+        "clips_decode_480x832_again": clips.AGAIN,
+        **transforms,
+        "encoder_480x832": figures.FRAMES["encoder_480x832"],
+        **tests,
+    }
+    sanitizers = {f"sanitizer_{tool}": checks.sanitizer(tool, 150) for tool in checks.TOOLS}
+    rest = {**checks.STEPS, **figures.CEILINGS, **figures.REST, **sanitizers}
+    steps = {"claims": claims, "mends": mends, "rest": rest}
+    return {command: {**checks.FIRST, **each} for command, each in steps.items()}
 
 
 def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
@@ -80,7 +108,12 @@ def merge(into: dict[str, Any], part: dict[str, Any]) -> None:
 
 
 def run_step(
-    step: Any, result_file: Path, dry_run: bool, cache: Path, earlier: dict[str, Any]
+    step: Any,
+    result_file: Path,
+    dry_run: bool,
+    cache: Path,
+    earlier: dict[str, Any],
+    built: bool = False,
 ) -> int:
     """Run one step in this process, writing its result so far after each part."""
     import torch
@@ -88,7 +121,7 @@ def run_step(
     from benchmarks.gpu.device import Context, Skipped
 
     outcome: dict[str, Any] = {"status": "running", "result": {}}
-    context = Context(dry_run, result_file.parent, cache, earlier)
+    context = Context(dry_run, result_file.parent, cache, earlier, built)
 
     def write() -> None:
         kept = without_numbers(outcome["result"]) if dry_run else outcome["result"]
@@ -118,6 +151,7 @@ def run_step_in_child(
     command += ["--out", str(result_file), "--earlier", str(earlier_file)]
     command += ["--cache", str(options.cache)]
     command += ["--dry-run"] if options.dry_run else []
+    command += ["--built"] if options.built else []
     search = [str(ROOT), os.environ.get("PYTHONPATH", ""), str(scratch / "wheels")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, search))}
     log = scratch / f"{name}.log"
@@ -169,6 +203,7 @@ def campaign(options: argparse.Namespace) -> int:
         print("error: torch sees no CUDA device; --dry-run needs none", file=sys.stderr)
         return 2
     steps = commands()[options.command]
+    budget = BUDGETS[options.command] if options.budget is None else options.budget
     out = options.out or ROOT / "out" / f"gpu_{options.command}.json"
     wanted = options.steps.split(",") if options.steps else list(steps)
     if unknown := sorted(set(wanted) - set(steps)):
@@ -188,7 +223,7 @@ def campaign(options: argparse.Namespace) -> int:
         if options.wheels is not None:
             report["wheels"] = unpack_wheels(options.wheels, scratch / "wheels")
         for name, step in steps.items():
-            left = options.budget - (time.monotonic() - began)
+            left = budget - (time.monotonic() - began)
             if name not in wanted:
                 outcome: dict[str, Any] = {"status": "skipped", "reason": "not asked for"}
             elif options.dry_run and step.gpu_only:
@@ -196,7 +231,7 @@ def campaign(options: argparse.Namespace) -> int:
             elif left < min(step.limit_s, 10):
                 outcome = {
                     "status": "skipped",
-                    "reason": f"the command's {options.budget:.0f} s were over",
+                    "reason": f"the command's {budget:.0f} s were over",
                 }
             else:
                 earlier = {each: done.get("result", {}) for each, done in report["steps"].items()}
@@ -219,9 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=COMMANDS, nargs="?")
+    parser.add_argument("command", choices=BUDGETS, nargs="?")
     parser.add_argument("--out", type=Path, help="the file (default out/gpu_<command>.json)")
-    parser.add_argument("--budget", type=float, default=520, help="seconds for all (default 520)")
+    limits = ", ".join(f"{command} {seconds}" for command, seconds in BUDGETS.items())
+    parser.add_argument("--budget", type=float, help=f"seconds for all (default {limits})")
     parser.add_argument(
         "--cache",
         type=Path,
@@ -229,7 +265,8 @@ def main(arguments: list[str] | None = None) -> int:
         help="folder of the random VAE's weights, which are made once",
     )
     parser.add_argument("--steps", help="run only these, separated by commas")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels: diffusers and what it needs")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels: diffusers, fastvae")
+    parser.add_argument("--built", action="store_true", help="take the library that lies there")
     parser.add_argument("--commit", help="what to call the sources where there is no repository")
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, measuring nothing")
     parser.add_argument("--step", help=argparse.SUPPRESS)
@@ -239,7 +276,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.step is not None:
         earlier = json.loads(options.earlier.read_text())
         step = commands()[options.command][options.step]
-        return run_step(step, options.out, options.dry_run, options.cache, earlier)
+        context = options.dry_run, options.cache, earlier, options.built
+        return run_step(step, options.out, *context)
     if options.cold is not None:
         import torch
 
@@ -251,7 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(json.dumps(cold(context, options.cold)))
         return 0
     if options.command is None:
-        parser.error(f"command must be one of {', '.join(COMMANDS)}")
+        parser.error(f"command must be one of {', '.join(BUDGETS)}")
     return campaign(options)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import metadata, util
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 
 from benchmarks.gpu.cases import SIZES, frame, make_encoder, tolerance
 from benchmarks.gpu.device import Context, Result, Skipped, Step
-from benchmarks.gpu.pytest_lines import LINES
+from benchmarks.gpu.pytest_lines import LINES, MOST
 from benchmarks.harness import ROOT, gate_equal
 from cosmos3_fast import ops
 from cosmos3_fast.vae.verify import relative_error
@@ -92,6 +93,13 @@ def environment(context: Context) -> Iterator[Result]:
 
 
 def build(context: Context) -> Iterator[Result]:
+    """For this device's architecture alone, half a minute; or a call of what is there."""
+    if context.built:
+        image = torch.zeros(1, 2, 2, 3, dtype=torch.uint8, device=context.device)
+        ops.pack_pixels(image, 2, torch.bfloat16, backend="cpp")
+        torch.cuda.synchronize()
+        yield {"info": _output(sys.executable, "-m", "cosmos3_fast", "info")}
+        return
     major, minor = torch.cuda.get_device_capability()
     start = time.perf_counter()
     done = _run(
@@ -130,19 +138,48 @@ def _outcomes(lines: Path) -> Result:
     }
 
 
-def gpu_tests(context: Context) -> Iterator[Result]:
-    """The tests that ask for a GPU. What has run is known at any time, also when time is over."""
+# What matters most, about 350 tests: what failed or never ran on a GPU, and what clips go through.
+SELECTED = (
+    "tests/ops/test_transform_frames.py",
+    "tests/ops/test_rms_norm_silu.py",
+    "tests/ops/test_pack_pixels.py",
+    "tests/ops/test_unpack_pixels.py",
+    "tests/ops/test_resize_crop.py",
+    "tests/ops/test_every_op.py",
+    "tests/ops/test_direct_calls.py",
+    "tests/ops/test_triton_compiles.py",
+    "tests/vae/networks/test_encoder_module.py",
+    "tests/vae/networks/test_layers.py",
+)
+
+
+def gpu_tests(
+    context: Context, selected: Sequence[str] = ("tests",), most: int = 0
+) -> Iterator[Result]:
+    """The tests that ask for a GPU. What has run is known at any time, also when time is over.
+
+    Args:
+        selected: files and folders; a dry run collects them.
+        most: cases of one test, drawn from all it has; 0: all.
+    """
     lines, log = context.scratch / "gpu_tests.jsonl", context.scratch / "gpu_tests.log"
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "tests"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", *selected]
     command += ["--ignore=tests/engines", "--continue-on-collection-errors"]
     command += ["-p", "no:cacheprovider", "-p", "benchmarks.gpu.pytest_lines"]
+    environment = {LINES: str(lines), MOST: str(most)}
+    if context.dry_run:
+        collected = _run([*command, "--collect-only"], **environment)
+        yield {"collected": collected.stdout.splitlines()[-1:]}
+        if collected.returncode:
+            raise RuntimeError(f"the tests could not be collected:\n{collected.stdout[-TAIL:]}")
+        return
     if util.find_spec("xdist"):  # most of the time is Triton's compiler's
         command += ["-n", str(len(os.sched_getaffinity(0)))]
     with log.open("w") as output:
         child = subprocess.Popen(
             command,
             cwd=ROOT,
-            env={**os.environ, LINES: str(lines)},
+            env={**os.environ, **environment},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -161,22 +198,27 @@ def gpu_tests(context: Context) -> Iterator[Result]:
 
 
 RACECHECK = (
-    "racecheck sees shared memory only, which no kernel of this package uses: it can find nothing "
-    "here but what it finds in torch's. Races in global memory are looked for in the emulation "
+    "racecheck sees shared memory only: races in global memory are looked for in the emulation "
     "(tests/ops/test_cuda_emulated.py), where every load and store is recorded."
 )
 
 
-def sanitizer(tool: str) -> Step:
+def sanitizer(tool: str, limit_s: float, *only: str) -> Step:
+    """A tool of compute-sanitizer over all ops, or `only` some; a dry run makes the calls."""
+
     def run(context: Context) -> Iterator[Result]:
-        if shutil.which("compute-sanitizer") is None:
+        command = [sys.executable, str(ROOT / "tests/ops/sanitizer_ops.py")]
+        command += ["--only", *only] if only else []
+        if context.dry_run:
+            command += ["--device", "cpu"]
+        elif shutil.which("compute-sanitizer") is None:
             raise Skipped("compute-sanitizer is not on PATH")
+        else:
+            watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "86"]
+            command = [*watch, "--print-limit", "20", *command]
         start = time.perf_counter()
         done = _run(
-            [
-                *("compute-sanitizer", "--tool", tool, "--error-exitcode", "86"),
-                *("--print-limit", "20", sys.executable, str(ROOT / "tests/ops/sanitizer_ops.py")),
-            ],
+            command,
             PYTORCH_NO_CUDA_MEMORY_CACHING="1",
             PYTHONPATH=f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         )
@@ -185,10 +227,10 @@ def sanitizer(tool: str) -> Step:
         yield {"seconds": time.perf_counter() - start, "summary": summary, "calls": calls}
         if tool == "racecheck":
             yield {"limits": RACECHECK}
-        if done.returncode or not summary:
+        if done.returncode or not (summary or context.dry_run):
             raise RuntimeError(f"{tool}, exit status {done.returncode}:\n{done.stdout[-TAIL:]}")
 
-    return Step(run, limit_s=100, gpu_only=True)
+    return Step(run, limit_s)
 
 
 def graphs(context: Context) -> Iterator[Result]:
@@ -226,13 +268,13 @@ def streams(context: Context) -> Iterator[Result]:
     yield {"encoder": f"{len(frames)} encodes over {len(side)} streams equal those on one"}
 
 
+SELECTED_TESTS = Step(functools.partial(gpu_tests, selected=SELECTED, most=12), 90)
 STEPS = {
-    "gpu_tests": Step(gpu_tests, 170, gpu_only=True),
+    "gpu_tests": Step(gpu_tests, 240),
     "graphs": Step(graphs, 50, gpu_only=True),
     "streams": Step(streams, 50, gpu_only=True),
 }
-SANITIZERS = {
-    f"sanitizer_{tool}": sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck")
-}
+TOOLS = ("memcheck", "racecheck", "initcheck")
+NEW_KERNELS = ("transform_frames", "pack_pixels", "unpack_pixels")
 # What each command needs: the machine's name, and the library built for it.
 FIRST = {"environment": Step(environment, 30), "build": Step(build, 200, gpu_only=True)}

@@ -135,18 +135,20 @@ def op_step(size: Size) -> Step:
 
 
 # The ceilings come first: shares of them follow.
-STEPS = {
-    "ceilings": Step(ceilings, 30),
-    **{f"op_{size.name}x{size.num_frames}": op_step(size) for size in SIZES},
-    **{f"encoder_{size.name}": networks.encoder_step(size) for size in SIZES},
-    f"encoder_{SIZES[0].name}_compiled": Step(networks.compiled, 70, gpu_only=True),
+CEILINGS = {"ceilings": Step(ceilings, 20)}
+FRAMES = {
+    "encoder_480x832": networks.encoder_step(SIZES[0]),
+    "decoder_1024x1024": networks.decoder_step(networks.IMAGE),
     "stage": Step(stages.stage, 50),
-    "cold": Step(stages.cold_starts, 80),
 }
-DECODING = {
-    "ceilings": STEPS["ceilings"],
-    **{f"decoder_{size.name}": networks.decoder_step(size) for size in networks.DECODED},
+# What clips add, and what little time is left for.
+REST = {
+    **{f"op_{size.name}x{size.num_frames}": op_step(size) for size in SIZES},
+    "encoder_720x1280": networks.encoder_step(SIZES[1]),
+    "encoder_480x832_compiled": Step(networks.compiled, 70, gpu_only=True),
+    **{f"decoder_{size.name}": networks.decoder_step(size) for size in SIZES},
     **{f"encoder_{size.name}_clips": networks.whole_clip_step(size) for size in SIZES},
-    **{f"clips_{frames}": networks.clip_step(frames) for frames in (5, 9)},
+    "clips_5": networks.clip_step(5),
     "seam": Step(stages.seam, 30),
+    "cold": Step(stages.cold_starts, 80),
 }

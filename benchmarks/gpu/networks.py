@@ -35,8 +35,7 @@ from benchmarks.gpu.device import (
 from benchmarks.harness import Graphed, count_flops, tuned
 from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
 
-# One image of Qwen-Image's usual size, beside the videos' sizes.
-DECODED = (*SIZES, Size(1024, 1024, 1))
+IMAGE = Size(1024, 1024, 1)  # Qwen-Image's usual size
 FUSED = "folded, fused kernels"
 Calls = dict[str, Callable[[], Tensor]]
 

@@ -1,15 +1,31 @@
 """A plugin of pytest: each outcome as a line of JSON, as soon as it is known.
 
-What was reported stays where the run is ended from outside.
+What was reported stays where the run is ended from outside. Asked to, it leaves of each test only
+some of its cases, drawn with the test's name as seed: the same in every process and every run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import random
 from typing import Any
 
 LINES = "COSMOS3_FAST_TEST_LINES"  # names the file
+MOST = "COSMOS3_FAST_TEST_CASES"  # how many cases of a test are left, at most
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    if not (most := int(os.environ.get(MOST, "0"))):
+        return
+    cases: dict[str, list[Any]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, each in cases.items():
+        gpu = [item for item in each if item.get_closest_marker("gpu")]
+        each[:] = random.Random(name).sample(gpu, min(most, len(gpu)))
+    kept = {id(item) for each in cases.values() for item in each}
+    items[:] = [item for item in items if id(item) in kept]
 
 
 def _write(test: str, outcome: str, reason: str) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, OURS, SEED, TINY_DIM, sides, vae_config
+from benchmarks.cases import DTYPES, OURS, SEED, TINY_DIM, channels_last, sides, vae_config
 from benchmarks.harness import Row, Suite, gate_paths, say, timed_rows
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae import ClipDecoder, ClipEncoder, synthetic
@@ -38,7 +38,7 @@ def clips(
     for dtype in dtypes:
         torch_dtype = DTYPES[dtype]
         vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0, None), torch_dtype)
-        last = copy.deepcopy(vae).to(memory_format=torch.channels_last_3d)
+        last = channels_last(vae)
         for what in only:
             paths: dict[str, Callable[[], Tensor]]
             baseline = f"vae.{what} of {frames} frames"
