@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from benchmarks.gpu.device import Context, Skipped
 from benchmarks.harness import GateError
 from cosmos3_fast.frames import latent_frames
-from cosmos3_fast.vae import ClipEncoder, FrameDecoder, FrameEncoder
+from cosmos3_fast.vae import ClipDecoder, ClipEncoder, FrameDecoder, FrameEncoder
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
     synthetic_config,
@@ -79,18 +80,26 @@ def config(context: Context) -> dict[str, Any]:
     return synthetic_config({**COSMOS3_VAE_CONFIG, **({"base_dim": 16} if context.dry_run else {})})
 
 
-def weights(context: Context, cfg: dict[str, Any], part: str) -> dict[str, Tensor]:
-    """The VAE's encoder or decoder in bfloat16, as a checkpoint has it: made once, then read."""
-    width = cfg["base_dim" if part == "encoder" else "decoder_base_dim"]
-    path = context.cache / f"{part}_{width}.pt"
+def cached(context: Context, name: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors that are made once, and then read by every step that asks for them."""
+    path = context.cache / f"{name}.pt"
     if not path.exists():
-        make = synthetic_state_dict if part == "encoder" else synthetic_decoder_state_dict
-        state = {name: tensor.bfloat16() for name, tensor in make(cfg).items()}
         context.cache.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        torch.save(state, temporary)
+        torch.save(make(), temporary)
         os.replace(temporary, path)
-    return torch.load(path, weights_only=True)
+    return torch.load(path, weights_only=True, mmap=True)
+
+
+def weights(context: Context, cfg: dict[str, Any], part: str) -> dict[str, Tensor]:
+    """The VAE's encoder or decoder in bfloat16, as a checkpoint has it."""
+    make = synthetic_state_dict if part == "encoder" else synthetic_decoder_state_dict
+    width = cfg["base_dim" if part == "encoder" else "decoder_base_dim"]
+    return cached(
+        context,
+        f"{part}_{width}",
+        lambda: {name: tensor.bfloat16() for name, tensor in make(cfg).items()},
+    )
 
 
 def make_encoder(
@@ -110,6 +119,28 @@ def make_clip_encoder(context: Context, dtype: torch.dtype = torch.bfloat16) -> 
 def decoder_config(context: Context) -> dict[str, Any]:
     """As `config`, with the decoder of Cosmos3's VAE; a dry run's is as narrow as its encoder."""
     return {**config(context), "decoder_base_dim": 16 if context.dry_run else DECODER_BASE_DIM}
+
+
+def make_clip_decoder(
+    context: Context, dtype: torch.dtype = torch.bfloat16, **options: Any
+) -> ClipDecoder:
+    """Of the weights of `make_decoder`, folded once: that takes the host longer than a clip.
+
+    Args:
+        options: those of `ClipDecoder`.
+    """
+    cfg = decoder_config(context)
+
+    def make() -> dict[str, Tensor]:
+        state = weights(context, cfg, "decoder")
+        return ClipDecoder.from_state_dict(state, cfg, dtype, "cpu", **options).state_dict()
+
+    topology = ClipDecoder.topology_type.from_config(cfg)
+    network = ClipDecoder(topology, dtype, "meta", **options)
+    form = "_".join(str(each) for each in (dtype, *options.values()))
+    name = f"clip_decoder_{cfg['decoder_base_dim']}_{form}"
+    network.load_state_dict(cached(context, name, make), assign=True)
+    return network.requires_grad_(False).to(context.device)
 
 
 def make_decoder(context: Context, dtype: torch.dtype = torch.bfloat16) -> FrameDecoder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,8 +135,23 @@ def launches(context: Context, call: Call) -> Any:
     }
 
 
+# What a kernel of a clip does, by its name; the first that fits. The rest are torch's own.
+KERNEL_KINDS = {
+    "transform_frames": r"cosmos3::.*transform_",
+    "other kernels of this package": r"cosmos3::",
+    "copies, fills and layouts": r"Memcpy|Memset|copy|Copy|CatArray|Fill|nchwTo|nhwcTo|convertTensor",
+    "convolutions": r"fprop|cudnn|implicit|xmma|cutlass|gemm|conv",
+    "attention": r"fmha|softmax|nvjet",
+}
+
+
+def kernel_kind(name: str) -> str:
+    fits = (kind for kind, pattern in KERNEL_KINDS.items() if re.search(pattern, name))
+    return next(fits, "others")
+
+
 def kernel_times(context: Context, call: Call, calls: int = 5) -> Any:
-    """The kernels of one call by the device time they take together, longest first."""
+    """The kernels of one call by the device time they take together, longest first, and by kind."""
     if context.dry_run:
         return NOT_MEASURED
     call()
@@ -145,13 +161,17 @@ def kernel_times(context: Context, call: Call, calls: int = 5) -> Any:
             call()
         torch.cuda.synchronize()
     spent: dict[str, list[float]] = {}
+    kinds: dict[str, float] = {}
     for event in profiled.events():
         if event.device_type == DeviceType.CUDA:
             spent.setdefault(event.name[:160], []).append(event.device_time)
+            kind = kernel_kind(event.name)
+            kinds[kind] = kinds.get(kind, 0.0) + event.device_time / calls
     total = sum(map(sum, spent.values())) / calls
     longest = sorted(spent, key=lambda name: -sum(spent[name]))[:30]
     return {
         "device_us": total,
+        "kinds_us": kinds,
         "each": [
             {
                 "name": name,
@@ -164,19 +184,28 @@ def kernel_times(context: Context, call: Call, calls: int = 5) -> Any:
     }
 
 
-def peak_bytes(context: Context, call: Call) -> Any:
-    """Device memory that one call allocates at its peak, on top of what was there."""
+def peak_memory(context: Context, call: Call) -> Any:
+    """Bytes on the device that one call allocates, and reserves, on top of what was there."""
     if context.dry_run:
         call()
         return NOT_MEASURED
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
+    allocated, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     result = call()
     torch.cuda.synchronize()
     del result
-    return torch.cuda.max_memory_allocated() - before
+    return {
+        "allocated": torch.cuda.max_memory_allocated() - allocated,
+        "reserved": torch.cuda.max_memory_reserved() - reserved,
+    }
+
+
+def peak_bytes(context: Context, call: Call) -> Any:
+    """`peak_memory`, what is allocated."""
+    peak = peak_memory(context, call)
+    return peak if context.dry_run else peak["allocated"]
 
 
 def resident_bytes(module: torch.nn.Module) -> int:
