@@ -12,12 +12,13 @@ from __future__ import annotations
 import importlib
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.live.engine import Engine
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
-from cosmos3_fast.vae.live.paths import Encoding, check_mode
+from cosmos3_fast.vae.live.paths import Encoding, choose
 from cosmos3_fast.vae.topology import UnsupportedVAEError
 
 __all__ = ["Encoding", "accelerate", "last_encoding", "refresh", "restore"]
@@ -25,7 +26,7 @@ __all__ = ["Encoding", "accelerate", "last_encoding", "refresh", "restore"]
 T = TypeVar("T")
 
 # Pipelines that need to announce what they use, by the name of a class they derive from, and the
-# module whose `announce(pipe, mode)` sees to it.
+# module whose `announce(pipe, choice)` sees to it.
 _ANNOUNCERS = {
     "Cosmos3OmniPipeline": "cosmos3_fast.engines.diffusers",
     "Cosmos3OmniModularPipeline": "cosmos3_fast.engines.diffusers",
@@ -35,15 +36,21 @@ _ANNOUNCERS = {
 _ENGINES = {"vllm_omni": "cosmos3_fast.engines.vllm_omni"}
 
 
-def accelerate(target: T, mode: str = "fast") -> T:
+def accelerate(
+    target: T,
+    mode: str = "fast",
+    *,
+    clips: bool | None = None,
+    products: str | torch.dtype | None = None,
+) -> T:
     """Accelerate a VAE of the Wan family, or the pipeline that has one.
 
     Any pipeline of diffusers whose `vae` is `AutoencoderKLWan` or `AutoencoderKLQwenImage`: single
-    frames are encoded and decoded as 2-D networks. Cosmos3's, task and modular, encode only the
-    frames that the video depends on: none for text, one for an image and the actions "policy" and
-    "forward_dynamics", 4·max(condition_frame_indexes_vision) + 1 for a video. Inverse dynamics,
-    transfer controls, and modular pipelines in which something else reads the encoder's latents,
-    are encoded whole.
+    frames and clips are encoded and decoded by 2-D networks. Cosmos3's, task and modular, encode
+    only the frames that the video depends on: none for text, one for an image and the actions
+    "policy" and "forward_dynamics", 4·max(condition_frame_indexes_vision) + 1 for a video. Inverse
+    dynamics, transfer controls, and modular pipelines in which something else reads the encoder's
+    latents, are encoded whole.
 
     In a release of diffusers that the tests have not run on, a Cosmos3 pipeline has to pass a
     self-test, or is left as it is with a warning.
@@ -55,20 +62,24 @@ def accelerate(target: T, mode: str = "fast") -> T:
         target: a VAE or a pipeline. Changed in place.
         mode: see `cosmos3_fast.vae.live.seam.accelerate`. In "exact" a Cosmos3 pipeline's
             results equal the unpatched pipeline's, the sign of zeros apart.
+        clips: False: in mode "fast" clips stay the VAE's own; their networks cost memory. None: as
+            before; at first True, for a VAE of vLLM-Omni, which has fused ones of its own, False.
+        products: torch.float16 or "float16", for a float32 VAE: dtype of the products along time
+            of clips, which halves their time on a GPU (`ClipDecoder` says what it costs). None: as
+            before; at first the VAE's dtype (in bfloat16 they are float16 in any case).
 
     Returns:
         `target` itself.
 
     Raises:
-        TypeError: `target` is neither.
-        ValueError: an unknown mode.
+        TypeError: `target` is neither, or `clips` is no bool.
+        ValueError: an unknown mode, or products of another dtype.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    checked = check_mode(mode)
-    if checked == "off":
+    if choose(mode, clips, products).mode == "off":
         return restore(target)
     if _is_vae(target):
-        return seam.accelerate(target, checked, _engine_of(target))
+        return seam.accelerate(target, mode, _engine_of(target), clips=clips, products=products)
     vae = getattr(target, "vae", None)
     names = [base.__name__ for base in type(target).__mro__]
     announcer = next((_ANNOUNCERS[name] for name in names if name in _ANNOUNCERS), None)
@@ -77,9 +88,12 @@ def accelerate(target: T, mode: str = "fast") -> T:
         if hasattr(target, "vae"):
             raise UnsupportedVAEError(f"{name} has no vae yet")
         raise TypeError(f"target must be a VAE or a pipeline with one, got {name}")
+    # What was chosen while the pipeline had no VAE is on the pipeline.
+    choice = choose(mode, clips, products, vars(target).get(ATTRIBUTE))
     if vae is not None:
-        seam.accelerate(vae, checked, _engine_of(vae))
-    if announcer is None or importlib.import_module(announcer).announce(target, checked):
+        seam.accelerate(vae, mode, _engine_of(vae), clips=clips, products=products)
+        choice = seam.choice_of(vae) or choice
+    if announcer is None or importlib.import_module(announcer).announce(target, choice):
         return target
     return restore(target)
 

@@ -9,22 +9,34 @@ from typing import Any
 
 import torch
 
-from cosmos3_fast.vae.live.paths import Mode, check_mode
-from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_state_dict
+from cosmos3_fast.vae.live.paths import Choice, check_mode
+from cosmos3_fast.vae.synthetic import (
+    COSMOS3_VAE_CONFIG,
+    synthetic_config,
+    synthetic_decoder_state_dict,
+    synthetic_state_dict,
+)
 
 logger = logging.getLogger(__name__)
 
 MODE_VARIABLE = "COSMOS3_FAST"
 
 
-def mode_from_environment() -> Mode:
-    """The mode that the environment variable COSMOS3_FAST asks for; "exact" if it is unset.
+def choice_from_environment() -> Choice:
+    """What the environment variable COSMOS3_FAST asks for: exact (if it is unset), fast or off.
+
+    "fast,clips": clips too go through folded networks. The engines have fused ones of their own,
+    so that nobody gets ours who does not ask for them.
 
     Raises:
         ValueError: the variable holds something else.
     """
-    value = os.environ.get(MODE_VARIABLE, "").strip().lower()
-    return check_mode(value or "exact", MODE_VARIABLE)
+    value = os.environ.get(MODE_VARIABLE, "").strip().lower() or "exact"
+    mode, *options = (part.strip() for part in value.split(","))
+    checked = check_mode(mode, MODE_VARIABLE)
+    if options and (checked, options) != ("fast", ["clips"]):
+        raise ValueError(f"{MODE_VARIABLE} must be exact, fast, 'fast,clips' or off, got {value!r}")
+    return Choice(checked, clips=bool(options))
 
 
 def guarded(wanted: Callable[..., int | None], *args: Any) -> int | None:
@@ -45,14 +57,16 @@ def tiny_vae_config(z_dim: int = 4) -> dict[str, Any]:
 def load_tiny_weights(
     vae: Any, config: dict[str, Any], device: torch.device | str, dtype: torch.dtype
 ) -> Any:
-    """Seeded random weights for a VAE of `config` on the meta device; its decoder's are 0.
+    """Seeded random weights for a VAE of `config` on the meta device.
 
     Returns:
         `vae`, for inference.
     """
-    state = synthetic_state_dict(config)
-    for name, tensor in vae.state_dict().items():
-        state.setdefault(name, torch.zeros(tensor.shape, device="cpu"))
+    known = synthetic_state_dict(config) | synthetic_decoder_state_dict(config)
+    state = {
+        name: known[name] if name in known else torch.zeros(tensor.shape, device="cpu")
+        for name, tensor in vae.state_dict().items()
+    }
     vae.load_state_dict(state, assign=True)
     return vae.to(device, dtype).eval().requires_grad_(False)
 

@@ -24,7 +24,7 @@ from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.live.announce import all_frames, wanted_at, wanted_frames
 from cosmos3_fast.vae.live.patch import ATTRIBUTE, wrap_where_defined
-from cosmos3_fast.vae.live.paths import Mode
+from cosmos3_fast.vae.live.paths import Choice
 from cosmos3_fast.vae.topology import UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,13 @@ _ENCODER_STEPS = {
 _LATENTS = "x0_tokens_vision"
 _BLOCKS = "diffusers.modular_pipelines.cosmos."
 
-_gates: dict[tuple[bool, str], Gate] = {}
+_gates: dict[tuple[bool, Choice], Gate] = {}
 
 
-def announce(pipe: Any, mode: Mode) -> bool:
+def announce(pipe: Any, choice: Choice) -> bool:
     """Have a Cosmos3 pipeline, task or modular, announce to its VAE what it uses.
 
-    The VAE that it has is accelerated already; one that it gets later will be, in this mode.
+    The VAE that it has is accelerated already; one that it gets later will be, as is chosen.
 
     Returns:
         False where the pipeline is to be left as it is: in a release of diffusers that the tests
@@ -55,11 +55,11 @@ def announce(pipe: Any, mode: Mode) -> bool:
     else:
         wrap_where_defined(type(pipe), "prepare_latents", _announcing_prepare_latents)
     cases = _modular_cases if is_modular else _cases
-    gate = _gates.setdefault((is_modular, mode), Gate("diffusers"))
-    if not gate.opens(lambda: _self_test(pipe, cases(pipe), mode)):
+    gate = _gates.setdefault((is_modular, choice), Gate("diffusers"))
+    if not gate.opens(lambda: _self_test(pipe, cases(pipe), choice)):
         return False
     # For a VAE that it gets later.
-    vars(pipe)[ATTRIBUTE] = mode
+    vars(pipe)[ATTRIBUTE] = choice
     return True
 
 
@@ -68,10 +68,10 @@ def _has_accelerated_vae(pipe: Any) -> bool:
     vae = getattr(pipe, "vae", None)
     if vae is None:
         return False
-    mode = vars(pipe).get(ATTRIBUTE)
-    if mode is not None and not seam.is_accelerated(vae):
+    choice = vars(pipe).get(ATTRIBUTE)
+    if choice is not None and not seam.is_accelerated(vae):
         try:
-            seam.accelerate(vae, mode)
+            seam.accelerate(vae, choice.mode, clips=choice.clips, products=choice.products)
         except UnsupportedVAEError as error:
             logger.warning("cosmos3_fast leaves the pipeline's new VAE as it is: %s", error)
             del vars(pipe)[ATTRIBUTE]
@@ -179,7 +179,7 @@ def _install_modular(pipe: Any) -> None:
 _SIZE = {"height": 16, "width": 32, "num_frames": 9}
 
 
-def _self_test(pipe: Any, cases: list[selftest.Case], mode: Mode) -> str | None:
+def _self_test(pipe: Any, cases: list[selftest.Case], choice: Choice) -> str | None:
     """What differs with this package in the diffusers that is installed."""
     from diffusers import AutoencoderKLWan
 
@@ -190,7 +190,7 @@ def _self_test(pipe: Any, cases: list[selftest.Case], mode: Mode) -> str | None:
         config = tiny_vae_config(vae.config["z_dim"])
         config.update({name: vae.config[name] for name in ("latents_mean", "latents_std")})
     return selftest.why_not(
-        lambda dtype: tiny_diffusers_vae(AutoencoderKLWan, config, device, dtype), cases, mode
+        lambda dtype: tiny_diffusers_vae(AutoencoderKLWan, config, device, dtype), cases, choice
     )
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.vae.config import read_config
 from cosmos3_fast.vae.live.engine import Engine
-from cosmos3_fast.vae.live.paths import Mode, ask, ways_to_encode
+from cosmos3_fast.vae.live.exact import decode_sample
+from cosmos3_fast.vae.live.paths import Choice, ask, ways_to_encode
 from cosmos3_fast.vae.live.seam import accelerate, last_encoding, restore
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
@@ -43,7 +45,7 @@ class Case:
 def why_not(
     make_vae: Callable[[torch.dtype], Any],
     cases: Iterable[Case],
-    mode: Mode,
+    choice: Choice,
     engine: Engine | None = None,
 ) -> str | None:
     """The first difference between the engine's method with and without this package.
@@ -56,24 +58,27 @@ def why_not(
     Args:
         make_vae: a tiny VAE of the engine's own class; of float32 and of bfloat16.
         cases: at least one.
-        mode: "exact" or "fast".
+        choice: of the user; with clips their decoding is tried as well.
         engine: what surrounds the VAE.
 
     Returns:
         None where nothing differs.
     """
     # In a context of its own, caches and announcements of the request that waits are out of sight.
-    return contextvars.Context().run(_why_not, make_vae, list(cases), mode, engine)
+    return contextvars.Context().run(_why_not, make_vae, list(cases), choice, engine)
 
 
 def _why_not(
-    make_vae: Callable[[torch.dtype], Any], cases: list[Case], mode: Mode, engine: Engine | None
+    make_vae: Callable[[torch.dtype], Any],
+    cases: list[Case],
+    choice: Choice,
+    engine: Engine | None,
 ) -> str | None:
     state = _random_state()
     defaults = torch.get_default_dtype(), torch.get_default_device()
     try:
         for dtype in (torch.float32, torch.bfloat16):
-            reason = _compare(cases, make_vae(dtype), dtype, mode, engine)
+            reason = _compare(cases, make_vae(dtype), dtype, choice, engine)
             if reason is not None:
                 return f"{reason} ({str(dtype).removeprefix('torch.')})"
     finally:
@@ -84,13 +89,23 @@ def _why_not(
 
 
 def _compare(
-    cases: list[Case], vae: Any, dtype: torch.dtype, mode: Mode, engine: Engine | None
+    cases: list[Case], vae: Any, dtype: torch.dtype, choice: Choice, engine: Engine | None
 ) -> str | None:
     # The latents of a float32 VAE are rounded to 16 bits in most engines.
     rounding = FLOAT32_BOUND + 2.0**-8 if dtype == torch.float32 else _HALF_BOUND
     own = [_counted(case, vae) for case in cases]
-    accelerate(vae, mode, engine)
+    decodes = choice.mode == "fast" and choice.clips
+    pixels = _decoded(vae, dtype) if decodes else None
+    accelerate(vae, choice.mode, engine, clips=choice.clips, products=choice.products)
     try:
+        if decodes:
+            reason = difference(_decoded(vae, dtype), pixels, rounding, "a decoded clip")
+            with frames_through(vae.decoder.conv_in) as own_frames:
+                _decoded(vae, dtype)  # the network is there by now
+            if reason is None and own_frames:
+                reason = "a clip is decoded by the VAE's own code"
+            if reason is not None:
+                return reason
         for case, (theirs, frames, drawn) in zip(cases, own, strict=True):
             ours, ours_frames, ours_drawn = _counted(case, vae)
             encoding = last_encoding(vae)
@@ -98,7 +113,7 @@ def _compare(
                 return f"{case.name}: the VAE is not asked to encode"
             folded = encoding.path == "fast"
             asked = ask(case.encoded) if case.encoded else ask(1, 0)
-            if "fast" in ways_to_encode(mode, asked) and not folded:
+            if "fast" in ways_to_encode(choice.mode, asked, choice.clips) and not folded:
                 return f"{case.name}: the folded encoder is not used: {encoding.reason}"
             wanted = 0 if folded else min(frames, case.encoded)
             if ours_frames != wanted:
@@ -112,6 +127,14 @@ def _compare(
     finally:
         restore(vae)
     return None
+
+
+def _decoded(vae: Any, dtype: torch.dtype) -> Tensor:
+    """What the VAE makes of a seeded clip of three latent frames."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, read_config(vae.config, "z_dim"), 3, 1, 2)
+    latents = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
+    return decode_sample(vae, latents.to(vae.decoder.conv_in.weight.device, dtype))
 
 
 def _counted(case: Case, vae: Any) -> tuple[dict[str, Any], int, list[Tensor]]:

@@ -9,7 +9,8 @@ variable COSMOS3_FAST chooses the mode:
   frames depend on. What the stage writes on the batch equals what it writes unpatched; only the
   sign of a zero may differ.
 - `fast`: single frames, here and in the other stages that share the VAE, go through networks
-  folded from it instead; clips stay exact.
+  folded from it instead; clips stay exact, and are decoded by SGLang's own fused kernels.
+- `fast,clips`: clips too go through folded networks, but for decodes with a callback per chunk.
 - `off`: nothing is hooked.
 
 How: the stage's VAE is accelerated (`cosmos3_fast.vae.live`) when the stage is made, and
@@ -36,9 +37,9 @@ import torch
 
 from cosmos3_fast.engines import selftest
 from cosmos3_fast.engines.common import (
+    choice_from_environment,
     guarded,
     load_tiny_weights,
-    mode_from_environment,
     tiny_vae_config,
 )
 from cosmos3_fast.engines.releases import Gate
@@ -47,7 +48,7 @@ from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.live.announce import wanted_at, wanted_frames
 from cosmos3_fast.vae.live.engine import Encode, Engine
 from cosmos3_fast.vae.live.patch import hooked, wrap
-from cosmos3_fast.vae.live.paths import Mode
+from cosmos3_fast.vae.live.paths import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -85,19 +86,19 @@ def register() -> None:
     Calling it again does nothing.
 
     Raises:
-        ValueError: COSMOS3_FAST holds something else than exact, fast or off.
+        ValueError: COSMOS3_FAST holds something else.
     """
     global _registered  # noqa: PLW0603
-    mode = mode_from_environment()
-    if mode == "off" or _registered:
+    choice = choice_from_environment()
+    if choice.mode == "off" or _registered:
         return
     from sglang.multimodal_gen.runtime.platforms.plugins import HookRegistry, HookType
 
-    hooks = _StageHooks(mode)
+    hooks = _StageHooks(choice)
     for name, hook in hooks.by_name().items():
         HookRegistry.register(f"{_STAGE_MODULE}.{_STAGE_NAME}.{name}", hook, HookType.AROUND)
     _registered = True
-    logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", mode)
+    logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", choice.mode)
 
 
 def register_without_plugins() -> None:
@@ -110,12 +111,12 @@ def register_without_plugins() -> None:
         Exception: what is to be wrapped is not there; then nothing is.
     """
     global _registered  # noqa: PLW0603
-    mode = mode_from_environment()
-    if mode == "off" or _registered or importlib.util.find_spec(_PLUGINS) is not None:
+    choice = choice_from_environment()
+    if choice.mode == "off" or _registered or importlib.util.find_spec(_PLUGINS) is not None:
         return
     stage = getattr(importlib.import_module(_STAGE_MODULE), _STAGE_NAME)
     updater = importlib.import_module(_UPDATER_MODULE)
-    hooks = _StageHooks(mode, plugins=False)
+    hooks = _StageHooks(choice, plugins=False)
     wrapped = [(stage, name, hook) for name, hook in hooks.by_name().items()]
     wrapped.append((updater, "_load_weights_into_module", _load_weights))
     for owner, name, _ in wrapped:
@@ -123,7 +124,7 @@ def register_without_plugins() -> None:
     for owner, name, hook in wrapped:
         wrap(owner, name, hooked(hook))
     _registered = True
-    logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", mode)
+    logger.info("cosmos3_fast prepares Cosmos3 latents in %s mode", choice.mode)
 
 
 def _load_weights(original: Callable[..., Any], module: Any, *args: Any, **kwargs: Any) -> Any:
@@ -142,8 +143,8 @@ class _StageHooks:
             weight updates and a way to say that a component is not used.
     """
 
-    def __init__(self, mode: Mode, plugins: bool = True) -> None:
-        self._mode = mode
+    def __init__(self, choice: Choice, plugins: bool = True) -> None:
+        self._choice = choice
         self._plugins = plugins
         self._gate = Gate("sglang")
         # The self-test runs the hooks again.
@@ -153,7 +154,7 @@ class _StageHooks:
 
     def by_name(self) -> dict[str, Callable[..., Any]]:
         hooks: dict[str, Callable[..., Any]] = {"__init__": self.init, "forward": self.forward}
-        if self._mode == "fast" and self._plugins:
+        if self._choice.mode == "fast" and self._plugins:
             hooks["component_uses"] = self.component_uses
             hooks["use_declared_component"] = self.use_declared_component
         return hooks
@@ -176,7 +177,7 @@ class _StageHooks:
         try:
             with wanted_frames(guarded(_wanted, batch)):
                 result = original(stage, batch, *args, **kwargs)
-            if self._mode == "fast" and self._plugins and not residency.fetched:
+            if self._choice.mode == "fast" and self._plugins and not residency.fetched:
                 # Weights that an earlier use left on the device may leave it.
                 stage.finish_unused_declared_component(component_name="vae", module=vae)
         finally:
@@ -240,10 +241,10 @@ class _StageHooks:
         if vae in _self_tested or vae in self._refused:
             return seam.is_accelerated(vae)
         try:
-            if not self._gate.opens(lambda: _self_test(stage, self._mode)):
+            if not self._gate.opens(lambda: _self_test(stage, self._choice)):
                 return False
             if not seam.is_accelerated(vae):
-                seam.accelerate(vae, self._mode, _engine())
+                seam.accelerate(vae, self._choice.mode, _engine(), clips=self._choice.clips)
             epoch = _weights_epoch() if self._plugins else 0
             if epoch != self._epochs.setdefault(vae, epoch):
                 self._epochs[vae] = epoch
@@ -278,10 +279,11 @@ def _weights_epoch() -> int:
 def _engine() -> Engine:
     """What SGLang does around its VAE: where it has plugins, it caches encodings and moves it."""
     if importlib.util.find_spec(_PLUGINS) is None:
-        return Engine()
+        return Engine(clips=False)
     from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
 
-    return Engine(functools.partial(_cached, cached_vae_encode), pending_fetch=_pending_fetch)
+    cached = functools.partial(_cached, cached_vae_encode)
+    return Engine(cached, pending_fetch=_pending_fetch, clips=False)
 
 
 def _pending_fetch() -> Callable[[], None] | None:
@@ -295,7 +297,7 @@ def _cached(decorate: Callable[[Encode], Encode], name: str, encode: Encode) -> 
     return decorate(encode)
 
 
-def _self_test(stage: Any, mode: Mode) -> str | None:
+def _self_test(stage: Any, choice: Choice) -> str | None:
     """What differs with this package in the stage of the SGLang that is installed."""
     from sglang.multimodal_gen.configs.sample.cosmos3 import Cosmos3SamplingParams
     from sglang.multimodal_gen.runtime.distributed import get_local_torch_device
@@ -339,4 +341,4 @@ def _self_test(stage: Any, mode: Mode) -> str | None:
         selftest.Case(name, functools.partial(run, **request), encoded)
         for name, request, encoded in requests
     ]
-    return selftest.why_not(make_vae, cases, mode, _engine())
+    return selftest.why_not(make_vae, cases, choice, _engine())

@@ -7,7 +7,9 @@ process. The environment variable COSMOS3_FAST chooses the mode:
   engine's VAE sees one of them. What is returned equals what it is unpatched; only the sign of a
   zero may differ. Since 0.24 vLLM-Omni encodes only the pixel frames that the conditioned latent
   frames depend on; there is nothing that could be left out, and nothing is changed.
-- `fast`: single frames go through networks folded from the VAE; clips stay the engine's.
+- `fast`: single frames go through networks folded from the VAE; clips stay the engine's, which has
+  fused kernels for them.
+- `fast,clips`: clips too go through folded networks.
 - `off`: nothing is changed.
 
 How: the VAE of the pipeline is accelerated (`cosmos3_fast.vae.live`) after the engine has
@@ -30,13 +32,17 @@ import torch
 from torch import nn
 
 from cosmos3_fast.engines import selftest
-from cosmos3_fast.engines.common import mode_from_environment, tiny_diffusers_vae, tiny_vae_config
+from cosmos3_fast.engines.common import (
+    choice_from_environment,
+    tiny_diffusers_vae,
+    tiny_vae_config,
+)
 from cosmos3_fast.engines.releases import Gate, installed
 from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.live.announce import wanted_frames
 from cosmos3_fast.vae.live.engine import Engine
 from cosmos3_fast.vae.live.patch import hooked, wrap
-from cosmos3_fast.vae.live.paths import Mode
+from cosmos3_fast.vae.live.paths import Choice
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ def _is_fast_path(forward: Any) -> bool:
     return (getattr(forward, "__module__", None) or "").startswith(_FAST_PATH)
 
 
-ENGINE = Engine(is_equivalent=_is_fast_path)
+ENGINE = Engine(is_equivalent=_is_fast_path, clips=False)
 """What vLLM-Omni does around its VAE."""
 
 _gate = Gate("vllm-omni")
@@ -60,9 +66,10 @@ def register() -> None:
     A pipeline that is not found gives a warning. Calling it again changes nothing.
 
     Raises:
-        ValueError: COSMOS3_FAST holds something else than exact, fast or off.
+        ValueError: COSMOS3_FAST holds something else.
     """
-    mode = mode_from_environment()
+    choice = choice_from_environment()
+    mode = choice.mode
     # Known without importing the pipeline, which not every process does.
     if mode == "off" or (mode == "exact" and _is_since((0, 24))):
         logger.info("cosmos3_fast: %s mode, vLLM-Omni's own Cosmos3 pipeline serves", mode)
@@ -76,7 +83,7 @@ def register() -> None:
         if encodes_all:
             _patch(Pipeline, "_prepare_latents_i2v", _announcing)
         if encodes_all or mode == "fast":
-            _patch(Pipeline, "load_weights", functools.partial(_adopting, mode=mode))
+            _patch(Pipeline, "load_weights", functools.partial(_adopting, choice=choice))
     except Exception as error:  # a plugin must not keep other models from being served
         logger.warning("cosmos3_fast leaves vLLM-Omni as it is: no Cosmos3 pipeline: %r", error)
 
@@ -98,10 +105,10 @@ def _patch(cls: Any, name: str, hook: Callable[..., Any]) -> None:
 
 
 def _adopting(
-    original: Callable[..., set[str]], pipeline: Any, *args: Any, mode: Mode, **kwargs: Any
+    original: Callable[..., set[str]], pipeline: Any, *args: Any, choice: Choice, **kwargs: Any
 ) -> set[str]:
     loaded = original(pipeline, *args, **kwargs)
-    _adopt(pipeline, mode)
+    _adopt(pipeline, choice)
     return loaded
 
 
@@ -111,23 +118,23 @@ def _announcing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return original(*args, **kwargs)
 
 
-def _adopt(pipeline: Any, mode: Mode) -> None:
+def _adopt(pipeline: Any, choice: Choice) -> None:
     """Accelerate the pipeline's VAE, or, where that is done, fold its new weights."""
     vae = getattr(pipeline, "vae", None)
     try:
-        if vae is None or not _gate.opens(lambda: _self_test(pipeline, mode)):
+        if vae is None or not _gate.opens(lambda: _self_test(pipeline, choice)):
             return
         if seam.is_accelerated(vae):
             # Loaders write through `.data`, which leaves no trace.
             seam.refresh(vae)
         else:
-            seam.accelerate(vae, mode, ENGINE)
+            seam.accelerate(vae, choice.mode, ENGINE, clips=choice.clips)
     except Exception as error:  # the engine serves without us
         seam.restore(vae)
         logger.warning("cosmos3_fast leaves the VAE to vLLM-Omni: %s", error)
 
 
-def _self_test(pipeline: Any, mode: Mode) -> str | None:
+def _self_test(pipeline: Any, choice: Choice) -> str | None:
     """What differs with this package in the pipeline of the vLLM-Omni that is installed."""
     live, config = pipeline.vae, tiny_vae_config()
     height, width, frames = 16, 32, 9
@@ -179,4 +186,4 @@ def _self_test(pipeline: Any, mode: Mode) -> str | None:
         selftest.Case(name, functools.partial(run, prepare), encoded)
         for name, prepare, encoded in requests
     ]
-    return selftest.why_not(make_vae, cases, mode, ENGINE)
+    return selftest.why_not(make_vae, cases, choice, ENGINE)

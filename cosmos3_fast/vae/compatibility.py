@@ -193,7 +193,8 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
             f"vae.encode must give latents {list(got.shape)} for {list(pixels.shape)}, "
             f"got {list(wanted.shape)}"
         )
-    _compare_probe("encoder", "latents", got - wanted, wanted.std(), weight.dtype, encoder.dtype)
+    dtypes = weight.dtype, *encoder.roundings
+    _compare_probe("encoder", "latents", got - wanted, wanted.std(), *dtypes)
 
 
 def probe_posterior(vae: Any, encoder: Any, frames: int = 1) -> EncodeReturns:
@@ -234,7 +235,7 @@ def probe_posterior(vae: Any, encoder: Any, frames: int = 1) -> EncodeReturns:
         ("mean", "log-variance"), got.split(z_dim, 1), wanted.split(z_dim, 1), strict=False
     ):
         scale = theirs.std()
-        _compare_probe("encoder", name, ours - theirs, scale, weight.dtype, encoder.dtype)
+        _compare_probe("encoder", name, ours - theirs, scale, weight.dtype, *encoder.roundings)
     return returns
 
 
@@ -267,7 +268,7 @@ def probe_decoder(vae: Any, decoder: Any, frames: int = 1) -> None:
         )
     # A decoder that gives one color has no deviation, but still the range [-1, 1].
     scale = wanted.std().clamp_min(0.01)
-    _compare_probe("decoder", "pixels", got - wanted, scale, weight.dtype, decoder.dtype)
+    _compare_probe("decoder", "pixels", got - wanted, scale, weight.dtype, *decoder.roundings)
 
 
 def _uniform(shape: tuple[int, ...]) -> Tensor:

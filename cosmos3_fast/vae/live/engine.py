@@ -36,8 +36,10 @@ class Engine:
         pending_fetch: what brings the VAE to its device in the running request, to be called
             before code of its own runs; None where it is there. A folded network stays on its
             device: where it serves, the VAE need not come.
+        clips: whether clips go through folded networks where nobody says whether they are to.
     """
 
     cached: Callable[[str, Encode], Encode] = _uncached
     is_equivalent: Callable[[Any], bool] = _not_equivalent
     pending_fetch: Callable[[], Callable[[], None] | None] = _nothing_to_fetch
+    clips: bool = True

@@ -15,10 +15,12 @@ from cosmos3_fast.vae.live.engine import Encode, Engine
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
-from cosmos3_fast.vae.live.weights import Fold, Following
-from cosmos3_fast.vae.networks.decoder import FrameDecoder
-from cosmos3_fast.vae.networks.encoder import FrameEncoder
+from cosmos3_fast.vae.live.weights import Fold, Following, is_out_of_memory
+from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
+from cosmos3_fast.vae.networks.encoder import ClipEncoder, FrameEncoder
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
+
+_REFRESH = "after refresh(vae) it is tried again"
 
 
 class Part(ABC):
@@ -30,6 +32,7 @@ class Part(ABC):
     Args:
         engine: what surrounds the VAE.
         tell: warns, once per message; a function that does not refer back to the part.
+        products: of the network for clips, see `ClipDecoder`.
 
     Attributes:
         returns: the form of what the VAE's own method returns; None until it is learnt, and from
@@ -41,15 +44,28 @@ class Part(ABC):
     methods: ClassVar[tuple[str, ...]]
     """Of the VAE; the first is the one that users call."""
 
-    def __init__(self, engine: Engine, tell: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tell: Callable[[str], None],
+        products: torch.dtype | None = None,
+    ) -> None:
         self.returns: Any = None
         self._engine = engine
         self._tell = tell
+        self._products = products
         self._frame = Following()
+        self._clip = Following()
+        # Values of the smallest clip that did not fit into memory.
+        self._too_large: int | None = None
 
     @abstractmethod
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         """The network for one frame; `returns` is known afterwards."""
+
+    @abstractmethod
+    def _fold_clip(self, vae: Any, device: torch.device) -> Any:
+        """The network for clips; `returns` is known afterwards."""
 
     @abstractmethod
     def _call(self, network: Any, x: Tensor) -> Tensor:
@@ -69,11 +85,13 @@ class Part(ABC):
 
     def _network_for(self, frames: int) -> tuple[Following, Fold]:
         """What serves so many frames; `paths.serves_fast` has said that something does."""
-        return self._frame, self._fold_frame
+        return (self._frame, self._fold_frame) if frames == 1 else (self._clip, self._fold_clip)
 
     def forget(self) -> None:
         """Fold again at the next use."""
         self._frame.forget()
+        self._clip.forget()
+        self._too_large = None
 
     def prepare(self, vae: Any) -> None:
         """Fold the network for one frame where the VAE is; what speaks against it is told."""
@@ -104,6 +122,9 @@ class Part(ABC):
             reason = seen.obstacle
             if torch.is_grad_enabled() and (x.requires_grad or seen.trainable):
                 reason = reason or "a gradient is wanted"
+        is_clip = x.shape[2] > 1
+        if reason is None and is_clip and self._is_too_large(x):
+            reason = f"clips of this size have not fitted into memory; {_REFRESH}"
         if reason is None:
             weight = getattr(vae, self.modules[0]).conv_in.weight
             moved = hasattr(vae, "_hf_hook") or self._engine.pending_fetch() is not None
@@ -114,8 +135,16 @@ class Part(ABC):
                 return self._through_network(vae, x, shape, seen), None
             except Exception as error:  # never stop a run that the VAE's own code can make
                 reason = str(error) or repr(error)
+                if is_clip and is_out_of_memory(error):
+                    # The error holds the frames of the call, and goes with this block.
+                    self._clip.forget()
+                    self._too_large = min(x.numel(), self._too_large or x.numel())
+                    reason = f"memory does not suffice for this clip ({reason}); {_REFRESH}"
         self._tell_own(reason)
         return None, reason
+
+    def _is_too_large(self, x: Tensor) -> bool:
+        return self._too_large is not None and x.numel() >= self._too_large
 
     def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
         following, fold = self._network_for(x.shape[2])
@@ -152,6 +181,15 @@ class EncoderPart(Part):
         own = bare(vae)
         network = FrameEncoder.from_vae(own, device=device, probe=False, posterior=True)
         self.returns = probe_posterior(own, network)
+        return network
+
+    def _fold_clip(self, vae: Any, device: torch.device) -> Any:
+        own = bare(vae)
+        network = ClipEncoder.from_vae(
+            own, device=device, probe=False, posterior=True, products=self._products
+        )
+        # Nine frames reach every state there is, as in `ClipEncoder`.
+        self.returns = probe_posterior(own, network, frames=9)
         return network
 
     def _call(self, network: Any, x: Tensor) -> Tensor:
@@ -199,8 +237,14 @@ class DecoderPart(Part):
 
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
-        network = FrameDecoder.from_vae(own, device=device)
-        weight = vae.decoder.conv_in.weight
+        return self._learnt(own, FrameDecoder.from_vae(own, device=device))
+
+    def _fold_clip(self, vae: Any, device: torch.device) -> Any:
+        own = bare(vae)
+        return self._learnt(own, ClipDecoder.from_vae(own, device=device, products=self._products))
+
+    def _learnt(self, own: Any, network: Any) -> Any:
+        weight = own.decoder.conv_in.weight
         out = own.decode(weight.new_zeros(1, network.z_dim, 1, 1, 1))
         self.returns = DecodeReturns.of(out, weight.dtype)
         return network

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import torch
+
 from cosmos3_fast.frames import TEMPORAL_FACTOR, latent_frames, pixel_frames
 
 Mode = Literal["exact", "fast", "off"]
@@ -21,7 +23,7 @@ class Encoding:
     """How an accelerated VAE encoded.
 
     Attributes:
-        path: "none" (nothing was wanted), "fast" (the folded 2-D encoder), "exact" (the VAE's own
+        path: "none" (nothing was wanted), "fast" (a folded encoder), "exact" (the VAE's own
             code on a prefix of the clip) or "whole" (the VAE's own code on all of it).
         pixel_frames: frames that were encoded.
         of: frames that were given.
@@ -77,6 +79,54 @@ def check_mode(mode: str, argument: str = "mode") -> Mode:
         if mode == known:
             return known
     raise ValueError(f"{argument} must be one of {', '.join(MODES)}, got {mode!r}")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the user chose for a VAE.
+
+    Attributes:
+        mode: "exact" or "fast" ("off" is no acceleration).
+        clips: whether in mode "fast" clips go through folded networks too.
+        products: dtype of the products along time of clips; None: as `ClipDecoder` has it.
+    """
+
+    mode: Mode
+    clips: bool = True
+    products: torch.dtype | None = None
+
+
+def choose(
+    mode: str,
+    clips: bool | None = None,
+    products: str | torch.dtype | None = None,
+    before: Choice | None = None,
+    clips_by_default: bool = True,
+) -> Choice:
+    """The choice of these arguments of `accelerate`.
+
+    Args:
+        mode: one of `MODES`.
+        clips: None: as `before`, or by default.
+        products: torch.float16 or "float16"; None: as `before`.
+        before: an earlier choice.
+        clips_by_default: where nothing was chosen before.
+
+    Raises:
+        ValueError: an unknown mode, or products of another dtype.
+        TypeError: `clips` is neither a bool nor None.
+    """
+    checked = check_mode(mode)
+    if clips is not None and not isinstance(clips, bool):
+        raise TypeError(f"clips must be True, False or None, got {clips!r}")
+    if products not in (None, "float16", torch.float16):
+        raise ValueError(f"products must be torch.float16, 'float16' or None, got {products!r}")
+    earlier = before or Choice(checked, clips_by_default)
+    return Choice(
+        checked,
+        earlier.clips if clips is None else clips,
+        earlier.products if products is None else torch.float16,
+    )
 
 
 def serves_fast(frames: int, clips: bool = False) -> bool:

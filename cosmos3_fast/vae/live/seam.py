@@ -34,10 +34,10 @@ from cosmos3_fast.vae.live.parts import DecoderPart, EncoderPart
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.paths import (
     Asked,
+    Choice,
     Encoding,
-    Mode,
     ask,
-    check_mode,
+    choose,
     ways_to_decode,
     ways_to_encode,
 )
@@ -57,35 +57,49 @@ def uncompiled(module: Any) -> Any:
     return getattr(module, "_orig_mod", module)
 
 
-def accelerate(vae: VAE, mode: str = "fast", engine: Engine | None = None) -> VAE:
-    """Let a VAE of the Wan family encode and decode single frames as 2-D networks.
+def accelerate(
+    vae: VAE,
+    mode: str = "fast",
+    engine: Engine | None = None,
+    *,
+    clips: bool | None = None,
+    products: str | torch.dtype | None = None,
+) -> VAE:
+    """Let a VAE of the Wan family encode and decode by 2-D networks.
 
-    With "fast", `encode` of one frame and `decode` of one latent frame go through networks folded
-    from the VAE's weights; their results have the VAE's own types, on its own scale, mean and
-    log-variance. With "exact", all of it stays the VAE's own code, on fewer frames where
-    `wanted_frames` says that fewer are used. Anything else is the VAE's own code, bit for bit.
+    With "fast", `encode` and `decode` of one frame go through networks folded from the VAE's
+    weights, and those of clips through networks that are made at the first clip; their results have
+    the VAE's own types, on its own scale, mean and log-variance. With "exact", all of it stays the
+    VAE's own code, on fewer frames where `wanted_frames` says that fewer are used. Anything else is
+    the VAE's own code, bit for bit.
 
     Changes of the weights are followed, but for those that leave no trace: writes through `.data`,
     or into tensors made in inference mode. After these `refresh` is to be called. Forward hooks,
     parametrisations, compiled parts, tiling at sizes that exceed a tile, autocast, a gradient that
-    is wanted, weights that are offloaded or stored in 8 bits: the VAE's own code runs, and one
-    warning says why. Calls inside `torch.compile` are the VAE's own.
+    is wanted, weights that are offloaded or stored in 8 bits, memory that does not suffice for a
+    clip: the VAE's own code runs, and one warning says why. Calls inside `torch.compile` are the
+    VAE's own.
 
     Args:
         vae: diffusers' AutoencoderKLWan or AutoencoderKLQwenImage, or another with the same
             structure. Changed in place; folding neither moves it nor draws random numbers.
         mode: "fast", "exact" or "off" (as `restore`). Called again it changes the mode.
         engine: what surrounds the VAE; None: as before, and at first nothing.
+        clips: whether clips too go through folded networks; None: as before, and at first as the
+            engine has it, True for a VAE by itself. They cost memory: `ClipDecoder` has the sizes.
+        products: torch.float16 or "float16": dtype of the products along time of clips, for a
+            float32 VAE, which on a GPU halves their time (`ClipDecoder` says what it costs); None:
+            as before, and at first the VAE's dtype (in bfloat16 they are float16 in any case).
 
     Returns:
         `vae` itself.
 
     Raises:
-        ValueError: an unknown mode.
+        ValueError: an unknown mode, or products of another dtype.
+        TypeError: `clips` is neither a bool nor None.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    checked = check_mode(mode)
-    if checked == "off":
+    if choose(mode, clips, products).mode == "off":
         return restore(vae)
     plain = uncompiled(vae)
     if not isinstance(plain, nn.Module) or not callable(getattr(plain, "encode", None)):
@@ -96,10 +110,11 @@ def accelerate(vae: VAE, mode: str = "fast", engine: Engine | None = None) -> VA
         raise UnsupportedVAEError(f"vae must have a config, got {type(plain).__name__} without")
     before = _state(plain)
     engine = engine or (before.engine if before else Engine())
-    state = Acceleration(checked, type(plain), engine)
+    choice = choose(mode, clips, products, before.choice if before else None, engine.clips)
+    state = Acceleration(choice, type(plain), engine)
     state.own_code = _locks.setdefault(plain, (before or state).own_code)
     topology = state.topology(plain)
-    if checked == "fast":
+    if choice.mode == "fast":
         for part in (state.encoder, state.decoder):
             part.prepare(plain)
     state.encoder.learn(plain, topology)
@@ -143,6 +158,12 @@ def engine_of(vae: Any) -> Engine | None:
     return state.engine if state else None
 
 
+def choice_of(vae: Any) -> Choice | None:
+    """What was chosen for an accelerated VAE; None where it is not accelerated."""
+    state = _state(uncompiled(vae))
+    return state.choice if state else None
+
+
 def last_encoding(vae: Any) -> Encoding | None:
     """How an accelerated VAE encoded latest; None before the first time."""
     state = _state(uncompiled(vae))
@@ -169,7 +190,7 @@ class Acceleration:
     """What an accelerated VAE carries.
 
     Args:
-        mode: "exact" or "fast".
+        choice: of the user.
         vae_class: whose methods are wrapped.
         engine: what surrounds the VAE.
 
@@ -180,12 +201,12 @@ class Acceleration:
         last: how the VAE encoded latest.
     """
 
-    def __init__(self, mode: Mode, vae_class: type[Any], engine: Engine) -> None:
-        self.mode = mode
+    def __init__(self, choice: Choice, vae_class: type[Any], engine: Engine) -> None:
+        self.choice = choice
         self.engine = engine
         self.tell = _teller()
-        self.encoder = EncoderPart(engine, self.tell)
-        self.decoder = DecoderPart(engine, self.tell)
+        self.encoder = EncoderPart(engine, self.tell, choice.products)
+        self.decoder = DecoderPart(engine, self.tell, choice.products)
         self.own_code = threading.RLock()
         self.last: Encoding | None = None
         self._vae_class = vae_class
@@ -193,10 +214,10 @@ class Acceleration:
         install(vae_class)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Acceleration, (self.mode, self._vae_class, self.engine)
+        return Acceleration, (self.choice, self._vae_class, self.engine)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Acceleration:
-        return Acceleration(self.mode, self._vae_class, self.engine)
+        return Acceleration(self.choice, self._vae_class, self.engine)
 
     def refresh(self) -> None:
         """Forget the networks."""
@@ -228,7 +249,7 @@ class Acceleration:
         asked = ask(given, announced())
         reason = None
         attempts = {"none": self._none, "fast": self._fast, "exact": self._exact}
-        *ways, _ = ways_to_encode(self.mode, asked)
+        *ways, _ = ways_to_encode(self.choice.mode, asked, self.choice.clips)
         for way in ways:
             attempt = attempts[way](vae, own, x, asked)
             if attempt.parameters is not None and attempt.returns is not None:
@@ -282,7 +303,7 @@ class Acceleration:
         topology = self.topology(vae)
         if z.dim() != 5 or z.shape[1] != topology.z_dim:
             return own(z)
-        if "fast" in ways_to_decode(self.mode, z.shape[2]):
+        if "fast" in ways_to_decode(self.choice.mode, z.shape[2], self.choice.clips):
             pixels, _ = self.decoder.run(vae, z, topology)
             if pixels is not None and self.decoder.returns is not None:
                 return self.decoder.returns.make(pixels, return_dict)

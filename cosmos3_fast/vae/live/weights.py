@@ -18,6 +18,9 @@ Fold = Callable[[Any, torch.device], Any]
 """`fold(vae, device)`: a network."""
 Traces = list[tuple[Any, Any, Any]]
 
+# What torch and the libraries below it say where the exception's class does not.
+_NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -70,6 +73,7 @@ class Following:
 
         Raises:
             UnsupportedVAEError: the part cannot be folded as it is.
+            MemoryError, RuntimeError: memory does not suffice.
         """
         now = self._snapshot
         if now is None or not _serves(now, seen, device):
@@ -111,8 +115,18 @@ def _folded(fold: Fold, vae: Any, seen: Survey, device: torch.device) -> Snapsho
             torch.device("cpu"),
         ):
             return Snapshot(fold(vae, device), traces)
-    except UnsupportedVAEError as error:
-        return Snapshot(None, traces, str(error))
+    except Exception as error:
+        if is_out_of_memory(error):  # which says nothing about these weights
+            raise
+        return Snapshot(None, traces, str(error) or repr(error))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether it says that memory could not be had, of the host or of a device."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _NO_MEMORY)
 
 
 def _serves(snapshot: Snapshot, seen: Survey, device: torch.device) -> bool:

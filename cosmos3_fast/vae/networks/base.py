@@ -91,6 +91,11 @@ class FoldedNetwork(nn.Module):
         """Of the parameters and of the result."""
         return self.get_submodule("conv_in").get_parameter("weight").device
 
+    @property
+    def roundings(self) -> tuple[torch.dtype, ...]:
+        """The dtypes to which it rounds on the way: its own, and that of products along time."""
+        return (self.dtype,) if self._temporal is None else (self.dtype, self._temporal.dtype)
+
     @classmethod
     def from_vae(
         cls,

@@ -104,7 +104,7 @@ def test_events_beside_many_calls(vae: Any) -> None:
 @pytest.fixture
 def paused(vae: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A thread in the middle of the exact encode of a clip's first two latent frames of three."""
-    accelerate(vae)
+    accelerate(vae, clips=False)
     inside, go_on = threading.Event(), threading.Event()
     encode = type(vae)._encode
 
