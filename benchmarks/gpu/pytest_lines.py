@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         gpu = [item for item in each if item.get_closest_marker("gpu")]
         each[:] = random.Random(name).sample(gpu, min(most, len(gpu)))
     kept = {id(item) for each in cases.values() for item in each}
+    config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
 
 
