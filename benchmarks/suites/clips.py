@@ -1,9 +1,14 @@
-"""A clip to pixels and to latents: the 3-D VAE, the same channels-last, direct taps, and blocks."""
+"""A clip to pixels and to latents: the 3-D VAE, the same channels-last, direct taps, and blocks.
+
+Where the package fastvae is installed, its decoder is a row too.
+"""
 
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Callable, Iterator
+from importlib import util
 
 import torch
 from torch import Tensor
@@ -52,6 +57,9 @@ def clips(
                     DIRECT: lambda d=taps, z=z: d.decode_unnormalized(z),
                     OURS: lambda d=decoder, z=z: d.decode_unnormalized(z),
                 }
+                if util.find_spec("fastvae"):
+                    fast = importlib.import_module("fastvae").FastVAEDecoder.from_vae(vae)
+                    paths["fastvae"] = lambda d=fast, z=z: d.decode(z)
             else:
                 encoder = ClipEncoder.from_vae(vae)
                 x = seeded_clip(3, frames, size, 1, torch_dtype).clamp(-1, 1)
