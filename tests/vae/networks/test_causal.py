@@ -211,6 +211,13 @@ def test_float16_products_at_their_bound(dtype: torch.dtype, gamma: float | None
             )
             product = F.conv2d(transformed[None], kernels[j], padding=1) * 2.0**exponent
             assert largest(made.parts[j].double() - product) <= 2e-3 * largest(product)
+            # And their sums, scaled back.
+            scales = 2.0 ** -conv.exponents.double()
+            terms = torch.stack([part[0].double() for part in made.parts])
+            inverse = torch.tensor(cook_toom(conv.temporal.block).inverse, dtype=torch.float64)
+            sums = torch.einsum("ij,jchw->ichw", inverse * scales, terms)
+            sums += conv.bias.double().view(-1, 1, 1)
+            assert largest(made.total().double() - sums) <= torch.finfo(dtype).eps * largest(sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

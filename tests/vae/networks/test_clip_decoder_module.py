@@ -316,6 +316,23 @@ def test_a_finished_call_keeps_nothing(
     assert alive(remembered) == 0
 
 
+@pytest.mark.parametrize("direct", [False, True])
+def test_what_is_remembered_does_not_grow(
+    direct: bool, remembered: list[weakref.ref[Tensor]]
+) -> None:
+    """Two frames of each convolution, and no storage of more."""
+    stream = build(direct=direct).stream()
+    sizes = []
+    for frames in (2, 9, 1, 16):
+        stream.push(tiny_clip(25, 1, frames, 2, 2))
+        held = [past for past in (ref() for ref in remembered) if past is not None]
+        assert all(past.shape[0] <= 2 for past in held)
+        sizes.append(sum(past.untyped_storage().nbytes() for past in held))
+        assert sizes[-1] == sum(past.numel() * past.element_size() for past in held)
+        held.clear()
+    assert len(set(sizes)) == 1
+
+
 def test_an_abandoned_iterator_keeps_nothing(
     decoder: ClipDecoder, remembered: list[weakref.ref[Tensor]]
 ) -> None:

@@ -17,6 +17,8 @@ from encoder_cases import RESIDUAL, TINY_CLIP, WAN21, WAN21_ATTENTION, clip
 from cosmos3_fast.vae import ClipEncoder, FrameEncoder
 from cosmos3_fast.vae.checkpoint.reading import CheckpointError
 from cosmos3_fast.vae.fold import side_by_side
+from cosmos3_fast.vae.networks import layers
+from cosmos3_fast.vae.networks.causal import Sum
 from cosmos3_fast.vae.networks.layers import add_pair_average
 from cosmos3_fast.vae.synthetic import (
     synthetic_state_dict,
@@ -214,6 +216,34 @@ def test_another_dtype_is_folded_anew(dtype: torch.dtype) -> None:
         with pytest.raises(TypeError, match=message):
             convert()
     assert torch.equal(encoder(pixels), wanted)
+
+
+def test_parts_of_large_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four frames at a time where they are large: the same but for the order of sums."""
+    encoder = build()
+    pixels = clip(13, 2, 21, 16, 24, torch.float32)
+    whole = encoder(pixels)
+    seen: list[int] = []
+    encoder.stages[0].register_forward_pre_hook(
+        lambda stage, args: (
+            seen.append(args[0].products(args[1]).frames)
+            if isinstance(args[0], Sum)
+            else seen.append(args[0].frames)
+        )
+    )
+    monkeypatch.setattr(layers, "_PIXELS_AT_ONCE", 1)
+    assert relative_error(encoder(pixels), whole) <= FLOAT32_BOUND
+    assert seen == [1, *[4] * 5]
+
+
+def test_autocast_changes_nothing() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        encoder = build(dtype=dtype)
+        pixels = clip(14, 1, 5, 16, 24, dtype)
+        wanted = encoder(pixels)
+        for half in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", half):
+                assert torch.equal(encoder(pixels), wanted)
 
 
 def test_first_shares_its_parameters() -> None:
