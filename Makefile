@@ -150,8 +150,8 @@ test-bulk: .venv-bulk/stamp
 bench-bulk: .venv-bulk/stamp $(VENV)/package.stamp
 	.venv-bulk/bin/python -m benchmarks.run --full --suites bulk,bulk_memory --out out/bench-bulk
 
-## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried;
-##                   PYTHONS="/path/to/python ..." for others
+## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried,
+##                   with CUDA kernels where nvcc is found; PYTHONS="/path/to/python ..." for others
 wheels: $(VENV)/torch.stamp
 	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons $(PYTHONS))
 

@@ -73,6 +73,8 @@ KINDS = {
     "aten::cat": OTHERS,
     "aten::stack": OTHERS,
     "aten::mul.Tensor": OTHERS,
+    "aten::mul.out": OTHERS,
+    "aten::zero_": OTHERS,
     "aten::zeros_like": OTHERS,
     "cosmos3::pack_pixels": OTHERS,
     "cosmos3::unpack_pixels": OTHERS,

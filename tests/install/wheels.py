@@ -1,12 +1,15 @@
 """Build a wheel for each CPython that is found, check what it needs, and use it: `make wheels`.
 
 Each is built and, in an environment that holds torch and nothing of this tree, installed and tried.
-auditwheel leaves torch's own libraries out and states the oldest glibc.
+auditwheel leaves torch's own libraries out and states the oldest glibc. Where nvcc is found, the
+CUDA kernels are in it (COSMOS3_FAST_CUDA=0 leaves them out): the CUDA runtime is linked statically,
+so that one wheel serves a torch with CUDA and one without, which is what it is tried on.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -25,7 +28,11 @@ condition = torch.randn(1, 4, 1, 6, 7)
 latents, mask = torch.ops.cosmos3.prepare_latents(condition, noise, [0])
 assert torch.equal(latents[:, :, 0], condition[:, :, 0])
 assert mask.flatten().tolist() == [0, 1, 1, 1, 1]
-print(cosmos3_fast.__file__)
+from cosmos3_fast._build_info import build_info
+cuda, architectures = (build_info()[name] for name in ("cuda", "cuda_architectures"))
+has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+assert has_kernel("cosmos3::prepare_latents", "CUDA") == bool(cuda)
+print(f"CUDA {cuda} for {architectures}" if cuda else "CPU kernels only")
 """
 
 
@@ -43,8 +50,9 @@ def main() -> int:
         if python is None:
             print(f"CPython {version}: not found")
             continue
-        wheel = build(python, args.torch, args.out)
-        print(f"CPython {version}: {wheel.name}", flush=True)
+        wheel, kernels = build(python, args.torch, args.out)
+        size = wheel.stat().st_size / 1e6
+        print(f"CPython {version}: {wheel.name}, {size:.1f} MB, {kernels}", flush=True)
         made.append(wheel)
     return 0 if made else 1
 
@@ -61,8 +69,16 @@ def interpreter(version: str) -> str | None:
     return None
 
 
-def build(python: str, torch: str, out: Path) -> Path:
-    """A wheel in `out` that has been installed and tried.
+def build_options() -> dict[str, str]:
+    """The environment of a build: CUDA kernels wherever they can be compiled, or what was asked."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = Path(home, "bin", "nvcc").is_file() if home else shutil.which("nvcc") is not None
+    asked = {"COSMOS3_FAST_CUDA": "1" if nvcc else "0"} | os.environ
+    return {**asked, "COSMOS3_FAST_BUILD": "require"}
+
+
+def build(python: str, torch: str, out: Path) -> tuple[Path, str]:
+    """A wheel in `out` that has been installed and tried, and which kernels it has.
 
     Raises:
         subprocess.CalledProcessError: a step failed; its output has been shown.
@@ -76,7 +92,8 @@ def build(python: str, torch: str, out: Path) -> Path:
         source = place / "source"
         ignored = shutil.ignore_patterns(".*", "build", "dist", "out", "*.so", "*.egg-info")
         shutil.copytree(ROOT, source, ignore=ignored)
-        run([*pip_wheel, "--wheel-dir", str(place / "raw"), str(source)])
+        raw_wheel = [*pip_wheel, "--wheel-dir", str(place / "raw"), str(source)]
+        run(raw_wheel, env=build_options())
         (raw,) = (place / "raw").glob("*.whl")
         excluded = [part for name in TORCH_LIBRARIES for part in ("--exclude", name)]
         search = f"{place / 'build' / 'bin'}:/usr/bin:/bin"
@@ -97,9 +114,9 @@ def build(python: str, torch: str, out: Path) -> Path:
         (wheel,) = repaired.glob("*.whl")
         clean = environment(python, place / "clean", torch)
         run([clean, "-m", "pip", "install", "--quiet", str(wheel)])
-        run([clean, "-c", SMOKE_TEST], cwd=place)
+        tried = run([clean, "-c", SMOKE_TEST], cwd=place)
         out.mkdir(parents=True, exist_ok=True)
-        return Path(shutil.copy(wheel, out))
+        return Path(shutil.copy(wheel, out)), tried.stdout.splitlines()[-1]
 
 
 def environment(python: str, folder: Path, *packages: str) -> str:

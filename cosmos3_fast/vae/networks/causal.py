@@ -32,6 +32,7 @@ from cosmos3_fast.ops import (
     winograd_conv3x3,
     winograd_pack,
 )
+from cosmos3_fast.ops.registry import is_differentiated
 from cosmos3_fast.ops.winograd import same_bits
 
 TAPS = 3
@@ -394,8 +395,11 @@ class CausalConv(WinogradConv):
         else:
             activated = norm(terms)
         if memory is not None:
-            frame = activated.to(self.earlier.dtype)
-            memory.keep(self, torch.stack([torch.zeros_like(frame), frame]))
+            shape, dtype = (2, *activated.movedim(1, -1).shape), self.earlier.dtype
+            past = activated.new_empty(shape, dtype=dtype).movedim(-1, 2)
+            past[0].zero_()
+            past[1].copy_(activated)
+            memory.keep(self, past)
         return total, self.deferred(activated, residual)
 
     def _after_first(
@@ -442,4 +446,8 @@ class CausalConv(WinogradConv):
         exponent, dtype = self._exponents[-1], self.earlier.dtype
         if self.weight.dtype == dtype and exponent == 0:
             return self.weight
-        return (self.weight * 2.0**exponent).to(dtype)
+        scale = 2.0**exponent
+        if torch.compiler.is_compiling() or is_differentiated(self.weight):
+            return (self.weight * scale).to(dtype)
+        # In one launch: a power of two rounds nothing before the dtype does.
+        return torch.mul(self.weight, scale, out=torch.empty_like(self.weight, dtype=dtype))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -22,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cosmos3_fast.latents import LatentPreparation
 from cosmos3_fast.vae import FrameDecoder, FrameEncoder
+from cosmos3_fast.vae.networks import graphs
 from cosmos3_fast.vae.networks.graphs import Graphs
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_state_dict
 
@@ -244,6 +246,70 @@ def test_capture_and_release(encoder: FrameEncoder) -> None:
     assert torch.equal(encoder(pixels()), wanted)
     with pytest.raises(ValueError, match="keep must be"):
         encoder.capture(0)
+
+
+class NoDevice:
+    """What `CudaGraph` asks of torch.cuda, written down; a replay does what was captured."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.log: list[str] = []
+        self.replayed: Callable[[], object] = lambda: None
+        for name in ("wait_stream", "wait_event", "record"):
+            setattr(self, name, lambda *_, name=name: self.log.append(name))
+        patch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        patch.setattr(torch.cuda, "current_stream", lambda: self)
+        patch.setattr(torch.cuda, "CUDAGraph", lambda: self)
+        patch.setattr(graphs, "_own_stream", lambda _: self)
+        patch.setattr(Tensor, "record_stream", lambda *_: self.log.append("record_stream"))
+
+    def record_event(self) -> NoDevice:
+        self.log.append("record")
+        return self
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        assert capture_error_mode == "thread_local"  # others go on calling CUDA meanwhile
+        self.log.append("begin")
+
+    def capture_end(self) -> None:
+        self.log.append("end")
+
+    def replay(self) -> None:
+        self.log.append("replay")
+        self.replayed()
+
+
+def test_the_order_of_a_capture_and_a_replay(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = NoDevice(monkeypatch)
+
+    def run(x: Tensor) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert not x.is_inference()
+        device.log.append("run")
+        return x + 1
+
+    with torch.inference_mode():
+        graph = graphs.CudaGraph(run, torch.zeros(2))
+    capture = ["wait_stream", "run", "begin", "run", "end", "wait_stream", "record"]
+    assert device.log == capture
+    device.log.clear()
+    device.replayed = lambda: graph._result.copy_(graph._given + 1)
+    with torch.inference_mode():
+        first = graph(torch.ones(2))
+    second = graph(torch.full((2,), 2.0))
+    assert (first.tolist(), second.tolist()) == ([2.0, 2.0], [3.0, 3.0])
+    assert device.log == ["wait_event", "record_stream", "replay", "record"] * 2
+
+    def fails(x: Tensor) -> Tensor:
+        if device.log[-1] == "begin":
+            raise torch.OutOfMemoryError
+        return x
+
+    device.log.clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs.CudaGraph(fails, torch.zeros(2))
+    assert device.log == ["wait_stream", "begin", "end"]
+    graphs.CudaGraph(run, torch.zeros(2))  # nothing is held
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16) -> FrameEncoder:
