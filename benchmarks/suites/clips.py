@@ -38,17 +38,20 @@ def clips(
     dtypes: tuple[str, ...] = ("float32",),
     base_dim: int | None = None,
     only: tuple[str, ...] = ("decode", "encode"),
+    others: bool = True,
 ) -> Iterator[Row]:
+    """Rows of the VAE and ours and, with `others`, of what lies between."""
     config = synthetic.synthetic_config(vae_config(base_dim), 0)
     for dtype in dtypes:
         torch_dtype = DTYPES[dtype]
         vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0, None), torch_dtype)
-        last = channels_last(vae)
+        last = channels_last(vae) if others else None
         for what in only:
             paths: dict[str, Callable[[], Tensor]]
             baseline = f"vae.{what} of {frames} frames"
             if what == "decode":
-                decoder, taps = ClipDecoder.from_vae(vae), ClipDecoder.from_vae(vae, direct=True)
+                decoder = ClipDecoder.from_vae(vae)
+                taps = ClipDecoder.from_vae(vae, direct=True) if others else None
                 count = latent_frames(frames)
                 z = seeded_clip(config["z_dim"], count, size, 16, torch_dtype)
                 paths = {
@@ -68,6 +71,8 @@ def clips(
                     CHANNELS_LAST: lambda v=last, x=x: encode_exact(v, x),
                     OURS: lambda e=encoder, x=x: e(x),
                 }
+            if not others:
+                paths = {path: paths[path] for path in (baseline, OURS)}
             name = f"{what} {size}, {frames} frames"
             say(f"clips: {name} {dtype}: correctness gate ...")
             exact = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import pickle
-import zipfile
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -156,7 +155,7 @@ def _read(args: argparse.Namespace, frame: int | None) -> Latents:
         path = _shard(path, args.key)
     elif not path.is_file():
         raise UserError(f"{args.latents!r} is no file")
-    if path.suffix.lower() in (".pt", ".pth") or zipfile.is_zipfile(path):
+    if path.suffix.lower() in (".pt", ".pth") or _begins_as_zip(path):
         return _read_torch(args, frame)
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
@@ -184,6 +183,12 @@ def _read(args: argparse.Namespace, frame: int | None) -> Latents:
     return _latents(
         args, values, label, True, f"as `{writer}` writes them" if known else None, batch
     )
+
+
+def _begins_as_zip(path: Path) -> bool:
+    """As `torch.save` writes."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
 
 
 def _read_torch(args: argparse.Namespace, frame: int | None) -> Latents:

@@ -37,7 +37,8 @@ def save_video(
     Args:
         decoder: a `ClipDecoder`; a `FrameDecoder` for one latent frame; a live VAE, of which such
             a decoder is made (each time: to save several videos, make it once with
-            `ClipDecoder.from_vae(vae)`); or a checkpoint as `ClipDecoder.from_pretrained` takes it,
+            `ClipDecoder.from_vae(vae)`), on the latents' device where the VAE is on a CPU; or a
+            checkpoint as `ClipDecoder.from_pretrained` takes it,
             on the latents' device, in float32 on a CPU and bfloat16 elsewhere.
         latents: [1, z, T, h, w] as a pipeline gives them with `output_type="latent"`, or
             [z, T, h, w] as in `bulk.LatentDataset`; floating point, finite, on any device. They are
@@ -89,7 +90,9 @@ def _network(given: Any, latents: Tensor) -> Decoder:
         )
     source, clips = VaeSource(given), latents.shape[2] > 1
     if source.checkpoint is None:
-        return (ClipDecoder if clips else FrameDecoder).from_vae(given)
+        network = (ClipDecoder if clips else FrameDecoder).from_vae(given)
+        # A pipeline that offloads has its VAE on the CPU when it gives latents.
+        return network.to(latents.device) if network.device.type == "cpu" else network
     return source.decoder(compute_dtype(None, latents.device), latents.device, clips)
 
 

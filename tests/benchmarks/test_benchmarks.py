@@ -109,12 +109,19 @@ def test_a_wrong_path_ends_the_run_with_nothing_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_demo_makes_latents_and_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_demo_makes_latents_and_compares(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     for name, value in {"HEIGHT": 32, "WIDTH": 48, "NUM_FRAMES": 5, "DECODED": "64x96"}.items():
         monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(demo, "CLIP", "32x48")
+    monkeypatch.setattr(demo, "CLIP_WIDTH", 16)
     narrow = {**cases.COSMOS3_VAE_CONFIG, "base_dim": 16, "decoder_base_dim": 16}
     monkeypatch.setattr(cases, "COSMOS3_VAE_CONFIG", narrow)
     assert demo.main(["--out", str(tmp_path), "--rounds", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "Two latent frames to 5 frames of a clip" in shown
+    assert "vae.decode of 5 frames" in shown
     assert {path.name for path in tmp_path.iterdir()} == {"latents.safetensors", "preview.png"}
 
 

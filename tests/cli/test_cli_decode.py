@@ -193,6 +193,9 @@ def test_all_frames_become_pictures(vae: Path, tmp_path: Path, capsys: pytest.Ca
     assert f"{tmp_path / 'frames'}: 9 pictures of 96x64\n" in told.out
     assert "latents taken as normalized, by default (--scale)" in told.out
     assert "decoding 9 frames ..." in told.err
+    save_file({"latents": latents}, file, {"cosmos3_fast": "0"})
+    assert run("decode", file, "--vae", vae, "--out", tmp_path / "again") == 0
+    assert "latents taken as normalized, as `prepare` writes them" in capsys.readouterr().out
 
 
 def test_all_frames_become_a_video(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

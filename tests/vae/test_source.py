@@ -41,6 +41,13 @@ def test_every_form_gives_the_same_networks(folder: Path):
     wanted = VaeSource(live).decoder(torch.float32, CPU)(latents)
     assert isinstance(VaeSource(folder).decoder(torch.float32, CPU), FrameDecoder)
     assert torch.equal(VaeSource(folder).decoder(torch.float32, CPU)(latents), wanted)
+    clip_latents = torch.randn(1, 4, 3, 2, 3)
+    videos = [
+        VaeSource(vae).decoder(torch.float32, CPU, clips=True)(clip_latents)
+        for vae in (folder, live)
+    ]
+    assert videos[0].shape[2] == 9
+    assert torch.equal(*videos)
 
 
 @pytest.mark.parametrize("clips", [False, True])
