@@ -18,10 +18,17 @@ from cosmos3_fast.cli.options import (
     step,
     vae_of,
 )
+from cosmos3_fast.frames import is_whole
 from cosmos3_fast.images.load import load_pixels
-from cosmos3_fast.vae import FrameDecoder, FrameEncoder
+from cosmos3_fast.vae import ClipDecoder, ClipEncoder, FrameDecoder, FrameEncoder
 from cosmos3_fast.vae.live.exact import decode_sample, denormalize_latents, encode_exact
-from cosmos3_fast.vae.verify import FLOAT32_BOUND, Comparison, compare, peak_signal_to_noise
+from cosmos3_fast.vae.verify import (
+    FLOAT32_BOUND,
+    Comparison,
+    compare,
+    compare_changes,
+    peak_signal_to_noise,
+)
 
 
 def add_verify(commands: Any) -> None:
@@ -29,12 +36,20 @@ def add_verify(commands: Any) -> None:
     parser = commands.add_parser(
         "verify",
         help="compare the folded networks with the VAE on this machine",
-        description="Encode one image, and decode it again, with the folded networks and with "
-        f"diffusers' VAE. float32: the largest difference must be within {FLOAT32_BOUND:g} of the "
-        "largest value. bfloat16, float16: the error (rms) against a float64 run of the same "
+        description="Encode one image or clip, and decode it again, with the folded networks and "
+        f"with diffusers' VAE. float32: the largest difference must be within {FLOAT32_BOUND:g} of "
+        "the largest value. bfloat16, float16: the error (rms) against a float64 run of the same "
         "weights must not exceed the VAE's own. Ends with the PSNR of the round trip.",
     )
     parser.add_argument("--image", metavar="IMAGE", help="an image file (default: seeded noise)")
+    parser.add_argument(
+        "--frames",
+        type=int,
+        default=1,
+        metavar="N",
+        help="1 + 4k frames: more than one are a clip, the picture moved along; its frames and how "
+        "they change from one to the next are compared (default 1)",
+    )
     parser.add_argument(
         "--dtypes",
         type=lambda text: [dtype_option(part) for part in text.split(",")],
@@ -55,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         generator = torch.Generator().manual_seed(0)
         pixels = torch.rand(1, 3, height, width, generator=generator) * 2 - 1
+    if args.frames < 1 or not is_whole(args.frames):
+        raise UserError(f"--frames must be 1 + 4k, got {args.frames}")
+    clip = torch.stack([pixels.roll(2 * i, -1) for i in range(args.frames)], 2)
+    is_clip = args.frames > 1
     source = vae_of(args.vae)
     rows: list[tuple[str, Comparison]] = []
     psnr: dict[str, float] = {}
@@ -66,29 +85,31 @@ def run(args: argparse.Namespace) -> int:
         name = dtype_name(dtype)
         with step(f"{name}: loading the VAE and folding it"):
             vae = source.live(dtype, args.device, decodes=True)
-            encoder = FrameEncoder.from_vae(vae, dtype=dtype)
-            decoder = FrameDecoder.from_vae(vae, dtype=dtype)
+            encoder = (ClipEncoder if is_clip else FrameEncoder).from_vae(vae, dtype=dtype)
+            decoder = (ClipDecoder if is_clip else FrameDecoder).from_vae(vae, dtype=dtype)
         factor = encoder.spatial_factor
         if height % factor or width % factor:
             raise UserError(f"--size must be multiples of {factor}, got {height}x{width}")
-        rounded = pixels.to(args.device, dtype)
+        rounded = clip.to(args.device, dtype)
         with step(f"{name}: folded encoder and decoder"):
             fast = encoder(rounded)
             # Both sides decode what the VAE's own decode is given.
             own_scale = denormalize_latents(fast, vae.config)
             picture = decoder.decode_unnormalized(own_scale)
         with step(f"{name}: the VAE's encoder and decoder"):
-            latents = encode_exact(vae, rounded[:, :, None])
+            latents = encode_exact(vae, rounded)
             reference = decode_sample(vae, own_scale)
-        psnr[name] = peak_signal_to_noise(picture[:, :, 0], pixels.to(args.device))
+        psnr[name] = peak_signal_to_noise(picture, clip.to(args.device))
         exact_latents = exact_picture = None
         if dtype != torch.float32:
             with step(f"{name}: the VAE in float64"):
                 vae = vae.double()
-                exact_latents = encode_exact(vae, rounded[:, :, None].double())
+                exact_latents = encode_exact(vae, rounded.double())
                 exact_picture = decode_sample(vae, own_scale.double())
         rows.append(("encoder", compare(fast, latents, exact_latents)))
         rows.append(("decoder", compare(picture, reference, exact_picture)))
+        if is_clip:
+            rows.append(("decoder", compare_changes(picture, reference, exact_picture)))
     print(f"folded networks against diffusers' VAE, {height}x{width}, {args.device}, VAE: {source}")
     print(f"{'network':<9}{'dtype':<10}{'measure':<28}{'ours':>11}{'bound':>11}{'ratio':>8}")
     for network, row in rows:

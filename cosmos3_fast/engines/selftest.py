@@ -94,11 +94,12 @@ def _compare(
     # The latents of a float32 VAE are rounded to 16 bits in most engines.
     rounding = FLOAT32_BOUND + 2.0**-8 if dtype == torch.float32 else _HALF_BOUND
     own = [_counted(case, vae) for case in cases]
-    decodes = choice.mode == "fast" and choice.clips
-    pixels = _decoded(vae, dtype) if decodes else None
+    pixels = _decoded(vae, dtype) if choice.mode == "fast" and choice.clips else None
     accelerate(vae, choice.mode, engine, clips=choice.clips, products=choice.products)
     try:
-        if decodes:
+        if pixels is not None:
+            # The networks for clips are made at the first, by comparison with the VAE's own code.
+            vae.encode(pixels.new_zeros(1, 3, 5, *pixels.shape[3:]).to(dtype))
             reason = difference(_decoded(vae, dtype), pixels, rounding, "a decoded clip")
             with frames_through(vae.decoder.conv_in) as own_frames:
                 _decoded(vae, dtype)  # the network is there by now

@@ -72,6 +72,26 @@ class Comparison:
         return math.isfinite(self.error) and self.error <= self.bound
 
 
+def compare_changes(ours: Tensor, vae: Tensor, exact: Tensor | None = None) -> Comparison:
+    """Judge how a clip changes from frame to frame, where an error shows as flicker.
+
+    Args:
+        ours, vae, exact: as for `compare`, [B, C, T, H, W] with T > 1. float32 and float64 may be
+            off by twice `FLOAT32_BOUND` of the VAE's largest value, as two frames' errors add up.
+
+    Raises:
+        ValueError: as `compare`.
+    """
+    whole = compare(ours, vae, exact)
+    if exact is None:
+        scale = largest(vae) or 1.0
+        error = largest((ours.double() - vae.double()).diff(dim=2)) / scale
+        return Comparison(whole.dtype, "max of changes by frame", error, 2 * FLOAT32_BOUND)
+    scale = rms(exact)
+    errors = (rms((each.double() - exact.double()).diff(dim=2)) / scale for each in (ours, vae))
+    return Comparison(whole.dtype, "rms of changes by frame", *errors)
+
+
 def compare(ours: Tensor, vae: Tensor, exact: Tensor | None = None) -> Comparison:
     """Judge a folded network's result by the rule of its dtype.
 

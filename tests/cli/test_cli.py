@@ -258,6 +258,16 @@ def test_verify(run):
     assert "float16 is left out" in err
 
 
+def test_verify_of_a_clip(run):
+    args = ("verify", "--size", "32x48", "--dtypes", "fp32,bf16", "--frames")
+    status, out, err = run(*args, "5")
+    assert status == 0, out + err
+    assert out.count("of changes by frame") == 2
+    assert "round trip in bfloat16: PSNR" in out
+    status, _, err = run(*args, "4")
+    assert (status, err.splitlines()[-1]) == (2, "error: --frames must be 1 + 4k, got 4")
+
+
 def test_verify_fails_out_of_bounds(run, monkeypatch):
     pytest.importorskip("diffusers")
     forward = FrameEncoder.forward

@@ -20,6 +20,7 @@ from vllm_omni.diffusion.models.cosmos3.pipeline_cosmos3 import Cosmos3OmniDiffu
 from cosmos3_fast.engines import releases, selftest
 from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.vae.live.patch import hooked
+from cosmos3_fast.vae.live.paths import Choice
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_config, synthetic_vae
 
 EnginePipeline = Cosmos3OmniDiffusersPipeline
@@ -160,8 +161,8 @@ class _Announcing(EnginePipeline):
         _prepare_latents_i2v = hooked(adapter._announcing)(EnginePipeline._prepare_latents_i2v)
 
 
-def make_fast(vae: Any, dtype: torch.dtype | None = None) -> Any:
+def make_fast(vae: Any, dtype: torch.dtype | None = None, clips: bool = False) -> Any:
     """A pipeline whose VAE was accelerated where the engine loaded it."""
     pipeline = make_pipeline(_Announcing, vae, dtype)
-    adapter._adopt(pipeline, "fast")
+    adapter._adopt(pipeline, Choice("fast", clips))
     return pipeline

@@ -165,9 +165,9 @@ def patched(mode: str) -> Iterator[None]:
     before = {name: vars(Cosmos3LatentPreparationStage).get(name) for name in HOOKED}
     accelerate, seen = seam.accelerate, []
 
-    def remembering(vae: Any, *args: Any) -> Any:
+    def remembering(vae: Any, *args: Any, **kwargs: Any) -> Any:
         seen.append(vae)
-        return accelerate(vae, *args)
+        return accelerate(vae, *args, **kwargs)
 
     seam.accelerate = remembering
     os.environ["COSMOS3_FAST"] = mode

@@ -11,6 +11,7 @@ from cosmos3_fast.vae.verify import (
     FLOAT32_BOUND,
     Comparison,
     compare,
+    compare_changes,
     largest,
     relative_error,
     rms,
@@ -84,3 +85,17 @@ def test_16_bits_are_held_to_the_vae_s_own_error(dtype: torch.dtype):
 def test_an_error_equal_to_its_bound_passes():
     assert Comparison("float32", "error", 0.5, 0.5).passed
     assert not Comparison("float32", "error", math.nan, math.inf).passed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_flicker_is_seen_where_an_error_that_stays_is_not(dtype: torch.dtype):
+    exact = torch.ones(1, 1, 4, 1, 1, dtype=torch.float64)
+    vae = exact.to(dtype)
+    steady = vae + FLOAT32_BOUND / 2 if dtype == torch.float32 else vae + 0.25
+    flickering = vae.clone()
+    flickering[:, :, 1::2] += 0.25
+    given = None if dtype == torch.float32 else exact
+    assert compare_changes(steady, vae, given).passed
+    assert not compare_changes(flickering, vae, given).passed
+    with pytest.raises(ValueError, match=r"exact must be|ours must have"):
+        compare_changes(vae[:, :, :2], vae)

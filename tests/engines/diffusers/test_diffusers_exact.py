@@ -26,6 +26,11 @@ from cosmos3_fast.vae.live.exact import encode_exact
 DTYPES = [torch.float32, torch.bfloat16]
 
 
+def fold_clips(pipe: Any) -> None:
+    """Made at the first clip, which goes through the VAE's own encoder once, to be compared."""
+    pipe.vae.encode(torch.zeros(1, 3, 5, 16, 16, dtype=pipe.vae.dtype))
+
+
 def skip_slow(pipe: Any, case: str) -> None:
     """Where a processor has no bfloat16 instructions, an action takes a minute."""
     if pipe.vae.dtype == torch.bfloat16 and case in ACTIONS[1:]:
@@ -86,31 +91,57 @@ def test_exact_with_more_threads(pipe: Any, case: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("case", list(NEEDED))
-def test_fast_leaves_single_frames_to_the_folded_encoder(pipe: Any, case: str) -> None:
+def test_fast_leaves_frames_and_clips_to_the_folded_networks(pipe: Any, case: str) -> None:
     skip_slow(pipe, case)
     inputs = make_inputs(case, 64)
     plain = generate(pipe, inputs)
     accelerate(pipe, "fast")
+    wanted = (NEEDED[case] + 3) // 4
+    if wanted > 1:
+        fold_clips(pipe)
     ours = generate(pipe, inputs)
 
     encoding = last_encoding(pipe)
     assert encoding is not None
-    if NEEDED[case] == 1:
-        assert encoding.path == "fast"
-        assert ours.frames == 0
-        # fp32: DESIGN's bound; bf16 has a test of its own against fp64.
-        bound = 1e-5 if pipe.vae.dtype == torch.float32 else 2**-5
-        assert not torch.equal(ours.start, plain.start)
-        assert (ours.start - plain.start).abs().max() <= bound * plain.start[:, :, 0].abs().max()
-        assert torch.equal(ours.start[:, :, 1:], plain.start[:, :, 1:])
-    else:
-        assert torch.equal(ours.start, plain.start)
-        assert ours.frames == NEEDED[case]
-        # One latent frame is decoded by the folded decoder, everything else by the VAE.
-        if case != "t2i":
-            assert ours.same_as(plain)
-        elif pipe.vae.dtype == torch.float32:
-            assert (ours.video - plain.video).abs().max() < 1 / 255
+    assert encoding.path == ("fast" if wanted else "none")
+    assert ours.frames == 0
+    # fp32: DESIGN's bound; bf16 has a test of its own against fp64.
+    bound = 1e-5 if pipe.vae.dtype == torch.float32 else 2**-5
+    assert torch.equal(ours.start, plain.start) == (wanted == 0)
+    assert (ours.start - plain.start).abs().max() <= bound * plain.start.abs().max()
+    assert torch.equal(ours.start[:, :, wanted:], plain.start[:, :, wanted:])
+    assert ours.video.shape == plain.video.shape
+    assert not torch.equal(ours.video, plain.video)
+    if pipe.vae.dtype == torch.float32:
+        assert (ours.video - plain.video).abs().max() < 1 / 255
+
+
+@pytest.mark.parametrize("case", ["i2v", "v2v"])
+def test_fast_without_clips(case: str) -> None:
+    pipe = make_pipe()
+    inputs = make_inputs(case)
+    plain = generate(pipe, inputs)
+    accelerate(pipe, clips=False)
+    ours = generate(pipe, inputs)
+    assert ours.frames == (0 if case == "i2v" else 5)
+    assert ours.same_as(plain) == (case == "v2v")
+    # A VAE that the pipeline gets later is accelerated in the same way.
+    pipe.vae = make_pipe().vae
+    again = generate(pipe, inputs)
+    assert again.same_as(ours)
+
+
+def test_clips_in_bf16_are_no_further_from_fp64_than_the_pipelines() -> None:
+    pipe = make_pipe(torch.bfloat16)
+    reference = copy.deepcopy(pipe.vae).double()
+    shape = (1, pipe.vae.config.z_dim, 3, 2, 4)
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        wanted = reference.decode(latents.double()).sample
+        own = pipe.vae.decode(latents).sample.double()
+        ours = accelerate(pipe).vae.decode(latents).sample.double()
+    assert not torch.equal(ours, own)
+    assert (ours - wanted).square().mean() <= (own - wanted).square().mean()
 
 
 def test_fast_in_bf16_is_no_further_from_fp64_than_the_pipeline() -> None:

@@ -348,7 +348,9 @@ def test_a_vae_that_can_no_longer_be_folded(pipe: Any, caplog: Any) -> None:
     assert ours.frames == 1
     assert "nonlinearity" in last_encoding(pipe).reason
     assert "own encode runs" in caplog.text
-    assert ours.same_as(generate(restore(pipe), inputs))
+    plain = generate(restore(pipe), inputs)
+    assert torch.equal(ours.start, plain.start)
+    assert (ours.video - plain.video).abs().max() < 1 / 255
 
 
 def test_a_vae_that_cannot_be_folded(pipe: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from diffusers import Cosmos3OmniPipeline
 from tiny_pipeline import generate, make_inputs, make_modular, make_pipe
 
-from cosmos3_fast.acceleration import accelerate
+from cosmos3_fast.acceleration import accelerate, last_encoding
 from cosmos3_fast.engines import diffusers as engine
 from cosmos3_fast.engines import releases
 from cosmos3_fast.vae.live import seam
@@ -36,7 +36,9 @@ def test_this_release_passes_and_leaves_no_trace(
     assert pipe.vae is vae
     assert torch.equal(torch.get_rng_state(), before)
     assert "passed the self-test in" in caplog.text
-    assert generate(pipe, make_inputs("v2v")).frames == 5
+    generate(pipe, make_inputs("v2v"))
+    encoding = last_encoding(pipe)
+    assert (encoding.path, encoding.pixel_frames) == (mode, 5)
 
 
 @pytest.mark.parametrize(

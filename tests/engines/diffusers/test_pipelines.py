@@ -60,12 +60,32 @@ def wan_22() -> Any:
     )  # fmt: skip
 
 
+def wan_21(kind: str) -> Any:
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval()
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
+        out_channels=16, text_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+    )  # fmt: skip
+    others = {"expand_timesteps": False} if kind == "WanPipeline" else {}
+    return getattr(diffusers, kind)(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer,
+        scheduler=diffusers.UniPCMultistepScheduler(flow_shift=3.0), **others,
+    )  # fmt: skip
+
+
 def qwen_arguments() -> dict[str, Any]:
     return {"prompt_embeds": EMBEDS, "prompt_embeds_mask": MASK, "true_cfg_scale": 1.0, **SIZE}
 
 
 def wan_arguments() -> dict[str, Any]:
     return {"prompt_embeds": EMBEDS, "guidance_scale": 1.0, "num_frames": 9, **SIZE}
+
+
+def video_arguments() -> dict[str, Any]:
+    arguments = wan_arguments()
+    del arguments["num_frames"]
+    return {**arguments, "video": [picture(i) for i in range(9)], "strength": 0.7}
 
 
 # The pipeline, what it is called with, and the frames that its VAE encodes and decodes by itself:
@@ -86,9 +106,17 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], Any, Any
         (0, 0),
     ),
     # One picture in, a clip out.
-    "Wan 2.2 TI2V": (wan_22, lambda: {**wan_arguments(), "image": picture()}, (1, 3), (0, 3)),
+    "Wan 2.2 TI2V": (wan_22, lambda: {**wan_arguments(), "image": picture()}, (1, 3), (0, 0)),
+    # Clips in and out.
+    "Wan 2.1 video to video": (
+        lambda: wan_21("WanVideoToVideoPipeline"),
+        video_arguments,
+        (9, 3),
+        (0, 0),
+    ),
+    "Wan 2.1 text to video": (lambda: wan_21("WanPipeline"), wan_arguments, (0, 3), (0, 0)),
     "Cosmos3 text to image": (make_pipe, lambda: make_inputs("t2i", 64), (1, 1), (0, 0)),
-    "Cosmos3 image to video": (make_pipe, lambda: make_inputs("i2v", 64), (17, 5), (0, 5)),
+    "Cosmos3 image to video": (make_pipe, lambda: make_inputs("i2v", 64), (17, 5), (0, 0)),
 }
 
 
@@ -126,12 +154,21 @@ def generate(pipe: Any, arguments: dict[str, Any]) -> tuple[np.ndarray, tuple[in
     return np.asarray(output), (seen["encoder"], seen["decoder"])
 
 
+def fold_clips(vae: Any) -> None:
+    """Made at the first clip, which goes through the VAE's own code once, to be compared."""
+    edge = 2 ** (len(vae.config.temperal_downsample) + 1)
+    with torch.no_grad():
+        vae.encode(torch.zeros(1, 3, 5, edge, edge, dtype=vae.dtype))
+        vae.decode(torch.zeros(1, vae.config.z_dim, 2, 1, 1, dtype=vae.dtype))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_pictures_are_the_same(name: str):
     make, arguments, own_frames, our_frames = CASES[name]
     pipe = make()
     plain, plain_frames = generate(pipe, arguments())
     assert accelerate(pipe) is pipe
+    fold_clips(pipe.vae)
     ours, frames = generate(pipe, arguments())
     assert np.abs(ours - plain).max() <= LEVEL
     assert not np.array_equal(ours, plain)
@@ -139,3 +176,36 @@ def test_pictures_are_the_same(name: str):
     again, again_frames = generate(pipe, arguments())
     assert np.array_equal(again, plain)
     assert (plain_frames, frames, again_frames) == (own_frames, our_frames, own_frames)
+
+
+def tile(vae: Any) -> None:
+    vae.enable_tiling(32, 32, 16, 16)
+
+
+def slice_batch(vae: Any) -> None:
+    vae.enable_slicing()
+
+
+@pytest.mark.parametrize("change", [tile, slice_batch])
+def test_settings_of_the_vae(change: Any) -> None:
+    """Tiles that are smaller than the picture are the VAE's own, bit for bit."""
+    pipe = wan_21("WanPipeline")
+    change(pipe.vae)
+    plain, _ = generate(pipe, wan_arguments())
+    accelerate(pipe)
+    ours, _ = generate(pipe, wan_arguments())
+    assert np.array_equal(ours, plain) == (change is tile)
+    assert np.abs(ours - plain).max() <= LEVEL
+
+
+@pytest.mark.parametrize("products", [None, "float16"])
+def test_a_float32_vae_beside_a_bfloat16_transformer(products: Any) -> None:
+    """As diffusers advises for Wan."""
+    pipe = wan_21("WanPipeline")
+    pipe.transformer.to(torch.bfloat16)
+    plain, _ = generate(pipe, wan_arguments())
+    accelerate(pipe, products=products)
+    ours, _ = generate(pipe, wan_arguments())
+    assert not np.array_equal(ours, plain)
+    # float16 products are allowed an eighth of what bfloat16 is.
+    assert np.abs(ours - plain).max() <= LEVEL

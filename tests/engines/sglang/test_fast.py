@@ -316,3 +316,34 @@ def test_other_stages_decode_one_frame_through_the_folded_decoder(dtype):
     error = (ours - theirs).abs().max() / theirs.abs().max()
     # In 16 bits both are roundings of one value, eight bits of it.
     assert 0 < error < {torch.float32: FLOAT32_BOUND, torch.bfloat16: 2**-4}[dtype]
+
+
+@pytest.mark.parametrize("mode", ["fast", "fast,clips"])
+def test_clips_are_decoded_by_the_folded_decoder_where_that_is_asked_for(mode):
+    """But where each chunk is called for as it is done."""
+    vae = make_vae(torch.float32, base_dim=8)
+    for name, parameter in vae.decoder.named_parameters():
+        generator = torch.Generator().manual_seed(len(name))
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    latents = pixels(2, 48, 3, 2, 3)
+    with torch.inference_mode(), patched(mode):
+        theirs = vae.decode(latents)
+        make_stage(vae)
+        ours = vae.decode(latents)
+        assert torch.equal(ours, theirs) == (mode == "fast")
+        if "on_frames" in inspect.signature(type(vae).decode).parameters:
+            chunks = []
+            assert torch.equal(vae.decode(latents, on_frames=chunks.append), theirs)
+            assert torch.equal(torch.cat(chunks, 2), theirs)
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert (ours - theirs).abs().max() <= FLOAT32_BOUND * theirs.abs().max()
+
+
+def test_clips_are_encoded_by_the_folded_encoder_where_that_is_asked_for(stage):
+    plain = run(stage, make_batch(video=CLIP)).latents[:, :, :2]
+    with patched("fast,clips"):
+        ours = run(make_stage(stage.vae), make_batch(video=CLIP)).latents[:, :, :2]
+        encoding = seam.last_encoding(stage.vae)
+    assert (encoding.path, encoding.pixel_frames) == ("fast", 5)
+    # Both are roundings to 16 bits of one value.
+    assert 0 < (ours - plain).abs().max() <= 2**-4 * plain.abs().max()

@@ -11,6 +11,7 @@ from sglang_engine import Cosmos3LatentPreparationStage, make_stage, make_vae, p
 from cosmos3_fast.engines import releases
 from cosmos3_fast.engines import sglang as engine
 from cosmos3_fast.vae.live import seam
+from cosmos3_fast.vae.live.paths import Choice
 
 
 @pytest.fixture
@@ -26,18 +27,19 @@ def accelerates(mode: str) -> bool:
         return seam.is_accelerated(stage.vae)
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("mode", ["exact", "fast", "fast,clips"])
 def test_this_release_passes_and_leaves_no_trace(untested, mode, caplog):
     caplog.set_level(logging.INFO, releases.logger.name)
+    choice = Choice(mode.partition(",")[0], clips=mode == "fast,clips")
     torch.manual_seed(3)
     before = torch.get_rng_state()
     with patched(mode):
         stage = make_stage(make_vae(base_dim=8))
         caplog.clear()
         torch.set_rng_state(before)
-        assert engine._self_test(stage, mode) is None
+        assert engine._self_test(stage, choice) is None
         assert torch.equal(torch.get_rng_state(), before)
-        assert seam.is_accelerated(stage.vae)
+        assert seam.choice_of(stage.vae) == choice
     assert accelerates(mode)
     assert "passed the self-test in" in caplog.text
 

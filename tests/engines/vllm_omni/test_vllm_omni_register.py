@@ -27,11 +27,13 @@ from cosmos3_fast.engines import vllm_omni as adapter
 from cosmos3_fast.engines.common import MODE_VARIABLE
 from cosmos3_fast.vae.live import seam
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
+from cosmos3_fast.vae.live.paths import Choice
 
 GROUP = "vllm_omni.general_plugins"
 ARCHITECTURES = ["Cosmos3OmniDiffusersPipeline", "Cosmos3OmniPipeline"]
 ROOT = Path(__file__).resolve().parents[3]
 MODES = ["exact", "fast"] if ENCODES_ALL_FRAMES else ["fast"]
+CHOICES = [*((mode, False) for mode in MODES), ("fast", True)]
 
 
 @pytest.fixture
@@ -161,10 +163,10 @@ def untested(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("untested")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "clips"), CHOICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_this_release_passes_the_self_test(
-    mode: str, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+    mode: str, clips: bool, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, releases.__name__)
     before = torch.get_rng_state()
@@ -172,8 +174,8 @@ def test_this_release_passes_the_self_test(
     state = torch.get_rng_state()
     assert torch.equal(before, state)
     with registered(mode):
-        adapter._adopt(pipeline, mode)
-    assert seam.is_accelerated(pipeline.vae)
+        adapter._adopt(pipeline, Choice(mode, clips))
+    assert seam.choice_of(pipeline.vae) == Choice(mode, clips)
     assert torch.equal(torch.get_rng_state(), state)
     assert "passed the self-test in" in caplog.text
 
@@ -222,7 +224,7 @@ def test_an_engine_that_is_not_as_it_was_is_left_alone(
     monkeypatch.setattr(EnginePipeline, method, replacement)
     pipeline = make_pipeline(EnginePipeline, make_vae())
     with registered(mode):
-        adapter._adopt(pipeline, mode)
+        adapter._adopt(pipeline, Choice(mode, clips=False))
     assert not seam.is_accelerated(pipeline.vae)
     (warning,) = [r.getMessage() for r in caplog.records if r.name == releases.__name__]
     assert reason in warning
