@@ -38,7 +38,7 @@ def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
         # torch.Tensor has a method of that name which computes a statistic.
         if not callable(mode) or isinstance(posterior, Tensor):
             raise TypeError(
-                f"vae.encode returned {type(out).__name__}, wanted a distribution with mode()"
+                f"vae.encode must return a distribution with mode(), got {type(out).__name__}"
             )
         return mode()
 
@@ -61,7 +61,7 @@ def decode_sample(vae: Any, latents: Tensor) -> Tensor:
         out = vae.decode(latents)
     pixels = Unwrapped.of(out, "sample").value
     if not isinstance(pixels, Tensor):
-        raise TypeError(f"vae.decode returned {type(pixels).__name__}, wanted pixels")
+        raise TypeError(f"vae.decode must return pixels, got {type(pixels).__name__}")
     return pixels
 
 
@@ -111,10 +111,10 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
         ValueError: wrong rank or number of frames.
     """
     if pixels.dim() != 5:
-        raise ValueError(f"pixels has shape {list(pixels.shape)}, wanted [B, 3, T, H, W]")
+        raise ValueError(f"pixels must have shape [B, 3, T, H, W], got {list(pixels.shape)}")
     factor = read_factors(vae.config)[1]
     if not is_whole(pixels.shape[2], factor):
-        raise ValueError(f"pixels has {pixels.shape[2]} frames, wanted 1 + {factor}k")
+        raise ValueError(f"pixels must have 1 + {factor}k frames, got {pixels.shape[2]}")
     weight = vae.encoder.conv_in.weight
     own = latent_frames(pixels.shape[2], factor)
     with as_in_clip(vae, pixels, clip_latent_frames or own):

@@ -420,10 +420,11 @@ class CausalConv(WinogradConv):
         )
         memory.keep(self, past)
         if temporal.block == 1:
-            inputs = [frames[tap : tap + given.frames] for tap in range(TAPS)]
+            flat, size = frames.flatten(0, 1), given.frames * memory.batch
+            inputs = [flat[tap * memory.batch :][:size] for tap in range(TAPS)]
         else:
-            inputs = list(frames)
-        parts = [self._product(x.flatten(0, 1), i) for i, x in enumerate(inputs)]
+            inputs = list(frames.flatten(1, 2))
+        parts = [self._product(x, i) for i, x in enumerate(inputs)]
         scales = [2.0**-e for e in self._exponents] if any(self._exponents) else None
         made = Products(
             parts, given.frames, memory.batch, self.weight.dtype, scales, self.bias, residual

@@ -212,5 +212,5 @@ def test_encode_exact_is_the_vae_itself_and_names_bad_input() -> None:
     assert torch.equal(encode_exact(vae, clip), normalize_latents(mode, vae.config))
     with pytest.raises(ValueError, match=r"pixels has shape \[3, 5, 32, 32\]"):
         encode_exact(vae, clip[0])
-    with pytest.raises(ValueError, match=r"pixels has 4 frames, wanted 1 \+ 4k"):
+    with pytest.raises(ValueError, match=r"pixels must have 1 \+ 4k frames, got 4"):
         encode_exact(vae, clip[:, :, :4])
