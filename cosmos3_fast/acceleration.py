@@ -42,6 +42,7 @@ def accelerate(
     *,
     clips: bool | None = None,
     products: str | torch.dtype | None = None,
+    frozen: bool | None = None,
 ) -> T:
     """Accelerate a VAE of the Wan family, or the pipeline that has one.
 
@@ -67,19 +68,23 @@ def accelerate(
         products: torch.float16 or "float16", for a float32 VAE: dtype of the products along time
             of clips, which halves their time on a GPU (`ClipDecoder` says what it costs). None: as
             before; at first the VAE's dtype (in bfloat16 they are float16 in any case).
+        frozen: True: the weights stay as they are though they look as if they were trained (they
+            require gradients, and the VAE is in training mode or they have some), where otherwise
+            the VAE's own code runs. None: as before; at first False.
 
     Returns:
         `target` itself.
 
     Raises:
-        TypeError: `target` is neither, or `clips` is no bool.
+        TypeError: `target` is neither, or `clips` or `frozen` no bool.
         ValueError: an unknown mode, or products of another dtype.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    if choose(mode, clips, products).mode == "off":
+    if choose(mode, clips, products, frozen=frozen).mode == "off":
         return restore(target)
+    chosen: dict[str, Any] = {"clips": clips, "products": products, "frozen": frozen}
     if _is_vae(target):
-        return seam.accelerate(target, mode, _engine_of(target), clips=clips, products=products)
+        return seam.accelerate(target, mode, _engine_of(target), **chosen)
     vae = getattr(target, "vae", None)
     names = [base.__name__ for base in type(target).__mro__]
     announcer = next((_ANNOUNCERS[name] for name in names if name in _ANNOUNCERS), None)
@@ -89,9 +94,11 @@ def accelerate(
             raise UnsupportedVAEError(f"{name} has no vae yet")
         raise TypeError(f"target must be a VAE or a pipeline with one, got {name}")
     # What was chosen while the pipeline had no VAE is on the pipeline.
-    choice = choose(mode, clips, products, vars(target).get(ATTRIBUTE))
+    choice = choose(
+        mode, clips, products, getattr(target, "__dict__", {}).get(ATTRIBUTE), frozen=frozen
+    )
     if vae is not None:
-        seam.accelerate(vae, mode, _engine_of(vae), clips=clips, products=products)
+        seam.accelerate(vae, mode, _engine_of(vae), **chosen)
         choice = seam.choice_of(vae) or choice
     if announcer is None or importlib.import_module(announcer).announce(target, choice):
         return target
@@ -112,6 +119,8 @@ def restore(target: T) -> T:
 
 def refresh(target: T) -> T:
     """Fold again at the next use: for weights that were changed without a trace.
+
+    `cosmos3_fast.vae.live.seam.refresh` says which changes those are, and what is found without.
 
     Args:
         target: a VAE or a pipeline.

@@ -14,6 +14,7 @@ from torch import nn
 from cosmos3_fast import UnsupportedVAEError, accelerate, acceleration, refresh, restore
 from cosmos3_fast.acceleration import last_encoding
 from cosmos3_fast.vae.live.engine import Engine
+from cosmos3_fast.vae.live.paths import Choice
 from cosmos3_fast.vae.live.seam import engine_of, is_accelerated
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 
@@ -66,11 +67,11 @@ def test_what_is_neither(vae: Any) -> None:
 @pytest.mark.parametrize("opens", [False, True])
 def test_pipelines_that_announce(vae: Any, opens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    adapter = SimpleNamespace(announce=lambda pipe, mode: asked.append((pipe, mode)) or opens)
+    adapter = SimpleNamespace(announce=lambda pipe, choice: asked.append((pipe, choice)) or opens)
     monkeypatch.setitem(sys.modules, "cosmos3_fast.engines.diffusers", adapter)
     pipe = Cosmos3OmniPipeline(vae)
-    assert accelerate(pipe, "exact") is pipe
-    assert asked == [(pipe, "exact")]
+    assert accelerate(pipe, "exact", clips=False) is pipe
+    assert asked == [(pipe, Choice("exact", clips=False))]
     assert is_accelerated(vae) == opens
 
 

@@ -71,7 +71,13 @@ def _has_accelerated_vae(pipe: Any) -> bool:
     choice = vars(pipe).get(ATTRIBUTE)
     if choice is not None and not seam.is_accelerated(vae):
         try:
-            seam.accelerate(vae, choice.mode, clips=choice.clips, products=choice.products)
+            seam.accelerate(
+                vae,
+                choice.mode,
+                clips=choice.clips,
+                products=choice.products,
+                frozen=choice.frozen,
+            )
         except UnsupportedVAEError as error:
             logger.warning("cosmos3_fast leaves the pipeline's new VAE as it is: %s", error)
             del vars(pipe)[ATTRIBUTE]

@@ -7,6 +7,7 @@ the engine modules'; here is what counts as the same.
 from __future__ import annotations
 
 import contextvars
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from cosmos3_fast.vae.config import read_config
 from cosmos3_fast.vae.live.engine import Engine
 from cosmos3_fast.vae.live.exact import decode_sample
+from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.paths import Choice, ask, ways_to_encode
 from cosmos3_fast.vae.live.seam import accelerate, last_encoding, restore
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
@@ -158,6 +160,9 @@ def frames_through(conv: nn.Module) -> Iterator[list[int]]:
         frames.append(x.shape[2])
         return own.forward(self, x, *args, **kwargs)
 
+    # A look at the VAE sees through it to the class's own.
+    functools.update_wrapper(forward, own.forward)
+    setattr(forward, ATTRIBUTE, True)
     conv.__class__ = type(own.__name__, (own,), {"forward": forward})
     try:
         yield frames

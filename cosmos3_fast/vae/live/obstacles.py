@@ -10,12 +10,30 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 from cosmos3_fast.ops.checks import FLOAT_DTYPES
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 
 # Weights in another dtype are stored for a hook to convert.
 _PLAIN_DTYPES = frozenset(FLOAT_DTYPES)
+
+
+# Of modules without modules below them: what the checks before folding read of them.
+_SETTINGS = (
+    "padding_mode",
+    "padding",
+    "_padding",
+    "stride",
+    "dilation",
+    "groups",
+    "mode",
+    "scale_factor",
+    "scale",
+    "channel_first",
+    "factor_t",
+    "factor_s",
+)
 
 
 class Survey(NamedTuple):
@@ -25,12 +43,17 @@ class Survey(NamedTuple):
         obstacle: why the folded network may not stand in for the part; None if nothing speaks
             against it.
         trainable: whether a parameter requires a gradient.
-        traces: every module and tensor, with the tensor's version, address and dtype.
+        traces: every module with its class's `forward` and its settings, and every tensor with its
+            version and dtype.
+        weights: the tensors.
+        training: why weights are likely to change without a trace; None if they are not.
     """
 
     obstacle: str | None
     trainable: bool
     traces: list[tuple[Any, Any, Any]]
+    weights: list[Tensor] = []  # noqa: RUF012
+    training: str | None = None
 
 
 def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool]) -> Survey:
@@ -42,36 +65,76 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
         is_equivalent: see `Engine`.
     """
     traces: list[tuple[Any, Any, Any]] = []
+    weights: list[Tensor] = []
     trainable = False
-    stack = [(name, getattr(vae, name, None)) for name in names]
+    training: str | None = None
+    forwards: dict[type, Any] = {}
+    stack: list[tuple[Any, str, Any]] = [(None, name, getattr(vae, name, None)) for name in names]
     while stack:
-        name, module = stack.pop()
+        entry = stack.pop()
+        module = entry[2]
         if module is None:
             continue
         if not isinstance(module, nn.Module):
+            name = _full_name(entry)
             return Survey(f"vae.{name} is no module but a {type(module).__name__}", False, [])
         attributes = module.__dict__
-        obstacle = _obstacle(name, attributes, is_equivalent)
-        if obstacle is not None:
-            return Survey(obstacle, False, [])
-        traces.append((module, None, None))
-        for kind in ("_parameters", "_buffers"):
-            for tensor in attributes[kind].values():
+        modules = attributes["_modules"]
+        if (
+            attributes["_forward_hooks"]
+            or attributes["_forward_pre_hooks"]
+            or "forward" in attributes
+            or "world_size" in attributes
+            or "parametrizations" in modules
+            or "_orig_mod" in modules
+            or attributes.get("_compiled_call_impl") is not None
+        ):
+            obstacle = _obstacle(_full_name(entry), attributes, is_equivalent)
+            if obstacle is not None:
+                return Survey(obstacle, False, [])
+        cls = type(module)
+        forward = forwards.get(cls)
+        if forward is None:
+            forward = forwards[cls] = _forward_of(cls)
+        settings = None if modules else tuple(map(attributes.get, _SETTINGS))
+        traces.append((module, forward, settings))
+        is_training = attributes["training"]
+        if is_training and attributes.get("p") and "Dropout" in cls.__name__:
+            return Survey(f"vae.{_full_name(entry)} is dropout in training mode", False, [])
+        for tensors in (attributes["_parameters"], attributes["_buffers"]):
+            for tensor in tensors.values():
                 if tensor is None:
                     continue
                 if tensor.is_meta:
+                    name = _full_name(entry)
                     reason = f"vae.{name} has weights on the meta device: they are offloaded"
                     return Survey(reason, False, [])
                 dtype = tensor.dtype
                 if dtype not in _PLAIN_DTYPES:
+                    name = _full_name(entry)
                     return Survey(f"vae.{name} has weights stored as {dtype}", False, [])
-                trainable = trainable or tensor.requires_grad
+                if tensor.requires_grad:
+                    trainable = True
+                    if training is None and (is_training or tensor.grad is not None):
+                        training = f"the weights of vae.{_full_name(entry)} are being trained"
                 # A tensor made in inference mode has no version.
                 mark = tensor.data_ptr() if tensor.is_inference() else tensor._version
                 traces.append((tensor, mark, dtype))
-        for key, below in attributes["_modules"].items():
-            stack.append((f"{name}.{key}", below))
-    return Survey(None, trainable, traces)
+                weights.append(tensor)
+        if modules:
+            stack.extend([(entry, key, below) for key, below in modules.items()])
+    return Survey(None, trainable, traces, weights, training)
+
+
+def _full_name(entry: tuple[Any, str, Any]) -> str:
+    above, name, _ = entry
+    return name if above is None else f"{_full_name(above)}.{name}"
+
+
+def _forward_of(cls: Any) -> Any:
+    """What the class computes, also where it is looked on from a wrapper of ours."""
+    forward = cls.forward
+    return forward.__wrapped__ if hasattr(forward, ATTRIBUTE) else forward
 
 
 def _obstacle(
@@ -127,6 +190,8 @@ def why_not_at_all(vae: Any, x: Tensor, names: tuple[str, ...]) -> str | None:
     """What about the VAE's settings or the surroundings calls for its own code; None if nothing."""
     if torch.is_autocast_enabled(x.device.type):
         return "autocast is on"
+    if _modules._global_forward_hooks or _modules._global_forward_pre_hooks:
+        return "forward hooks of all modules are registered"
     if any(name in vars(vae) for name in names):
         return f"one of {', '.join(names)} is replaced on this VAE"
     return None

@@ -33,6 +33,7 @@ class Part(ABC):
         engine: what surrounds the VAE.
         tell: warns, once per message; a function that does not refer back to the part.
         products: of the network for clips, see `ClipDecoder`.
+        frozen: the user vouches for the weights, see `Choice`.
 
     Attributes:
         returns: the form of what the VAE's own method returns; None until it is learnt, and from
@@ -49,8 +50,10 @@ class Part(ABC):
         engine: Engine,
         tell: Callable[[str], None],
         products: torch.dtype | None = None,
+        frozen: bool = False,
     ) -> None:
         self.returns: Any = None
+        self._frozen = frozen
         self._engine = engine
         self._tell = tell
         self._products = products
@@ -122,6 +125,8 @@ class Part(ABC):
             reason = seen.obstacle
             if torch.is_grad_enabled() and (x.requires_grad or seen.trainable):
                 reason = reason or "a gradient is wanted"
+            if not self._frozen and seen.training is not None:
+                reason = reason or f"{seen.training} (frozen=True says that they stay as they are)"
         is_clip = x.shape[2] > 1
         if reason is None and is_clip and self._is_too_large(x):
             reason = f"clips of this size have not fitted into memory; {_REFRESH}"
@@ -148,6 +153,11 @@ class Part(ABC):
 
     def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
         following, fold = self._network_for(x.shape[2])
+        if following.forget_if_stale(seen):
+            self._tell(
+                f"the weights for vae.{self.methods[0]} were changed without a trace, and are "
+                "folded again; calls since then may have had those of before: see refresh"
+            )
         snapshot = following.snapshot(fold, vae, seen, x.device)
 
         def run(_: Any, given: Tensor) -> Tensor:
@@ -164,7 +174,11 @@ class Part(ABC):
         return result
 
     def _survey(self, vae: Any) -> Survey:
-        return survey(vae, self.modules, self._engine.is_equivalent)
+        seen = survey(vae, self.modules, self._engine.is_equivalent)
+        for name in self.methods[1:]:
+            # Another function of the class is seen as another weight is.
+            seen.traces.append((type(vae), getattr(type(vae), name, None), None))
+        return seen
 
     def _tell_own(self, reason: str) -> None:
         self._tell(f"the VAE's own {self.methods[0]} runs: {reason}")

@@ -89,11 +89,13 @@ class Choice:
         mode: "exact" or "fast" ("off" is no acceleration).
         clips: whether in mode "fast" clips go through folded networks too.
         products: dtype of the products along time of clips; None: as `ClipDecoder` has it.
+        frozen: the weights stay as they are, though they look as if they were trained.
     """
 
     mode: Mode
     clips: bool = True
     products: torch.dtype | None = None
+    frozen: bool = False
 
 
 def choose(
@@ -102,6 +104,7 @@ def choose(
     products: str | torch.dtype | None = None,
     before: Choice | None = None,
     clips_by_default: bool = True,
+    frozen: bool | None = None,
 ) -> Choice:
     """The choice of these arguments of `accelerate`.
 
@@ -111,14 +114,16 @@ def choose(
         products: torch.float16 or "float16"; None: as `before`.
         before: an earlier choice.
         clips_by_default: where nothing was chosen before.
+        frozen: None: as `before`.
 
     Raises:
         ValueError: an unknown mode, or products of another dtype.
-        TypeError: `clips` is neither a bool nor None.
+        TypeError: `clips` or `frozen` is neither a bool nor None.
     """
     checked = check_mode(mode)
-    if clips is not None and not isinstance(clips, bool):
-        raise TypeError(f"clips must be True, False or None, got {clips!r}")
+    for name, value in (("clips", clips), ("frozen", frozen)):
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True, False or None, got {value!r}")
     if products not in (None, "float16", torch.float16):
         raise ValueError(f"products must be torch.float16, 'float16' or None, got {products!r}")
     earlier = before or Choice(checked, clips_by_default)
@@ -126,6 +131,7 @@ def choose(
         checked,
         earlier.clips if clips is None else clips,
         earlier.products if products is None else torch.float16,
+        earlier.frozen if frozen is None else frozen,
     )
 
 

@@ -64,6 +64,7 @@ def accelerate(
     *,
     clips: bool | None = None,
     products: str | torch.dtype | None = None,
+    frozen: bool | None = None,
 ) -> VAE:
     """Let a VAE of the Wan family encode and decode by 2-D networks.
 
@@ -73,8 +74,8 @@ def accelerate(
     VAE's own code, on fewer frames where `wanted_frames` says that fewer are used. Anything else is
     the VAE's own code, bit for bit.
 
-    Changes of the weights are followed, but for those that leave no trace: writes through `.data`,
-    or into tensors made in inference mode. After these `refresh` is to be called. Forward hooks,
+    Changes of weights and of the modules' settings are followed from the next call on. Those that
+    leave no trace are found within some calls, and said; `refresh` has the list. Forward hooks,
     parametrisations, compiled parts, tiling at sizes that exceed a tile, autocast, a gradient that
     is wanted, weights that are offloaded or stored in 8 bits, memory that does not suffice for a
     clip: the VAE's own code runs, and one warning says why. Calls inside `torch.compile` are the
@@ -90,16 +91,19 @@ def accelerate(
         products: torch.float16 or "float16": dtype of the products along time of clips, for a
             float32 VAE, which on a GPU halves their time (`ClipDecoder` says what it costs); None:
             as before, and at first the VAE's dtype (in bfloat16 they are float16 in any case).
+        frozen: True: the weights stay as they are though they require gradients and the VAE is in
+            training mode or they have some, where otherwise the VAE's own code runs. None: as
+            before, and at first False.
 
     Returns:
         `vae` itself.
 
     Raises:
         ValueError: an unknown mode, or products of another dtype.
-        TypeError: `clips` is neither a bool nor None.
+        TypeError: `clips` or `frozen` is neither a bool nor None.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    if choose(mode, clips, products).mode == "off":
+    if choose(mode, clips, products, frozen=frozen).mode == "off":
         return restore(vae)
     plain = uncompiled(vae)
     if not isinstance(plain, nn.Module) or not callable(getattr(plain, "encode", None)):
@@ -110,7 +114,7 @@ def accelerate(
         raise UnsupportedVAEError(f"vae must have a config, got {type(plain).__name__} without")
     before = _state(plain)
     engine = engine or (before.engine if before else Engine())
-    choice = choose(mode, clips, products, before.choice if before else None, engine.clips)
+    choice = choose(mode, clips, products, before.choice if before else None, engine.clips, frozen)
     state = Acceleration(choice, type(plain), engine)
     state.own_code = _locks.setdefault(plain, (before or state).own_code)
     topology = state.topology(plain)
@@ -137,6 +141,15 @@ def restore(vae: VAE) -> VAE:
 
 def refresh(vae: VAE) -> VAE:
     """Fold again at the next use: for weights that were changed without a trace.
+
+    What torch counts (in-place operations, `load_state_dict`, other tensors in their place) and
+    weights that have moved in memory are seen at the next call without it. Not counted are fused
+    optimizers, collectives as `torch.distributed.broadcast`, writes through `.data` or by pointer
+    (8-bit optimizers, kernels of one's own), in-place operations on tensors made in inference
+    mode. Each call compares samples of two weights, so that a change of all weights is found at
+    the next call on the CPU and the one after on a device; that of a single one within half as many
+    calls as there are weights. A change of so few values that no sample has one is never seen:
+    64 to 127 of a large weight are in the sample.
 
     Returns:
         `vae` itself.
@@ -205,8 +218,8 @@ class Acceleration:
         self.choice = choice
         self.engine = engine
         self.tell = _teller()
-        self.encoder = EncoderPart(engine, self.tell, choice.products)
-        self.decoder = DecoderPart(engine, self.tell, choice.products)
+        self.encoder = EncoderPart(engine, self.tell, choice.products, choice.frozen)
+        self.decoder = DecoderPart(engine, self.tell, choice.products, choice.frozen)
         self.own_code = threading.RLock()
         self.last: Encoding | None = None
         self._vae_class = vae_class

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from cosmos3_fast.vae.live.content import Content
 from cosmos3_fast.vae.live.obstacles import Survey, same_traces
 from cosmos3_fast.vae.topology import UnsupportedVAEError
 
@@ -30,11 +31,13 @@ class Snapshot:
         network: None where it cannot be folded.
         traces: of what it was folded from, with weak references.
         refusal: why there is no network, or it is not to be used.
+        content: of the weights it was folded from.
     """
 
     network: Any
     traces: Traces
     refusal: str | None = None
+    content: Content | None = None
 
 
 class Following:
@@ -61,6 +64,16 @@ class Following:
         with self._publishing:
             if self._snapshot is snapshot:
                 self._snapshot = replace(snapshot, refusal=reason)
+
+    def forget_if_stale(self, seen: Survey) -> bool:
+        """Whether the weights hold other values than were folded, though nothing else shows it."""
+        now = self._snapshot
+        if now is None or now.content is None or not same_traces(now.traces, seen.traces):
+            return False
+        if not now.content.differs(seen.weights):
+            return False
+        self.forget()
+        return True
 
     def snapshot(self, fold: Fold, vae: Any, seen: Survey, device: torch.device) -> Snapshot:
         """The network of the weights that were seen.
@@ -114,7 +127,8 @@ def _folded(fold: Fold, vae: Any, seen: Survey, device: torch.device) -> Snapsho
             torch.autocast(device.type, enabled=False),
             torch.device("cpu"),
         ):
-            return Snapshot(fold(vae, device), traces)
+            content = Content(seen.weights)
+            return Snapshot(fold(vae, device), traces, content=content)
     except Exception as error:
         if is_out_of_memory(error):  # which says nothing about these weights
             raise
