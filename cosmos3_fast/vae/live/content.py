@@ -69,20 +69,19 @@ class Content:
     def _differs(self, weights: Sequence[Tensor]) -> bool:
         if len(weights) != len(self._samples) or _is_capturing(weights[0]):
             return False
-        with torch.no_grad():
-            addresses = [weight.data_ptr() for weight in weights]
-            if addresses != self._addresses:
-                for i, weight in enumerate(weights):
-                    if addresses[i] != self._addresses[i] and self._is_other(i, weight):
-                        return True
-                self._addresses = addresses
-            for _ in range(min(_WEIGHTS_A_CALL, len(weights))):
-                i = self._next = (self._next + 1) % len(weights)
-                if weights[i].device.type == "cpu":
-                    if self._is_other(i, weights[i]):
-                        return True
-                else:
-                    self._ask(i, weights[i])
+        addresses = [weight.data_ptr() for weight in weights]
+        if addresses != self._addresses:
+            for i, weight in enumerate(weights):
+                if addresses[i] != self._addresses[i] and self._is_other(i, weight):
+                    return True
+            self._addresses = addresses
+        for _ in range(min(_WEIGHTS_A_CALL, len(weights))):
+            i = self._next = (self._next + 1) % len(weights)
+            if weights[i].device.type == "cpu":
+                if self._is_other(i, weights[i]):
+                    return True
+            else:
+                self._ask(i, weights[i])
         return self._was_other()
 
     def _is_other(self, i: int, weight: Tensor) -> bool:

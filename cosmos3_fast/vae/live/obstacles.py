@@ -69,6 +69,7 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
     weights: list[Tensor] = []
     trainable = False
     training: str | None = None
+    plain: torch.dtype | None = None
     # By class: its forward, and what reads the settings that its modules have.
     known: dict[type, tuple[Any, Any]] = {}
     stack: list[tuple[Any, str, Any]] = [(None, name, getattr(vae, name, None)) for name in names]
@@ -120,9 +121,11 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
                     reason = f"vae.{name} has weights on the meta device: they are offloaded"
                     return Survey(reason, False, [])
                 dtype = tensor.dtype
-                if dtype not in _PLAIN_DTYPES:
-                    name = _full_name(entry)
-                    return Survey(f"vae.{name} has weights stored as {dtype}", False, [])
+                if dtype is not plain:
+                    if dtype not in _PLAIN_DTYPES:
+                        name = _full_name(entry)
+                        return Survey(f"vae.{name} has weights stored as {dtype}", False, [])
+                    plain = dtype
                 if tensor.requires_grad:
                     trainable = True
                     if training is None and (is_training or tensor.grad is not None):
