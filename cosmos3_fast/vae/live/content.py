@@ -22,13 +22,12 @@ _WEIGHTS_A_CALL = 2
 
 def sample(tensor: Tensor) -> Tensor:
     """Up to 127 values, spread over the memory of the tensor: a view where that is dense."""
-    tensor = tensor.detach()
     total = tensor.numel()
     step = max(1, total // _VALUES) | 1
+    if not (tensor.is_contiguous() or _is_dense(tensor)):
+        return tensor.detach().reshape(-1)[::step]
     count = (total - 1) // step + 1 if total else 0
-    if not _is_dense(tensor):
-        return tensor.reshape(-1)[::step]
-    return tensor.as_strided((count,), (step,), tensor.storage_offset())
+    return tensor.detach().as_strided((count,), (step,), tensor.storage_offset())
 
 
 def _is_dense(tensor: Tensor) -> bool:
@@ -70,20 +69,19 @@ class Content:
     def _differs(self, weights: Sequence[Tensor]) -> bool:
         if len(weights) != len(self._samples) or _is_capturing(weights[0]):
             return False
-        with torch.no_grad():
+        addresses = [weight.data_ptr() for weight in weights]
+        if addresses != self._addresses:
             for i, weight in enumerate(weights):
-                address = weight.data_ptr()
-                if address != self._addresses[i]:
-                    if self._is_other(i, weight):
-                        return True
-                    self._addresses[i] = address
-            for _ in range(min(_WEIGHTS_A_CALL, len(weights))):
-                i = self._next = (self._next + 1) % len(weights)
-                if weights[i].device.type == "cpu":
-                    if self._is_other(i, weights[i]):
-                        return True
-                else:
-                    self._ask(i, weights[i])
+                if addresses[i] != self._addresses[i] and self._is_other(i, weight):
+                    return True
+            self._addresses = addresses
+        for _ in range(min(_WEIGHTS_A_CALL, len(weights))):
+            i = self._next = (self._next + 1) % len(weights)
+            if weights[i].device.type == "cpu":
+                if self._is_other(i, weights[i]):
+                    return True
+            else:
+                self._ask(i, weights[i])
         return self._was_other()
 
     def _is_other(self, i: int, weight: Tensor) -> bool:

@@ -5,6 +5,7 @@ Only attributes are read, never values: nothing here waits for a device.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -68,7 +69,9 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
     weights: list[Tensor] = []
     trainable = False
     training: str | None = None
-    forwards: dict[type, Any] = {}
+    plain: torch.dtype | None = None
+    # By class: its forward, and what reads the settings that its modules have.
+    known: dict[type, tuple[Any, Any]] = {}
     stack: list[tuple[Any, str, Any]] = [(None, name, getattr(vae, name, None)) for name in names]
     while stack:
         entry = stack.pop()
@@ -93,13 +96,21 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
             if obstacle is not None:
                 return Survey(obstacle, False, [])
         cls = type(module)
-        forward = forwards.get(cls)
-        if forward is None:
-            forward = forwards[cls] = _forward_of(cls)
-        settings = None if modules else tuple(map(attributes.get, _SETTINGS))
-        traces.append((module, forward, settings))
+        look = known.get(cls)
+        if look is None:
+            settings = [] if modules else [name for name in _SETTINGS if name in attributes]
+            look = known[cls] = (
+                _forward_of(cls),
+                operator.itemgetter(*settings) if settings else None,
+            )
+        forward, read = look
+        try:
+            values = None if read is None else read(attributes)
+        except KeyError:  # one was taken away
+            values = None
+        traces.append((module, forward, values))
         is_training = attributes["training"]
-        if is_training and attributes.get("p") and "Dropout" in cls.__name__:
+        if is_training and "p" in attributes and module.p and "Dropout" in cls.__name__:
             return Survey(f"vae.{_full_name(entry)} is dropout in training mode", False, [])
         for tensors in (attributes["_parameters"], attributes["_buffers"]):
             for tensor in tensors.values():
@@ -110,9 +121,11 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
                     reason = f"vae.{name} has weights on the meta device: they are offloaded"
                     return Survey(reason, False, [])
                 dtype = tensor.dtype
-                if dtype not in _PLAIN_DTYPES:
-                    name = _full_name(entry)
-                    return Survey(f"vae.{name} has weights stored as {dtype}", False, [])
+                if dtype is not plain:
+                    if dtype not in _PLAIN_DTYPES:
+                        name = _full_name(entry)
+                        return Survey(f"vae.{name} has weights stored as {dtype}", False, [])
+                    plain = dtype
                 if tensor.requires_grad:
                     trainable = True
                     if training is None and (is_training or tensor.grad is not None):

@@ -153,12 +153,7 @@ class Part(ABC):
 
     def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
         following, fold = self._network_for(x.shape[2])
-        if following.forget_if_stale(seen):
-            self._tell(
-                f"the weights for vae.{self.methods[0]} were changed without a trace, and are "
-                "folded again; calls since then may have had those of before: see refresh"
-            )
-        snapshot = following.snapshot(fold, vae, seen, x.device)
+        snapshot = following.snapshot(fold, vae, seen, x.device, self._tell_stale)
 
         def run(_: Any, given: Tensor) -> Tensor:
             if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
@@ -179,6 +174,12 @@ class Part(ABC):
             # Another function of the class is seen as another weight is.
             seen.traces.append((type(vae), getattr(type(vae), name, None), None))
         return seen
+
+    def _tell_stale(self) -> None:
+        self._tell(
+            f"the weights for vae.{self.methods[0]} were changed without a trace, and are folded "
+            "again; calls since then may have had those of before: see refresh"
+        )
 
     def _tell_own(self, reason: str) -> None:
         self._tell(f"the VAE's own {self.methods[0]} runs: {reason}")

@@ -65,17 +65,14 @@ class Following:
             if self._snapshot is snapshot:
                 self._snapshot = replace(snapshot, refusal=reason)
 
-    def forget_if_stale(self, seen: Survey) -> bool:
-        """Whether the weights hold other values than were folded, though nothing else shows it."""
-        now = self._snapshot
-        if now is None or now.content is None or not same_traces(now.traces, seen.traces):
-            return False
-        if not now.content.differs(seen.weights):
-            return False
-        self.forget()
-        return True
-
-    def snapshot(self, fold: Fold, vae: Any, seen: Survey, device: torch.device) -> Snapshot:
+    def snapshot(
+        self,
+        fold: Fold,
+        vae: Any,
+        seen: Survey,
+        device: torch.device,
+        stale: Callable[[], None] = lambda: None,
+    ) -> Snapshot:
         """The network of the weights that were seen.
 
         Args:
@@ -83,13 +80,21 @@ class Following:
             vae: what is folded.
             seen: of the part.
             device: of the network.
+            stale: called where the weights hold other values than were folded, though nothing else
+                shows it.
 
         Raises:
             UnsupportedVAEError: the part cannot be folded as it is.
             MemoryError, RuntimeError: memory does not suffice.
         """
         now = self._snapshot
-        if now is None or not _serves(now, seen, device):
+        serves = now is not None and _serves(now, seen, device)
+        content = now.content if serves and now is not None else None
+        if content is not None and content.differs(seen.weights):
+            self.forget()
+            stale()
+            serves = False
+        if not serves or now is None:
             now = None  # nothing here keeps it while another one is made
             with self._folding:
                 now = self._renewed(fold, vae, seen, device)
