@@ -112,7 +112,7 @@ class _Decoder(FoldedNetwork):
             return
         batch = memory.batch
         frames = terms.total()
-        size = batch * frames_at_once(batch * frames.shape[2] * frames.shape[3])
+        size = batch * frames_at_once(batch * frames.shape[2] * frames.shape[3], frames.device)
         if frames.shape[0] <= size:
             yield from self._rest(level + 1, terms, as_bytes, memory)
             return

@@ -280,13 +280,15 @@ def large_levels(topology: EncoderTopology | DecoderTopology) -> list[bool]:
     return [i < 2 for i in range(len(topology.stages))]
 
 
-def frames_at_once(pixels: int) -> int:
+def frames_at_once(pixels: int, device: torch.device) -> int:
     """How many frames of a clip go through a level together, whole blocks of them.
 
     Args:
         pixels: of one frame at that level, batch included.
+        device: a CPU is filled by one block.
     """
-    return _BLOCK * max(1, _PIXELS_AT_ONCE // (_BLOCK * pixels))
+    blocks = 1 if device.type == "cpu" else _PIXELS_AT_ONCE // (_BLOCK * pixels)
+    return _BLOCK * max(1, blocks)
 
 
 def in_chunks(
@@ -299,8 +301,8 @@ def in_chunks(
     """
     layers = list(layers)
     if memory is not None and not memory.first:
-        size = memory.batch * frames_at_once(memory.batch * pixels)
         frames = terms.total()
+        size = memory.batch * frames_at_once(memory.batch * pixels, frames.device)
         if frames.shape[0] > size:
             made = [run(layers, Sum(x), memory).total() for x in frames.split(size)]
             return Sum(torch.cat(made))

@@ -90,8 +90,9 @@ def test_float32_matches_where_winograd_serves_in_space_too() -> None:
     wanted = reference(vae, latents)
     decoder = ClipDecoder.from_vae(vae)
     assert_frames_within(decoder(latents), wanted)
-    # All six kernels of a convolution that sees 36x32 pixels, and none of its lowest level's.
-    assert len(decoder.stages[2].blocks[0].conv1._packed) == 6
+    # All four kernels, of blocks of two, of a convolution that sees 36x32 pixels; and none of the
+    # lowest level's.
+    assert len(decoder.stages[2].blocks[0].conv1._packed) == 4
     assert not decoder.middle[0].conv1._packed
     plain = ClipDecoder.from_vae(vae, winograd=False)
     assert_frames_within(plain(latents), wanted)
