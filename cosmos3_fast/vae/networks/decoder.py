@@ -252,7 +252,7 @@ class ClipDecoder(_Decoder):
     bfloat16. The error against float64 of the same weights is then no larger than the VAE's own.
 
     Memory, for the VAE of Cosmos3: 1.1 G parameters, of which 197 M are the last taps that
-    `FrameDecoder` has too (2.2 GB in bfloat16, 4.4 GB in float32); with `direct` 555 M.
+    `FrameDecoder` has too (2.1 GB in bfloat16, 4.1 GB in float32); with `direct` 555 M.
 
     Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
     initial weights, to receive a `state_dict()` of the same topology. Parameters do not require
