@@ -5,7 +5,7 @@
     latents            = condition latents at the conditioned frames, noise elsewhere
     velocity mask      = 0 at the conditioned frames, 1 elsewhere
 
-as in SGLang's ``Cosmos3LatentPreparationStage`` and diffusers' ``Cosmos3OmniPipeline``, but only
+as in SGLang's `Cosmos3LatentPreparationStage` and diffusers' `Cosmos3OmniPipeline`, but only
 the pixel frames that the conditioned latents depend on are encoded, and those by a folded encoder
 where one is given that serves them.
 """
@@ -31,6 +31,7 @@ from cosmos3_fast.frames import (
 from cosmos3_fast.images.clips import Keep
 from cosmos3_fast.images.decode import Color
 from cosmos3_fast.images.load import ClipLike, ImageLike, load_frames, normalize_frames
+from cosmos3_fast.ops.checks import FLOAT_DTYPES, LATENT_DTYPES
 from cosmos3_fast.vae.config import read_config, read_factors
 from cosmos3_fast.vae.live.exact import encode_exact
 from cosmos3_fast.vae.live.paths import Mode, serves_fast
@@ -45,7 +46,7 @@ class PreparedLatents:
 
     Attributes:
         latents: [B,C,T,h,w] contiguous in the dtype asked for: the condition latents at
-            ``condition_frames``, noise elsewhere.
+            `condition_frames`, noise elsewhere.
         velocity_mask: [1,1,T,1,1] in the same dtype: 0 at the conditioned frames, 1 elsewhere.
         condition_latents: [B,C,Tc,h,w] in the same dtype, normalised, with
             Tc = max(condition_frames) + 1.
@@ -64,10 +65,10 @@ class LatentPreparation:
     """Prepare conditioned initial latents from an image or a clip.
 
     Args:
-        encoder: The folded encoder. A `FrameEncoder` serves ``condition_frames == (0,)``, a
+        encoder: The folded encoder. A `FrameEncoder` serves `condition_frames == (0,)`, a
             `ClipEncoder` all of them.
-        vae: The engine's own VAE (diffusers' ``AutoencoderKLWan`` or one with its interface), which
-            serves what the encoder does not, and everything when ``mode="exact"``.
+        vae: The engine's own VAE (diffusers' `AutoencoderKLWan` or one with its interface), which
+            serves what the encoder does not, and everything when `mode="exact"`.
 
     Raises:
         ValueError: Neither is given, or the two disagree on latent channels or spatial factor.
@@ -120,27 +121,27 @@ class LatentPreparation:
     ) -> PreparedLatents:
         """Encode the conditioning input and blend it with noise.
 
-        Only the first ``4 * max(condition_frames) + 1`` pixel frames are read and encoded: a longer
+        Only the first `4 * max(condition_frames) + 1` pixel frames are read and encoded: a longer
         clip is cut, a shorter one (or an image) is padded by repeating its last frame, as the
         engines do.
 
         Args:
             image_or_clip: See `cosmos3_fast.images.load.load_pixels`.
             num_frames: Pixel frames of the video to generate, at least 1. There are
-                ``T = (num_frames - 1) // 4 + 1`` latent frames; where ``num_frames`` is not 1 + 4k
+                `T = (num_frames - 1) // 4 + 1` latent frames; where `num_frames` is not 1 + 4k
                 both SGLang and diffusers round down so, and so does this, with a warning.
             height, width: Pixel size of the video, multiples of the spatial factor (16).
             condition_frames: Latent frames to condition, distinct, in [0, T), in any order.
             seed: Seed of a new generator on the noise's device, as SGLang makes it. A sequence has
                 one per sample of a batch: sample i is then, bit for bit, that of a run by itself
                 with seed i. One seed for a batch draws all of its noise in one go.
-            generator: One or several generators on the noise's device, instead of ``seed``. With
+            generator: One or several generators on the noise's device, instead of `seed`. With
                 neither, noise comes from torch's default generator.
             dtype: Dtype of the noise and of every result: float32, bfloat16, float16 (float64 on
                 the CPU).
             mode: "fast" or "exact". None: fast where it can serve (a `ClipEncoder` is there, or a
-                `FrameEncoder` and ``condition_frames`` is (0,)), exact otherwise.
-            batch: ``image_or_clip`` is a batch: a list of images or clips, or a uint8 array
+                `FrameEncoder` and `condition_frames` is (0,)), exact otherwise.
+            batch: `image_or_clip` is a batch: a list of images or clips, or a uint8 array
                 [B,H,W,3] or [B,T,H,W,3]. Otherwise a list is a clip. Float tensors have their own
                 batch in any case.
             keep: Which end of a clip that is longer than needed: "first" or "last".
@@ -149,7 +150,7 @@ class LatentPreparation:
             background: See `cosmos3_fast.images.load.load_pixels`.
 
         Returns:
-            `PreparedLatents`, whose ``mode`` says what ran. B = 1 unless ``image_or_clip`` is a
+            `PreparedLatents`, whose `mode` says what ran. B = 1 unless `image_or_clip` is a
             batch.
 
         Raises:
@@ -287,7 +288,7 @@ def check_request(
         The condition frames, ascending.
 
     Raises:
-        ValueError: A size that is no positive multiple of the spatial factor, ``num_frames < 1``,
+        ValueError: A size that is no positive multiple of the spatial factor, `num_frames < 1`,
             condition frames that are none, repeated, or outside the latent frames.
     """
     num_frames = positive_int("num_frames", num_frames)
@@ -342,9 +343,7 @@ def _is_sequence(value: Any) -> bool:
 
 
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    allowed = [torch.float32, torch.bfloat16, torch.float16]
-    if device.type == "cpu":
-        allowed.append(torch.float64)
+    allowed = FLOAT_DTYPES if device.type == "cpu" else LATENT_DTYPES
     if dtype not in allowed:
         names = ", ".join(str(each).removeprefix("torch.") for each in allowed)
         raise ValueError(f"dtype must be one of {names} on {device.type}, got {dtype}")

@@ -24,9 +24,9 @@ from cosmos3_fast.bulk.sources import SourceLike, list_pieces
 from cosmos3_fast.bulk.summary import Summary
 from cosmos3_fast.frames import is_whole
 from cosmos3_fast.images.decode import Color, parse_color
+from cosmos3_fast.ops.checks import LATENT_DTYPES
 from cosmos3_fast.vae.source import VaeSource, compute_dtype
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHARD_SIZE = 256
 
 
@@ -102,8 +102,9 @@ def encode(
     clips = positive_int("clips", clips)
     if not is_whole(clips):
         raise ValueError(f"clips must be 1 + 4k frames, got {clips}")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {[str(each) for each in DTYPES]}, got {dtype}")
+    if dtype not in LATENT_DTYPES:
+        dtypes = [str(each) for each in LATENT_DTYPES]
+        raise ValueError(f"dtype must be one of {dtypes}, got {dtype}")
     folder, weights, device = Folder(out), VaeSource(vae), torch.device(device)
     vae_dtype = compute_dtype(vae_dtype, device)
     cores = None if cores is None else positive_int("cores", cores)

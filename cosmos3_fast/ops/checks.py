@@ -11,8 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# What models take latents in.
+LATENT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # What the ops, and so the networks, compute in.
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOAT_DTYPES = (*LATENT_DTYPES, torch.float64)
 FLOAT_NAMES = "float32, bfloat16, float16 or float64"
 
 

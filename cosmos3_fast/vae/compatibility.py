@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.vae.live.exact import decode_sample, encode_mode, normalize_latents, untiled
+from cosmos3_fast.vae.live.exact import decode_sample, normalize_latents, posterior_mode, untiled
 from cosmos3_fast.vae.live.returns import EncodeReturns
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
@@ -169,7 +169,7 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
     """Encode random frames of 2x2 latent cells with both and compare.
 
     Args:
-        vae: see `exact.encode_mode`; tiling is switched off meanwhile.
+        vae: see `exact.posterior_mode`; tiling is switched off meanwhile.
         encoder: the `FrameEncoder` or `ClipEncoder` folded from it.
         frames: 1 + 4k.
 
@@ -182,7 +182,7 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
     pixels = _uniform((1, 3, frames, edge, edge)).to(weight.device, weight.dtype)
     try:
         with untiled(vae):
-            mode = encode_mode(vae, pixels)
+            mode = posterior_mode(vae, pixels)
     except Exception as error:
         what = f"one {edge}x{edge} frame" if frames == 1 else f"{frames} {edge}x{edge} frames"
         raise UnsupportedVAEError(f"vae.encode failed on {what}: {error}") from error

@@ -17,7 +17,7 @@ from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import Unwrapped
 
 
-def encode_mode(vae: Any, pixels: Tensor) -> Tensor:
+def posterior_mode(vae: Any, pixels: Tensor) -> Tensor:
     """The posterior's mode (its mean) of `vae.encode(pixels)`, without gradients.
 
     Args:
@@ -99,7 +99,7 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
     """Normalised latents through the VAE itself, as an unpatched engine computes them.
 
     Args:
-        vae: see `encode_mode`; it has `encoder.conv_in` and `config`.
+        vae: see `posterior_mode`; it has `encoder.conv_in` and `config`.
         pixels: [B, 3, T, H, W] in [-1, 1] with T = 1 + 4k; moved to the VAE's device and dtype.
         clip_latent_frames: latent frames of the clip that `pixels` is the beginning of; the result
             is then, bit for bit, the beginning of that clip's latents. Default: `pixels` is all.
@@ -118,7 +118,7 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
     weight = vae.encoder.conv_in.weight
     own = latent_frames(pixels.shape[2], factor)
     with as_in_clip(vae, pixels, clip_latent_frames or own):
-        latents = encode_mode(vae, pixels.to(weight.device, weight.dtype))
+        latents = posterior_mode(vae, pixels.to(weight.device, weight.dtype))
     return normalize_latents(latents, vae.config)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from cosmos3_fast.ops.registry import LIBRARY_KERNELS
 from cosmos3_fast.vae import ClipEncoder, FrameEncoder, UnsupportedVAEError
-from cosmos3_fast.vae.live.exact import encode_exact, encode_mode
+from cosmos3_fast.vae.live.exact import encode_exact, posterior_mode
 from cosmos3_fast.vae.networks.causal import Sum
 from cosmos3_fast.vae.synthetic import (
     COSMOS3_VAE_CONFIG,
@@ -80,7 +80,7 @@ def test_float64_is_exact_algebra(family: str) -> None:
         torch.tensor(vae.config[name], dtype=torch.float64).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    wanted = (encode_mode(vae, pixels) - mean) / std
+    wanted = (posterior_mode(vae, pixels) - mean) / std
     got = ClipEncoder.from_vae(vae, probe=False)(pixels)
     assert relative_error(got, wanted) <= 1e-12
 

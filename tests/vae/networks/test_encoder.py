@@ -17,7 +17,7 @@ from encoder_cases import (
 )
 
 from cosmos3_fast.vae import FrameEncoder
-from cosmos3_fast.vae.live.exact import encode_exact, encode_mode, normalize_latents
+from cosmos3_fast.vae.live.exact import encode_exact, normalize_latents, posterior_mode
 from cosmos3_fast.vae.synthetic import COSMOS3_VAE_CONFIG, synthetic_vae
 from cosmos3_fast.vae.verify import FLOAT32_BOUND, largest, relative_error, rms
 
@@ -125,7 +125,7 @@ def test_float64_is_exact_algebra(family: str) -> None:
         torch.tensor(vae.config[name], dtype=torch.float64).view(1, -1, 1, 1, 1)
         for name in ("latents_mean", "latents_std")
     )
-    wanted = (encode_mode(vae, pixels[:, :, None]) - mean) / std
+    wanted = (posterior_mode(vae, pixels[:, :, None]) - mean) / std
     got = FrameEncoder.from_vae(vae)(pixels)
     assert relative_error(got, wanted) <= 1e-12
 
@@ -190,9 +190,9 @@ def test_encode_mode_reads_each_return_convention() -> None:
     as_tuple = SimpleNamespace(encode=lambda x: vae.encode(x, return_dict=False))
     bare = SimpleNamespace(encode=lambda x: vae.encode(x).latent_dist)
     for source in (vae, as_tuple, bare):
-        assert torch.equal(encode_mode(source, pixels), wanted)
+        assert torch.equal(posterior_mode(source, pixels), wanted)
     with pytest.raises(TypeError, match=r"vae\.encode returned Tensor"):
-        encode_mode(SimpleNamespace(encode=lambda x: x), pixels)
+        posterior_mode(SimpleNamespace(encode=lambda x: x), pixels)
 
 
 def test_normalize_rounds_the_statistics_first() -> None:
