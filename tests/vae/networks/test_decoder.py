@@ -182,7 +182,7 @@ def test_decode_sample_reads_each_return_convention() -> None:
     bare = SimpleNamespace(decode=lambda z: vae.decode(z).sample)
     for source in (vae, as_tuple, bare):
         assert torch.equal(decode_sample(source, latents), wanted)
-    with pytest.raises(TypeError, match=r"vae\.decode returned str"):
+    with pytest.raises(TypeError, match=r"vae\.decode must return pixels, got str"):
         decode_sample(SimpleNamespace(decode=lambda z: "pixels"), latents)
 
 
