@@ -40,12 +40,17 @@ _URL = re.compile(r"(?i)(data:|[a-z][a-z0-9+.-]+:/)")
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 
 
+_LONGEST_SHOWN = 255
+
+
 def source_name(source: Any, name: str) -> str:
     """How messages call a picture: `name`, and what it came from."""
     if isinstance(source, PIL.Image.Image):
         return f"{name} (PIL, mode {source.mode}, {source.width}x{source.height})"
     if isinstance(source, (str, os.PathLike)):
-        return f"{name} {quoted(os.fspath(source))}"
+        path = os.fspath(source)
+        # Whole, as far as it can be a path: its end tells most.
+        return f"{name} {repr(path) if len(path) <= _LONGEST_SHOWN else quoted(path)}"
     if isinstance(source, (bytes, bytearray, memoryview)):
         return f"{name} ({len(source)} bytes)"
     return f"{name} ({type(source).__name__})"

@@ -191,7 +191,9 @@ def test_encode_mode_reads_each_return_convention() -> None:
     bare = SimpleNamespace(encode=lambda x: vae.encode(x).latent_dist)
     for source in (vae, as_tuple, bare):
         assert torch.equal(posterior_mode(source, pixels), wanted)
-    with pytest.raises(TypeError, match=r"vae\.encode must return a distribution with mode\(\), got Tensor"):
+    with pytest.raises(
+        TypeError, match=r"vae\.encode must return a distribution with mode\(\), got Tensor"
+    ):
         posterior_mode(SimpleNamespace(encode=lambda x: x), pixels)
 
 
@@ -210,7 +212,9 @@ def test_encode_exact_is_the_vae_itself_and_names_bad_input() -> None:
     clip = torch.rand(1, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mode = vae.encode(clip.bfloat16()).latent_dist.mode()
     assert torch.equal(encode_exact(vae, clip), normalize_latents(mode, vae.config))
-    with pytest.raises(ValueError, match=r"pixels must have shape \[B, 3, T, H, W\], got \[3, 5, 32, 32\]"):
+    with pytest.raises(
+        ValueError, match=r"pixels must have shape \[B, 3, T, H, W\], got \[3, 5, 32, 32\]"
+    ):
         encode_exact(vae, clip[0])
     with pytest.raises(ValueError, match=r"pixels must have 1 \+ 4k frames, got 4"):
         encode_exact(vae, clip[:, :, :4])
