@@ -240,8 +240,8 @@ class ClipDecoder(_Decoder):
     frames, which are 1 + 4(T - 1) pixel frames. The first frame is that of a `FrameDecoder`, bit
     for bit. The frames after it are taken in blocks of four along time: six 2-D convolutions give
     four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`). In 16
-    bits with products no finer than the frames they are blocks of two, which round less. The result
-    is that of the *untiled* VAE.
+    bits with products no finer than the frames, and in float32 on the two levels of the highest
+    resolution, they are blocks of two, which round less. The result is that of the *untiled* VAE.
 
     Three ways to decode: `decoder(latents)` gives all frames; `decoder.frames(latents)` gives them
     as they come, in memory that does not grow with T; `decoder.stream()` takes latents one after

@@ -79,8 +79,8 @@ class _Encoder(FoldedNetwork):
     def _encode_frames(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
         """Single frames, or those of a clip that come next, to latent frames.
 
-        Of a clip's later frames, each level takes as many at once as fill a device, so that the
-        large levels hold few and the blocks of the small levels are full.
+        Of a clip's later frames, each level takes `frames_at_once`, and the next one what that gave
+        in all, so that the large levels hold few and the blocks of the small levels are full.
 
         Args:
             frames: [F·B, 3, H, W] or bytes [F·B, H, W, 3]; F is 1, or after a clip's first frame a
