@@ -298,9 +298,8 @@ def temporal_form(dtype: torch.dtype, products: torch.dtype | None, direct: bool
         raise ValueError(f"products must be the network's dtype, {dtype}{also}, got {products}")
     if direct:
         return Temporal(1, products)
-    # Six products need a finer dtype than 16-bit frames have: four, of two frames, round less.
-    coarse = products == dtype and dtype in (torch.bfloat16, torch.float16)
-    return Temporal(2 if coarse else 4, products)
+    # Six products need a finer dtype than the frames have: four, of two frames, round less.
+    return Temporal(2 if products == dtype else 4, products)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cosmos3_fast.ops import winograd_conv3x3
 from cosmos3_fast.ops.registry import is_differentiated
 from cosmos3_fast.vae.networks.causal import (
     TAPS,
@@ -26,7 +28,7 @@ from cosmos3_fast.vae.networks.causal import (
     deferred,
     defers_bias,
 )
-from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Stage, UpStage
+from cosmos3_fast.vae.topology import Stage, UpStage
 
 # Of an up-sampling, Winograd saves less than of another convolution, and needs as much memory.
 _UPSAMPLE_TILES = 1024
@@ -275,20 +277,17 @@ _PIXELS_AT_ONCE = 1 << 18
 _BLOCK = 4
 
 
-def large_levels(topology: EncoderTopology | DecoderTopology) -> list[bool]:
-    """Per level, the highest resolution first, whether `Temporal.of_large_images` is for it."""
-    return [i < 2 for i in range(len(topology.stages))]
-
-
-def frames_at_once(pixels: int, device: torch.device) -> int:
+def frames_at_once(pixels: int, device: torch.device, block: int = _BLOCK, on_cpu: int = 1) -> int:
     """How many frames of a clip go through a level together, whole blocks of them.
 
     Args:
         pixels: of one frame at that level, batch included.
-        device: a CPU is filled by one block.
+        device: a CPU takes the same number for images of any size.
+        block: frames of a block.
+        on_cpu: how many blocks that is.
     """
-    blocks = 1 if device.type == "cpu" else _PIXELS_AT_ONCE // (_BLOCK * pixels)
-    return _BLOCK * max(1, blocks)
+    blocks = on_cpu if device.type == "cpu" else _PIXELS_AT_ONCE // (block * pixels)
+    return block * max(1, blocks)
 
 
 def in_chunks(
@@ -352,9 +351,15 @@ class Upsample(WinogradConv):
                 [duplicated_phase(shortcut, self.out_channels, factor_t, t, p) for t in times]
                 for p in range(4)
             ]
-        if self._takes_winograd(x, self.weight, scale=2):
+
+        def once(make: Callable[[], Any]) -> Any:
+            return make() if memory is None else memory.once(self, make)
+
+        # By one frame, so that all frames of a clip go one way, and one form of kernels is held.
+        if self._takes_winograd(x[:batch], self.weight, scale=2):
             image = F.interpolate(x, scale_factor=2.0)
-            out = self._convolve_winograd(image, self.weight, self.bias)
+            packed = once(lambda: self._packed_weight(keep=memory is None))
+            out = winograd_conv3x3(image, packed, self.bias)
             for phase, copies_of_phase in enumerate(copies):
                 row, column = divmod(phase, 2)
                 place = out[:, :, row::2, column::2].unflatten(0, by_time)
@@ -369,10 +374,7 @@ class Upsample(WinogradConv):
             memory_format=torch.channels_last,
         )
         defers = defers_bias(x)
-        if memory is None:
-            kernels = phase_kernels(self.weight)
-        else:
-            kernels = memory.once(self, lambda: phase_kernels(self.weight))
+        kernels = once(lambda: phase_kernels(self.weight))
         for phase, kernel in enumerate(kernels):
             row, column = divmod(phase, 2)
             if defers:  # there a pad is a copy of its own, and a row and a column more are not
@@ -497,6 +499,7 @@ class DecoderStage(nn.Module):
         if self.upsample is None:
             return y
         frames = y.total()
+        del y
         if self.time_conv is not None and memory is not None and not memory.first:
             frames = self._double_time(memory.by_frame(frames), memory)
         return self.upsample(frames, x if self.residual else None, self.factor_t, memory)
