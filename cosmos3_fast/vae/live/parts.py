@@ -12,6 +12,7 @@ from torch import Tensor
 from cosmos3_fast.frames import latent_frames, pixel_frames
 from cosmos3_fast.vae.compatibility import probe_posterior
 from cosmos3_fast.vae.live.engine import Encode, Engine
+from cosmos3_fast.vae.live.exact import computes_in
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
@@ -222,24 +223,25 @@ class EncoderPart(Part):
     def _cached(self, run: Encode) -> Encode:
         return self._engine.cached("encode_folded", run)
 
-    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns | None:
-        """`returns`, from the smallest frame where it is not known; None where that fails."""
+    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns:
+        """`returns`, from the smallest frame where it is not known.
+
+        Raises:
+            UnsupportedVAEError: the VAE does not encode it, or returns something unknown.
+        """
         if self.returns is None:
             edge = topology.spatial_factor
+            own = bare(vae)
             try:
-                weight = next(p for p in vae.encoder.parameters())
-                device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
-                own = bare(vae)
-                if weight.is_meta:
-                    weight = torch.empty(0, device=device or "cpu", dtype=weight.dtype)
+                device, dtype = computes_in(own)
                 with torch.no_grad():
-                    out = own.encode(weight.new_zeros(1, 3, 1, edge, edge))
+                    out = own.encode(torch.zeros(1, 3, 1, edge, edge, device=device, dtype=dtype))
                 returns, parameters = EncodeReturns.of(out)
-                if parameters.shape[1] != 2 * topology.z_dim:
-                    returns = returns.without_variance(parameters.shape[1])
-                self.returns = returns
             except Exception as error:
-                self._tell(f"all frames are encoded: what encode returns is not known ({error})")
+                raise UnsupportedVAEError(f"what encode returns is not known ({error})") from error
+            if parameters.shape[1] != 2 * topology.z_dim:
+                returns = returns.without_variance(parameters.shape[1])
+            self.returns = returns
         return self.returns
 
 

@@ -14,6 +14,7 @@ Each call reads the `Acceleration` once and one snapshot of a network from it, s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -121,7 +122,8 @@ def accelerate(
     if choice.mode == "fast":
         for part in (state.encoder, state.decoder):
             part.prepare(plain)
-    state.encoder.learn(plain, topology)
+    with contextlib.suppress(UnsupportedVAEError):  # it is tried again, and told, where it is used
+        state.encoder.learn(plain, topology)
     for name in ("encode", "decode"):
         if name in vars(plain):
             state.tell(f"vae.{name} was replaced on this object, and runs as it is")
@@ -283,7 +285,10 @@ class Acceleration:
         topology = self.topology(vae)
         cells = (size // topology.spatial_factor for size in x.shape[3:])
         zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells)
-        return _Attempt(zeros, self.encoder.learn(vae, topology))
+        try:
+            return _Attempt(zeros, self.encoder.learn(vae, topology))
+        except UnsupportedVAEError as error:
+            return self._all_frames(asked, str(error))
 
     def _fast(self, vae: Any, own: Callable[..., Any], x: Tensor, asked: Asked) -> _Attempt:
         parameters, reason = self.encoder.run(vae, x[:, :, : asked.needed], self.topology(vae))
@@ -304,10 +309,16 @@ class Acceleration:
 
             encode = self.engine.cached(f"encode_head_of_{asked.total}", encode_head)
             parameters = encode(vae, x[:, :, : asked.needed])
-            returns = forms[0] if forms else self.encoder.learn(vae, topology)
-            if returns is not None and parameters.shape[2] == asked.wanted:
+            try:
+                returns = forms[0] if forms else self.encoder.learn(vae, topology)
+            except UnsupportedVAEError as error:
+                return self._all_frames(asked, str(error))
+            if parameters.shape[2] == asked.wanted:
                 return _Attempt(parameters, returns)
             reason = f"the first {asked.wanted} latent frames have another form than a clip's"
+        return self._all_frames(asked, reason)
+
+    def _all_frames(self, asked: Asked, reason: str) -> _Attempt:
         self.tell(f"all {asked.given} frames are encoded: {reason}")
         return _Attempt(None, None, reason)
 
