@@ -154,7 +154,7 @@ class Part(ABC):
 
     def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
         following, fold = self._network_for(x.shape[2])
-        snapshot = following.snapshot(fold, vae, seen, x.device, self._tell_stale)
+        snapshot = following.snapshot(fold, vae, seen, x.device, self._was_stale)
 
         def run(_: Any, given: Tensor) -> Tensor:
             if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
@@ -176,7 +176,10 @@ class Part(ABC):
             seen.traces.append((type(vae), getattr(type(vae), name, None), None))
         return seen
 
-    def _tell_stale(self) -> None:
+    def _was_stale(self) -> None:
+        # The network that did not notice is of the same weights.
+        self._frame.forget()
+        self._clip.forget()
         self._tell(
             f"the weights for vae.{self.methods[0]} were changed without a trace, and are folded "
             "again; calls since then may have had those of before: see refresh"

@@ -212,7 +212,7 @@ class Acceleration:
     Attributes:
         encoder, decoder: the parts.
         tell: warns, once per message.
-        own_code: held while the VAE's own `encode` runs.
+        own_code: held while the VAE's own `encode` or `decode` runs.
         last: how the VAE encoded latest.
     """
 
@@ -284,7 +284,10 @@ class Acceleration:
             return _FAILED
         topology = self.topology(vae)
         cells = (size // topology.spatial_factor for size in x.shape[3:])
-        zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells)
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells, dtype=dtype)
         try:
             return _Attempt(zeros, self.encoder.learn(vae, topology))
         except UnsupportedVAEError as error:
@@ -331,7 +334,8 @@ class Acceleration:
             pixels, _ = self.decoder.run(vae, z, topology)
             if pixels is not None and self.decoder.returns is not None:
                 return self.decoder.returns.make(pixels, return_dict)
-        return own(z)
+        with self.own_code:
+            return own(z)
 
     def _report(self, encoding: Encoding) -> None:
         self.last = encoding

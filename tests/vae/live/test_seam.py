@@ -252,6 +252,19 @@ def test_autocast(wan: Any) -> None:
         assert_own(wan, pixels(), wanted)
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_wanted_under_autocast(wan: Any, mode: str, dtype: torch.dtype) -> None:
+    accelerate(wan.to(dtype), mode)
+    x = pixels(9).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = parameters(wan, x)
+        with wanted_frames(0):
+            ours = parameters(wan, x)
+    assert last_encoding(wan).path == "none"
+    assert (ours.shape, ours.dtype) == (wanted.shape, wanted.dtype)
+
+
 def test_defaults_of_the_user_change_nothing(wan: Any) -> None:
     x, z = pixels(), latents(wan)
     accelerate(wan)
