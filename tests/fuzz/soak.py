@@ -66,7 +66,8 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=LENGTH, help="events of each")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    logging.getLogger("cosmos3_fast").setLevel(logging.ERROR)
+    for name in ("cosmos3_fast", "diffusers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     began, calls, fast = time.monotonic(), 0, 0
     for done in range(args.count):
         counts = run(args.first + done, args.length)

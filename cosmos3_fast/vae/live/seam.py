@@ -291,7 +291,7 @@ class Acceleration:
         try:
             return _Attempt(zeros, self.encoder.learn(vae, topology))
         except UnsupportedVAEError as error:
-            return self._all_frames(asked, str(error))
+            return self._all_frames(str(error))
 
     def _fast(self, vae: Any, own: Callable[..., Any], x: Tensor, asked: Asked) -> _Attempt:
         parameters, reason = self.encoder.run(vae, x[:, :, : asked.needed], self.topology(vae))
@@ -315,14 +315,14 @@ class Acceleration:
             try:
                 returns = forms[0] if forms else self.encoder.learn(vae, topology)
             except UnsupportedVAEError as error:
-                return self._all_frames(asked, str(error))
+                return self._all_frames(str(error))
             if parameters.shape[2] == asked.wanted:
                 return _Attempt(parameters, returns)
-            reason = f"the first {asked.wanted} latent frames have another form than a clip's"
-        return self._all_frames(asked, reason)
+            reason = "the first latent frames have another form than a clip's"
+        return self._all_frames(reason)
 
-    def _all_frames(self, asked: Asked, reason: str) -> _Attempt:
-        self.tell(f"all {asked.given} frames are encoded: {reason}")
+    def _all_frames(self, reason: str) -> _Attempt:
+        self.tell(f"all frames of a clip are encoded: {reason}")
         return _Attempt(None, None, reason)
 
     def decode(self, vae: Any, own: Callable[..., Any], z: Tensor, return_dict: bool) -> Any:

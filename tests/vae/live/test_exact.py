@@ -150,5 +150,6 @@ def test_an_encode_that_fails_is_told_where_it_matters(caplog: pytest.LogCapture
         with wanted_frames(0):
             assert torch.equal(vae.encode(x).latent_dist.parameters, wanted)
     assert [r.getMessage() for r in caplog.records] == [
-        "cosmos3_fast: all 9 frames are encoded: what encode returns is not known (too small)"
+        "cosmos3_fast: all frames of a clip are encoded: "
+        "what encode returns is not known (too small)"
     ]
