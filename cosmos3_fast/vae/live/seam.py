@@ -150,8 +150,8 @@ def refresh(vae: VAE) -> VAE:
     (8-bit optimizers, kernels of one's own), in-place operations on tensors made in inference
     mode. Each call compares samples of two weights, so that a change of all weights is found at
     the next call on the CPU and the one after on a device; that of a single one within half as many
-    calls as there are weights. A change of so few values that no sample has one is never seen:
-    64 to 127 of a large weight are in the sample.
+    calls of the network (for frames, or for clips) as there are weights. A change of so
+    few values that no sample has one is never seen: 64 to 127 of a large weight are in the sample.
 
     Returns:
         `vae` itself.
