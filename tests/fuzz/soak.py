@@ -1,7 +1,7 @@
 """Random sequences of events on an accelerated VAE, against a twin that is not: `make soak`.
 
 Each sequence comes from a seed alone; a failure names it and its events, and `--first SEED --count
-1` repeats it. Folded networks must have served at least half of all calls.
+1` repeats it. Folded networks must have served at least half of all calls of 20 sequences or more.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> int:
                 f"{seconds:.0f} s",
                 flush=True,
             )
-    if args.count > 1:
+    if args.count >= 20:  # a few may by chance have little to fold
         Counts(calls, fast).check()
     return 0
 
