@@ -18,7 +18,7 @@ PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
 # With QUICK=1, what is marked as slow is left out.
 MARKED = $(if $(QUICK),-m "not slow")
 
-.PHONY: help demo bench bench-full bench-bulk test test-all test-bulk fuzz wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
+.PHONY: help demo bench bench-full bench-bulk test test-all test-bulk fuzz soak wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -158,6 +158,10 @@ wheels: $(VENV)/torch.stamp
 ## make fuzz         random op calls against numpy, damaged files against the loaders (15 minutes)
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/fuzzing.py
+
+## make soak         random events on an accelerated VAE, against a twin that is not (10 minutes)
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/soak.py
 
 ## make lint    ruff, clang-format and mypy, as pre-commit runs them
 lint: $(VENV)/test.stamp

@@ -217,7 +217,8 @@ def why_tiled(vae: Any, height: int, width: int) -> str | None:
     tile = [getattr(vae, f"tile_sample_min_{side}", 0) or 0 for side in ("height", "width")]
     if height <= tile[0] and width <= tile[1]:
         return None
-    return f"tiling is on, and {height}x{width} pixels exceed a tile"
+    # Without the size, which would be told anew for each.
+    return f"tiling is on, and the frame exceeds a tile of {tile[0]}x{tile[1]} pixels"
 
 
 def why_not_shortened(vae: Any) -> str | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cosmos3_fast.frames import latent_frames, pixel_frames
 from cosmos3_fast.vae.compatibility import probe_posterior
 from cosmos3_fast.vae.live.engine import Encode, Engine
+from cosmos3_fast.vae.live.exact import computes_in
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
@@ -153,7 +154,7 @@ class Part(ABC):
 
     def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
         following, fold = self._network_for(x.shape[2])
-        snapshot = following.snapshot(fold, vae, seen, x.device, self._tell_stale)
+        snapshot = following.snapshot(fold, vae, seen, x.device, self._was_stale)
 
         def run(_: Any, given: Tensor) -> Tensor:
             if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
@@ -175,7 +176,10 @@ class Part(ABC):
             seen.traces.append((type(vae), getattr(type(vae), name, None), None))
         return seen
 
-    def _tell_stale(self) -> None:
+    def _was_stale(self) -> None:
+        # The network that did not notice is of the same weights.
+        self._frame.forget()
+        self._clip.forget()
         self._tell(
             f"the weights for vae.{self.methods[0]} were changed without a trace, and are folded "
             "again; calls since then may have had those of before: see refresh"
@@ -222,24 +226,25 @@ class EncoderPart(Part):
     def _cached(self, run: Encode) -> Encode:
         return self._engine.cached("encode_folded", run)
 
-    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns | None:
-        """`returns`, from the smallest frame where it is not known; None where that fails."""
+    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns:
+        """`returns`, from the smallest frame where it is not known.
+
+        Raises:
+            UnsupportedVAEError: the VAE does not encode it, or returns something unknown.
+        """
         if self.returns is None:
             edge = topology.spatial_factor
+            own = bare(vae)
             try:
-                weight = next(p for p in vae.encoder.parameters())
-                device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
-                own = bare(vae)
-                if weight.is_meta:
-                    weight = torch.empty(0, device=device or "cpu", dtype=weight.dtype)
+                device, dtype = computes_in(own)
                 with torch.no_grad():
-                    out = own.encode(weight.new_zeros(1, 3, 1, edge, edge))
+                    out = own.encode(torch.zeros(1, 3, 1, edge, edge, device=device, dtype=dtype))
                 returns, parameters = EncodeReturns.of(out)
-                if parameters.shape[1] != 2 * topology.z_dim:
-                    returns = returns.without_variance(parameters.shape[1])
-                self.returns = returns
             except Exception as error:
-                self._tell(f"all frames are encoded: what encode returns is not known ({error})")
+                raise UnsupportedVAEError(f"what encode returns is not known ({error})") from error
+            if parameters.shape[1] != 2 * topology.z_dim:
+                returns = returns.without_variance(parameters.shape[1])
+            self.returns = returns
         return self.returns
 
 

@@ -14,6 +14,7 @@ Each call reads the `Acceleration` once and one snapshot of a network from it, s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -121,7 +122,8 @@ def accelerate(
     if choice.mode == "fast":
         for part in (state.encoder, state.decoder):
             part.prepare(plain)
-    state.encoder.learn(plain, topology)
+    with contextlib.suppress(UnsupportedVAEError):  # it is tried again, and told, where it is used
+        state.encoder.learn(plain, topology)
     for name in ("encode", "decode"):
         if name in vars(plain):
             state.tell(f"vae.{name} was replaced on this object, and runs as it is")
@@ -148,8 +150,8 @@ def refresh(vae: VAE) -> VAE:
     (8-bit optimizers, kernels of one's own), in-place operations on tensors made in inference
     mode. Each call compares samples of two weights, so that a change of all weights is found at
     the next call on the CPU and the one after on a device; that of a single one within half as many
-    calls as there are weights. A change of so few values that no sample has one is never seen:
-    64 to 127 of a large weight are in the sample.
+    calls of the network (for frames, or for clips) as there are weights. A change of so
+    few values that no sample has one is never seen: 64 to 127 of a large weight are in the sample.
 
     Returns:
         `vae` itself.
@@ -210,7 +212,7 @@ class Acceleration:
     Attributes:
         encoder, decoder: the parts.
         tell: warns, once per message.
-        own_code: held while the VAE's own `encode` runs.
+        own_code: held while the VAE's own `encode` or `decode` runs.
         last: how the VAE encoded latest.
     """
 
@@ -282,8 +284,14 @@ class Acceleration:
             return _FAILED
         topology = self.topology(vae)
         cells = (size // topology.spatial_factor for size in x.shape[3:])
-        zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells)
-        return _Attempt(zeros, self.encoder.learn(vae, topology))
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells, dtype=dtype)
+        try:
+            return _Attempt(zeros, self.encoder.learn(vae, topology))
+        except UnsupportedVAEError as error:
+            return self._all_frames(str(error))
 
     def _fast(self, vae: Any, own: Callable[..., Any], x: Tensor, asked: Asked) -> _Attempt:
         parameters, reason = self.encoder.run(vae, x[:, :, : asked.needed], self.topology(vae))
@@ -304,11 +312,17 @@ class Acceleration:
 
             encode = self.engine.cached(f"encode_head_of_{asked.total}", encode_head)
             parameters = encode(vae, x[:, :, : asked.needed])
-            returns = forms[0] if forms else self.encoder.learn(vae, topology)
-            if returns is not None and parameters.shape[2] == asked.wanted:
+            try:
+                returns = forms[0] if forms else self.encoder.learn(vae, topology)
+            except UnsupportedVAEError as error:
+                return self._all_frames(str(error))
+            if parameters.shape[2] == asked.wanted:
                 return _Attempt(parameters, returns)
-            reason = f"the first {asked.wanted} latent frames have another form than a clip's"
-        self.tell(f"all {asked.given} frames are encoded: {reason}")
+            reason = "the first latent frames have another form than a clip's"
+        return self._all_frames(reason)
+
+    def _all_frames(self, reason: str) -> _Attempt:
+        self.tell(f"all frames of a clip are encoded: {reason}")
         return _Attempt(None, None, reason)
 
     def decode(self, vae: Any, own: Callable[..., Any], z: Tensor, return_dict: bool) -> Any:
@@ -320,7 +334,8 @@ class Acceleration:
             pixels, _ = self.decoder.run(vae, z, topology)
             if pixels is not None and self.decoder.returns is not None:
                 return self.decoder.returns.make(pixels, return_dict)
-        return own(z)
+        with self.own_code:
+            return own(z)
 
     def _report(self, encoding: Encoding) -> None:
         self.last = encoding
