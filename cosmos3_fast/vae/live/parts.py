@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -15,6 +16,7 @@ from cosmos3_fast.vae.live.engine import Encode, Engine
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
+from cosmos3_fast.vae.live.watch import Watch
 from cosmos3_fast.vae.live.weights import Fold, Following, is_out_of_memory
 from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.networks.encoder import ClipEncoder, FrameEncoder
@@ -61,6 +63,7 @@ class Part(ABC):
         self._clip = Following()
         # Values of the smallest clip that did not fit into memory.
         self._too_large: int | None = None
+        self._watch: Watch | None = None
 
     @abstractmethod
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
@@ -132,7 +135,7 @@ class Part(ABC):
             reason = f"clips of this size have not fitted into memory; {_REFRESH}"
         if reason is None:
             weight = getattr(vae, self.modules[0]).conv_in.weight
-            moved = hasattr(vae, "_hf_hook") or self._engine.pending_fetch() is not None
+            moved = "_hf_hook" in vars(vae) or self._engine.pending_fetch() is not None
             if x.dtype != weight.dtype or (x.device != weight.device and not moved):
                 # The VAE's own code says what is wrong, or copes with it.
                 return None, f"the input is {x.dtype} on {x.device}, the VAE is not"
@@ -169,10 +172,23 @@ class Part(ABC):
         return result
 
     def _survey(self, vae: Any) -> Survey:
+        cls = type(vae)
+        # Another function of the class is seen as another weight is.
+        of_class = [(cls, getattr(cls, name, None)) for name in self.methods[1:]]
+        watch = self._watch
+        seen = None if watch is None else watch.again(vae, of_class)
+        if seen is not None:
+            return seen
+        self._watch = watch = None
         seen = survey(vae, self.modules, self._engine.is_equivalent)
-        for name in self.methods[1:]:
-            # Another function of the class is seen as another weight is.
-            seen.traces.append((type(vae), getattr(type(vae), name, None), None))
+        if seen.obstacle is None:
+            watch = Watch(vae, self.modules, of_class)
+            # What changes from here on is other than the watch has it, if not than the survey.
+            seen = survey(vae, self.modules, self._engine.is_equivalent)
+        seen.traces.extend((weakref.ref(cls), function, None) for cls, function in of_class)
+        if watch is not None and seen.obstacle is None:
+            watch.seen = seen._replace(weights=[])
+            self._watch = watch
         return seen
 
     def _tell_stale(self) -> None:

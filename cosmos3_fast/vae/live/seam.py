@@ -266,8 +266,9 @@ class Acceleration:
         for way in ways:
             attempt = attempts[way](vae, own, x, asked)
             if attempt.parameters is not None and attempt.returns is not None:
-                missing = asked.total - attempt.parameters.shape[2]
-                parameters = F.pad(attempt.parameters, (0, 0, 0, 0, 0, missing))
+                parameters = attempt.parameters
+                if missing := asked.total - parameters.shape[2]:
+                    parameters = F.pad(parameters, (0, 0, 0, 0, 0, missing))
                 result = attempt.returns.make(parameters, return_dict)
                 self._report(Encoding(way, asked.needed, given, reason))
                 return result

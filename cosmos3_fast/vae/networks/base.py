@@ -72,7 +72,7 @@ class FoldedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._complete and self._temporal is not None:
-            weight = self.get_submodule("conv_in").get_parameter("weight")
+            weight = self._weight
             to = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
             if to != weight.dtype:
                 raise TypeError(
@@ -84,12 +84,18 @@ class FoldedNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters and of the result."""
-        return self.get_submodule("conv_in").get_parameter("weight").dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the parameters and of the result."""
-        return self.get_submodule("conv_in").get_parameter("weight").device
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        conv: Any = self.conv_in
+        weight: Tensor = conv.weight
+        return weight
 
     @property
     def roundings(self) -> tuple[torch.dtype, ...]:
