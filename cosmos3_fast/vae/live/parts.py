@@ -36,6 +36,7 @@ class Part(ABC):
         tell: warns, once per message; a function that does not refer back to the part.
         products: of the network for clips, see `ClipDecoder`.
         frozen: the user vouches for the weights, see `Choice`.
+        graphs: the network for one frame replays its calls, see `Choice`.
 
     Attributes:
         returns: the form of what the VAE's own method returns; None until it is learnt, and from
@@ -53,9 +54,10 @@ class Part(ABC):
         tell: Callable[[str], None],
         products: torch.dtype | None = None,
         frozen: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.returns: Any = None
-        self._frozen = frozen
+        self._frozen, self._graphs = frozen, graphs
         self._engine = engine
         self._tell = tell
         self._products = products
@@ -212,7 +214,7 @@ class EncoderPart(Part):
         own = bare(vae)
         network = FrameEncoder.from_vae(own, device=device, probe=False, posterior=True)
         self.returns = probe_posterior(own, network)
-        return network
+        return network.capture() if self._graphs else network
 
     def _fold_clip(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
@@ -268,7 +270,8 @@ class DecoderPart(Part):
 
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
-        return self._learnt(own, FrameDecoder.from_vae(own, device=device))
+        network = self._learnt(own, FrameDecoder.from_vae(own, device=device))
+        return network.capture() if self._graphs else network
 
     def _fold_clip(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)

@@ -1,7 +1,7 @@
 """The second look at a part of a VAE: whether anything is other than when it was surveyed.
 
-`obstacles.survey` walks modules in Python, which costs the host more than the rest of the seam. What
-it reads is arranged here once, so that reading it again is a few calls of C over all modules.
+`obstacles.survey` walks modules in Python, which costs the host more than the rest of the seam.
+What it reads is arranged here once, so that reading it again is a few calls of C over all modules.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from cosmos3_fast.vae.live.obstacles import RARE, SETTINGS, Survey
 
 _HELD = ("_modules", "_parameters", "_buffers")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# Of every module; of those that have something rare; of tensors.
-_read = itemgetter(*_HELD, *_HOOKS)
 _OWN = (*RARE, "use_parallel_encode", "use_parallel_decode")
 _dict, _forward, _grad = attrgetter("__dict__"), attrgetter("forward"), attrgetter("grad")
 _marks = attrgetter("_version", "dtype", "requires_grad")
@@ -35,8 +33,8 @@ class _Looked(NamedTuple):
 
     attributes: list[dict[str, Any]]
     types: list[type]
-    rows: list[tuple[Any, ...]]
-    empty: list[Any]
+    empty: list[tuple[Any, list[dict[str, Any]]]]
+    held: list[tuple[Any, list[dict[str, Any]], list[Any]]]
     below: list[Any]
     names: list[Any]
     modules: list[Any]
@@ -117,7 +115,6 @@ def _look(modules: list[Any], in_order: list[Any]) -> _Looked | None:
         in_order: the same as a survey meets them.
     """
     attributes = [vars(module) for module in modules]
-    held = [each[name] for each in attributes for name in _HELD]
     hooks = [each[name] for each in attributes for name in _HOOKS]
     settings: dict[tuple[str, ...], list[dict[str, Any]]] = defaultdict(list)
     for module, each in zip(modules, attributes, strict=True):
@@ -147,17 +144,17 @@ def _look(modules: list[Any], in_order: list[Any]) -> _Looked | None:
         or len(addresses) != len(weights)
         or len(weights) < 2  # of which `itemgetter` would make no tuple
         or not all(addresses)
-        # Dictionaries are compared by value where another one is in the place: then a tensor of
-        # several values has no answer, which is no.
-        or any(x.numel() < 2 for x in weights)
         or any(x.requires_grad and x.grad is not None for x in weights)
     ):
         return None
     return _Looked(
         attributes,
         [*map(type, modules)],
-        [*map(_read, attributes)],
-        [each for each in (*held, *hooks) if not each],
+        [
+            (itemgetter(name), [each for each in attributes if not each[name]])
+            for name in (*_HELD, *_HOOKS)
+        ],
+        [_reader((name,), [each for each in attributes if each[name]]) for name in _HELD],
         below,
         [*chain.from_iterable(below)],
         [each.values() for each in below],
@@ -190,11 +187,15 @@ def _same(looked: _Looked, roots: list[Any]) -> list[Tensor] | None:
         len(modules) != len(looked.types)
         or [*map(type, modules)] != looked.types
         or not all(map(is_, map(_dict, modules), looked.attributes))
-        or any(looked.empty)
         or [*chain.from_iterable(looked.below)] != looked.names
-        or [*map(_read, looked.attributes)] != looked.rows
     ):
         return None
+    for read, those in looked.empty:
+        if any(map(read, those)):
+            return None
+    for read, those, held in looked.held:
+        if not all(map(is_, map(read, those), held)):
+            return None
     for name in RARE:
         if any(map(contains, looked.plain, repeat(name))):
             return None
