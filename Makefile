@@ -151,9 +151,11 @@ bench-bulk: .venv-bulk/stamp $(VENV)/package.stamp
 	.venv-bulk/bin/python -m benchmarks.run --full --suites bulk,bulk_memory --out out/bench-bulk
 
 ## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried,
-##                   with CUDA kernels where nvcc is found; PYTHONS="/path/to/python ..." for others
+##                   with CUDA kernels where nvcc is found; PYTHONS="/path/to/python ..." for others;
+##                   ALSO=/path/to/python: tried on that one's torch too, as one with CUDA
 wheels: $(VENV)/torch.stamp
-	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons $(PYTHONS))
+	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons $(PYTHONS)) \
+		$(if $(ALSO),--also $(ALSO))
 
 ## make fuzz         random op calls against numpy, damaged files against the loaders (15 minutes)
 fuzz: $(VENV)/test.stamp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ from cosmos3_fast.vae.live.exact import computes_in
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
+from cosmos3_fast.vae.live.watch import Watch
 from cosmos3_fast.vae.live.weights import Fold, Following, is_out_of_memory
 from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.networks.encoder import ClipEncoder, FrameEncoder
@@ -35,6 +37,7 @@ class Part(ABC):
         tell: warns, once per message; a function that does not refer back to the part.
         products: of the network for clips, see `ClipDecoder`.
         frozen: the user vouches for the weights, see `Choice`.
+        graphs: the network for one frame replays its calls, see `Choice`.
 
     Attributes:
         returns: the form of what the VAE's own method returns; None until it is learnt, and from
@@ -52,9 +55,10 @@ class Part(ABC):
         tell: Callable[[str], None],
         products: torch.dtype | None = None,
         frozen: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.returns: Any = None
-        self._frozen = frozen
+        self._frozen, self._graphs = frozen, graphs
         self._engine = engine
         self._tell = tell
         self._products = products
@@ -62,6 +66,7 @@ class Part(ABC):
         self._clip = Following()
         # Values of the smallest clip that did not fit into memory.
         self._too_large: int | None = None
+        self._watch: Watch | None = None
 
     @abstractmethod
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
@@ -133,7 +138,7 @@ class Part(ABC):
             reason = f"clips of this size have not fitted into memory; {_REFRESH}"
         if reason is None:
             weight = getattr(vae, self.modules[0]).conv_in.weight
-            moved = hasattr(vae, "_hf_hook") or self._engine.pending_fetch() is not None
+            moved = "_hf_hook" in vars(vae) or self._engine.pending_fetch() is not None
             if x.dtype != weight.dtype or (x.device != weight.device and not moved):
                 # The VAE's own code says what is wrong, or copes with it.
                 return None, f"the input is {x.dtype} on {x.device}, the VAE is not"
@@ -170,10 +175,23 @@ class Part(ABC):
         return result
 
     def _survey(self, vae: Any) -> Survey:
+        cls = type(vae)
+        # Another function of the class is seen as another weight is.
+        of_class = [(cls, getattr(cls, name, None)) for name in self.methods[1:]]
+        watch = self._watch
+        seen = None if watch is None else watch.again(vae, of_class)
+        if seen is not None:
+            return seen
+        self._watch = watch = None
         seen = survey(vae, self.modules, self._engine.is_equivalent)
-        for name in self.methods[1:]:
-            # Another function of the class is seen as another weight is.
-            seen.traces.append((type(vae), getattr(type(vae), name, None), None))
+        if seen.obstacle is None:
+            watch = Watch(vae, self.modules, of_class)
+            # What changes from here on is other than the watch has it, if not than the survey.
+            seen = survey(vae, self.modules, self._engine.is_equivalent)
+        seen.traces.extend((weakref.ref(cls), function, None) for cls, function in of_class)
+        if watch is not None and seen.obstacle is None:
+            watch.seen = seen._replace(weights=[])
+            self._watch = watch
         return seen
 
     def _was_stale(self) -> None:
@@ -200,7 +218,7 @@ class EncoderPart(Part):
         own = bare(vae)
         network = FrameEncoder.from_vae(own, device=device, probe=False, posterior=True)
         self.returns = probe_posterior(own, network)
-        return network
+        return network.capture() if self._graphs else network
 
     def _fold_clip(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
@@ -257,7 +275,8 @@ class DecoderPart(Part):
 
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
-        return self._learnt(own, FrameDecoder.from_vae(own, device=device))
+        network = self._learnt(own, FrameDecoder.from_vae(own, device=device))
+        return network.capture() if self._graphs else network
 
     def _fold_clip(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)

@@ -66,6 +66,7 @@ def accelerate(
     clips: bool | None = None,
     products: str | torch.dtype | None = None,
     frozen: bool | None = None,
+    graphs: bool | None = None,
 ) -> VAE:
     """Let a VAE of the Wan family encode and decode by 2-D networks.
 
@@ -95,16 +96,19 @@ def accelerate(
         frozen: True: the weights stay as they are though they require gradients and the VAE is in
             training mode or they have some, where otherwise the VAE's own code runs. None: as
             before, and at first False.
+        graphs: True: on a GPU, calls of one frame are replayed as CUDA graphs
+            (`FrameEncoder.capture`), which takes the host out of their time and holds the
+            activations of a call for each shape. None: as before, and at first False.
 
     Returns:
         `vae` itself.
 
     Raises:
         ValueError: an unknown mode, or products of another dtype.
-        TypeError: `clips` or `frozen` is neither a bool nor None.
+        TypeError: `clips`, `frozen` or `graphs` is neither a bool nor None.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    if choose(mode, clips, products, frozen=frozen).mode == "off":
+    if choose(mode, clips, products, frozen=frozen, graphs=graphs).mode == "off":
         return restore(vae)
     plain = uncompiled(vae)
     if not isinstance(plain, nn.Module) or not callable(getattr(plain, "encode", None)):
@@ -115,7 +119,8 @@ def accelerate(
         raise UnsupportedVAEError(f"vae must have a config, got {type(plain).__name__} without")
     before = _state(plain)
     engine = engine or (before.engine if before else Engine())
-    choice = choose(mode, clips, products, before.choice if before else None, engine.clips, frozen)
+    earlier = before.choice if before else None
+    choice = choose(mode, clips, products, earlier, engine.clips, frozen, graphs)
     state = Acceleration(choice, type(plain), engine)
     state.own_code = _locks.setdefault(plain, (before or state).own_code)
     topology = state.topology(plain)
@@ -220,8 +225,9 @@ class Acceleration:
         self.choice = choice
         self.engine = engine
         self.tell = _teller()
-        self.encoder = EncoderPart(engine, self.tell, choice.products, choice.frozen)
-        self.decoder = DecoderPart(engine, self.tell, choice.products, choice.frozen)
+        asked = choice.products, choice.frozen, choice.graphs
+        self.encoder = EncoderPart(engine, self.tell, *asked)
+        self.decoder = DecoderPart(engine, self.tell, *asked)
         self.own_code = threading.RLock()
         self.last: Encoding | None = None
         self._vae_class = vae_class
@@ -268,8 +274,9 @@ class Acceleration:
         for way in ways:
             attempt = attempts[way](vae, own, x, asked)
             if attempt.parameters is not None and attempt.returns is not None:
-                missing = asked.total - attempt.parameters.shape[2]
-                parameters = F.pad(attempt.parameters, (0, 0, 0, 0, 0, missing))
+                parameters = attempt.parameters
+                if missing := asked.total - parameters.shape[2]:
+                    parameters = F.pad(parameters, (0, 0, 0, 0, 0, missing))
                 result = attempt.returns.make(parameters, return_dict)
                 self._report(Encoding(way, asked.needed, given, reason))
                 return result

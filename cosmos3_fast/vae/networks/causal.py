@@ -10,6 +10,9 @@ W2 itself. With m = 1 the taps are three convolutions.
 Between two such convolutions one kernel does the rest (`ops.transform_frames`): from the products
 to the frames, bias, residual, RMS norm, SiLU, and the next transformed frames.
 
+What every call reads of a layer, it reads from `_parameters` and `_modules`: as an attribute each
+is a call of Python, and an eager encode is bound by the host.
+
 Activations are [N, C, H, W] in channels_last memory; of a clip of B videos side by side, frame t of
 video b stands at t·B + b.
 """
@@ -187,14 +190,15 @@ Terms = Sum | Products
 
 def defers_bias(x: Tensor) -> bool:
     """Whether convolving `x` leaves the bias to the next kernel: a CPU adds it for nothing."""
-    return x.device.type == "cuda"
+    return x.is_cuda
 
 
 def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
     """`conv(x) + residual`."""
     if defers_bias(x):
-        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-        return Sum(y, conv.bias, residual)
+        held: dict[str, Any] = conv._parameters
+        y = F.conv2d(x, held["weight"], None, conv.stride, conv.padding)
+        return Sum(y, held["bias"], residual)
     return Sum(conv(x), None, residual)
 
 
@@ -206,11 +210,11 @@ class NormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, terms: Sum) -> Tensor:
-        return terms.normalized(self.weight, silu=True)
+        return terms.normalized(self._parameters["weight"], True)
 
     def with_sum(self, terms: Sum) -> tuple[Tensor, Tensor]:
         """The sum too, first."""
-        return terms.with_normalized(self.weight, silu=True)
+        return terms.with_normalized(self._parameters["weight"], True)
 
 
 class WinogradConv(nn.Conv2d):
@@ -239,7 +243,11 @@ class WinogradConv(nn.Conv2d):
         self._packed: tuple[Tensor, Tensor] | None = None
 
     def _takes_winograd(self, x: Tensor, kernel: Tensor, scale: int = 1) -> bool:
-        return self.winograd and takes_winograd(x, kernel, self._min_tiles, scale)
+        return (
+            self.winograd
+            and x.dtype == torch.float32  # by itself, for the sake of the others
+            and takes_winograd(x, kernel, self._min_tiles, scale)
+        )
 
     def _packed_weight(self, keep: bool) -> Tensor:
         if not keep:
@@ -354,8 +362,11 @@ class CausalConv(WinogradConv):
 
     def deferred(self, x: Tensor, residual: Tensor | None = None) -> Sum:
         """`forward`, of which the next kernel adds up what this one does not add for nothing."""
-        if self._takes_winograd(x, self.weight):
+        held: dict[str, Any] = self._parameters
+        if self._takes_winograd(x, held["weight"]):
             return Sum(self(x, residual))
+        if defers_bias(x):
+            return Sum(F.conv2d(x, held["weight"], None, 1, 1), held["bias"], residual)
         return deferred(self, x, residual)
 
     def after(
@@ -387,7 +398,7 @@ class CausalConv(WinogradConv):
         elif keep_sum:
             total, activated = norm.with_sum(terms)
         else:
-            activated = norm(terms)
+            activated = norm.forward(terms)
         if memory is not None:
             shape, dtype = (2, *activated.movedim(1, -1).shape), self.earlier.dtype
             past = activated.new_empty(shape, dtype=dtype).movedim(-1, 2)

@@ -101,11 +101,12 @@ class _Decoder(FoldedNetwork):
         self, level: int, terms: Terms, as_bytes: bool, memory: Memory | None
     ) -> Iterator[Tensor]:
         """The stages from `level` on."""
-        if level == len(self.stages):
+        stages: Any = self._modules["stages"]
+        if level == len(stages):
             x = self.conv_out.after(self.norm_out, terms, memory)[1].total()
             yield unpack_pixels(x, self.topology.patch_size, as_bytes)
             return
-        stage = self.stages[level]
+        stage = stages[level]
         terms = stage(terms, memory)
         if memory is None or memory.first or stage.upsample is None:
             yield from self._rest(level + 1, terms, as_bytes, memory)
@@ -331,12 +332,12 @@ class ClipDecoder(_Decoder):
         as_bytes = self._check_output(output)
         clip = self._checked_clip(latents)
         entry = self.denormalize if normalized else self.post_quant
-        return self._computed(self._frames(entry, clip, as_bytes))
+        return self._computed(clip, self._frames(entry, clip, as_bytes))
 
-    def _computed(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _computed(self, clip: Tensor, parts: Iterator[Tensor]) -> Iterator[Tensor]:
         """`parts`, without autocast while they are computed, whatever the caller has between."""
         while True:
-            with without_autocast(self.device):
+            with without_autocast(self.device), self._undisturbed(clip):
                 part = next(parts, None)
             if part is None:
                 return
@@ -362,7 +363,7 @@ class ClipDecoder(_Decoder):
         frames = pixel_frames(count)
         shape = (batch, frames, height, width, 3) if as_bytes else (batch, 3, frames, height, width)
         parts = self._frames(entry, clip, as_bytes)
-        with without_autocast(clip.device):
+        with without_autocast(clip.device), self._undisturbed(clip):
             if torch.is_grad_enabled() and clip.requires_grad and not as_bytes:
                 return torch.cat(list(parts), 2)
             dtype = torch.uint8 if as_bytes else self.dtype
@@ -459,7 +460,7 @@ class ClipStream:
             pieces = clip.split(_LATENT_FRAMES, 2)
             if memory.first:
                 pieces = (clip[:, :, :1], *clip[:, :, 1:].split(_LATENT_FRAMES, 2))
-            with without_autocast(clip.device):
+            with without_autocast(clip.device), decoder._undisturbed(clip):
                 for piece in pieces:
                     if piece.shape[2]:
                         parts += decoder._next(decoder.denormalize, piece, self._as_bytes, memory)

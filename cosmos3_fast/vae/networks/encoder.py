@@ -306,7 +306,7 @@ class ClipEncoder(_Encoder):
         clip, wanted = self._checked_clip(pixels, num_latent_frames)
         if self.checks_values:
             check_values(clip)
-        with without_autocast(clip.device):
+        with without_autocast(clip.device), self._undisturbed(clip):
             return self._encode(clip, wanted)
 
     def _encode(self, clip: Tensor, wanted: int) -> Tensor:
