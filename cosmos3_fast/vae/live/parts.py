@@ -108,6 +108,27 @@ class Part(ABC):
         except (UnsupportedVAEError, AttributeError, StopIteration) as error:
             self._refused(error)
 
+    def network(self, vae: Any, frames: int, device: torch.device) -> Any:
+        """The folded network for so many latent frames, also for calls past the VAE's own method.
+
+        Args:
+            vae: the live VAE.
+            frames: 1, or more for clips.
+            device: of the network.
+
+        Returns:
+            None where something speaks against it.
+
+        Raises:
+            UnsupportedVAEError: the part cannot be folded as it is.
+            MemoryError, RuntimeError: memory does not suffice.
+        """
+        seen = self._survey(vae)
+        if seen.obstacle is not None or (seen.training is not None and not self._frozen):
+            return None
+        following, fold = self._network_for(frames)
+        return following.snapshot(fold, vae, seen, device, self._tell_stale).network
+
     def run(
         self, vae: Any, x: Tensor, topology: EncoderTopology
     ) -> tuple[Tensor, None] | tuple[None, str]:

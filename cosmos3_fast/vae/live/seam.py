@@ -42,6 +42,7 @@ from cosmos3_fast.vae.live.paths import (
     ways_to_encode,
 )
 from cosmos3_fast.vae.live.returns import EncodeReturns
+from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
@@ -181,6 +182,32 @@ def last_encoding(vae: Any) -> Encoding | None:
     """How an accelerated VAE encoded latest; None before the first time."""
     state = _state(uncompiled(vae))
     return state.last if state else None
+
+
+def folded_decoder(
+    vae: Any, frames: int, device: torch.device
+) -> FrameDecoder | ClipDecoder | None:
+    """What decodes so many latent frames of an accelerated VAE, folded where it is not yet.
+
+    Args:
+        vae: accelerated or not.
+        frames: 1, or more for clips.
+        device: of the network.
+
+    Returns:
+        None where the VAE is not accelerated, or decodes them by itself.
+
+    Raises:
+        UnsupportedVAEError: the decoder cannot be folded as it is.
+        MemoryError, RuntimeError: memory does not suffice.
+    """
+    plain = uncompiled(vae)
+    state = _state(plain)
+    if state is None:
+        return None
+    if "fast" not in ways_to_decode(state.choice.mode, frames, state.choice.clips):
+        return None
+    return state.decoder.network(plain, frames, device)
 
 
 def _state(vae: Any) -> Acceleration | None:
