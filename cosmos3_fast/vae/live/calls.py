@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.vae.live.patch import ATTRIBUTE, signature, wrap_where_defined
+from cosmos3_fast.vae.live.returns import Finished
 
 # Inside a VAE's own code: what it calls of itself, as `super().encode`, is its own too. Another
 # thread or task may be outside of it meanwhile.
@@ -51,8 +52,15 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
         given = bound.arguments
         x = given.get(first)
 
+        options = {}
+        receiving = state.engine.frames_argument if name == "decode" else None
+        if receiving is not None and callable(given.get(receiving)):
+            given[receiving] = options["finished"] = Finished(given[receiving])
+
         def own(tensor: Any) -> Any:
             given[first] = tensor
+            if "finished" in options:
+                options["finished"].restart()
             fetch = state.engine.pending_fetch()
             if fetch is not None:
                 fetch()
@@ -62,9 +70,9 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
             finally:
                 _own.reset(token)
 
-        others = [value for key, value in given.items() if key not in known]
+        others = [value for key, value in given.items() if key not in {*known, receiving}]
         if not isinstance(x, Tensor) or any(value is not None for value in others):
             return own(x)
-        return getattr(state, name)(self, own, x, given.get("return_dict", True))
+        return getattr(state, name)(self, own, x, given.get("return_dict", True), **options)
 
     return wrapper

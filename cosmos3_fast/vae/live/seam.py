@@ -41,7 +41,7 @@ from cosmos3_fast.vae.live.paths import (
     ways_to_decode,
     ways_to_encode,
 )
-from cosmos3_fast.vae.live.returns import EncodeReturns
+from cosmos3_fast.vae.live.returns import EncodeReturns, Finished
 from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
 
@@ -338,13 +338,20 @@ class Acceleration:
         self.tell(f"all {asked.given} frames are encoded: {reason}")
         return _Attempt(None, None, reason)
 
-    def decode(self, vae: Any, own: Callable[..., Any], z: Tensor, return_dict: bool) -> Any:
-        """What `vae.decode(z)` returns; `own(z)` is the VAE's own code."""
+    def decode(
+        self,
+        vae: Any,
+        own: Callable[..., Any],
+        z: Tensor,
+        return_dict: bool,
+        finished: Finished | None = None,
+    ) -> Any:
+        """What `vae.decode(z)` returns; `own(z)` is the VAE's own code, which calls `finished`."""
         topology = self.topology(vae)
         if z.dim() != 5 or z.shape[1] != topology.z_dim:
             return own(z)
         if "fast" in ways_to_decode(self.choice.mode, z.shape[2], self.choice.clips):
-            pixels, _ = self.decoder.run(vae, z, topology)
+            pixels, _ = self.decoder.run(vae, z, topology, finished)
             if pixels is not None and self.decoder.returns is not None:
                 return self.decoder.returns.make(pixels, return_dict)
         return own(z)
