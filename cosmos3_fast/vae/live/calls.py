@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.vae.live.patch import ATTRIBUTE, signature, wrap_where_defined
+from cosmos3_fast.vae.live.returns import Finished
 
 # Inside a VAE's own code: what it calls of itself, as `super().encode`, is its own too. Another
 # thread or task may be outside of it meanwhile.
@@ -49,6 +50,7 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
         if state is None or _own.get():
             return original(self, *args, **kwargs)
         bound: Any = None
+        finished: Finished | None = None
         if len(args) == 1 and is_enough and simple.issuperset(kwargs):
             x, others, return_dict = args[0], False, kwargs.get("return_dict", True)
         else:
@@ -56,11 +58,17 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
                 bound = shown.bind(self, *args, **kwargs)
             except TypeError:  # its own words for it
                 return original(self, *args, **kwargs)
-            given = bound.arguments
+            given, taken = bound.arguments, known
+            receiving = state.engine.frames_argument if name == "decode" else None
+            if receiving is not None and callable(given.get(receiving)):
+                given[receiving] = finished = Finished(given[receiving])
+                taken = {*known, receiving}
             x, return_dict = given.get(first), given.get("return_dict", True)
-            others = any(value is not None for key, value in given.items() if key not in known)
+            others = any(value is not None for key, value in given.items() if key not in taken)
 
         def own(tensor: Any) -> Any:
+            if finished is not None:
+                finished.restart()
             fetch = state.engine.pending_fetch()
             if fetch is not None:
                 fetch()
@@ -75,6 +83,8 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
 
         if others or not isinstance(x, Tensor):
             return own(x)
-        return getattr(state, name)(self, own, x, return_dict)
+        if finished is None:
+            return getattr(state, name)(self, own, x, return_dict)
+        return state.decode(self, own, x, return_dict, finished)
 
     return wrapper

@@ -16,7 +16,7 @@ from cosmos3_fast.vae.live.engine import Encode, Engine
 from cosmos3_fast.vae.live.exact import computes_in
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
-from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
+from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns, Finished
 from cosmos3_fast.vae.live.watch import Watch
 from cosmos3_fast.vae.live.weights import Fold, Following, is_out_of_memory
 from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
@@ -88,6 +88,10 @@ class Part(ABC):
     def _refused(self, error: Exception) -> None:
         """The part cannot be folded while the VAE is being accelerated."""
 
+    def _hand_on(self, network: Any, x: Tensor, finished: Finished) -> Tensor:
+        """`_call`; `finished` is called with the frames of the result as they come."""
+        raise NotImplementedError
+
     def _cached(self, run: Encode) -> Encode:
         """`run` through the engine's cache, where it has one for this part."""
         return run
@@ -114,8 +118,29 @@ class Part(ABC):
         except (UnsupportedVAEError, AttributeError, StopIteration) as error:
             self._refused(error)
 
+    def network(self, vae: Any, frames: int, device: torch.device) -> Any:
+        """The folded network for so many latent frames, also for calls past the VAE's own method.
+
+        Args:
+            vae: the live VAE.
+            frames: 1, or more for clips.
+            device: of the network.
+
+        Returns:
+            None where something speaks against it.
+
+        Raises:
+            UnsupportedVAEError: the part cannot be folded as it is.
+            MemoryError, RuntimeError: memory does not suffice.
+        """
+        seen = self._survey(vae)
+        if seen.obstacle is not None or (seen.training is not None and not self._frozen):
+            return None
+        following, fold = self._network_for(frames)
+        return following.snapshot(fold, vae, seen, device, self._was_stale).network
+
     def run(
-        self, vae: Any, x: Tensor, topology: EncoderTopology
+        self, vae: Any, x: Tensor, topology: EncoderTopology, finished: Finished | None = None
     ) -> tuple[Tensor, None] | tuple[None, str]:
         """The result of a folded network, or None and why the VAE's own code has to run.
 
@@ -123,6 +148,7 @@ class Part(ABC):
             vae: the live VAE.
             x: what its own method takes, [B, C, T, H, W].
             topology: of its encoder.
+            finished: called with the frames of a result, as they come.
         """
         sizes, shape = self._sizes(topology, x)
         reason = why_not_at_all(vae, x, self.methods) or why_tiled(vae, *sizes)
@@ -143,8 +169,10 @@ class Part(ABC):
                 # The VAE's own code says what is wrong, or copes with it.
                 return None, f"the input is {x.dtype} on {x.device}, the VAE is not"
             try:
-                return self._through_network(vae, x, shape, seen), None
+                return self._through_network(vae, x, shape, seen, finished), None
             except Exception as error:  # never stop a run that the VAE's own code can make
+                if finished is not None and finished.failed:
+                    raise
                 reason = str(error) or repr(error)
                 if is_clip and is_out_of_memory(error):
                     # The error holds the frames of the call, and goes with this block.
@@ -157,11 +185,20 @@ class Part(ABC):
     def _is_too_large(self, x: Tensor) -> bool:
         return self._too_large is not None and x.numel() >= self._too_large
 
-    def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
+    def _through_network(
+        self,
+        vae: Any,
+        x: Tensor,
+        shape: tuple[int, ...],
+        seen: Survey,
+        finished: Finished | None,
+    ) -> Tensor:
         following, fold = self._network_for(x.shape[2])
         snapshot = following.snapshot(fold, vae, seen, x.device, self._was_stale)
 
         def run(_: Any, given: Tensor) -> Tensor:
+            if finished is not None:  # of the whole batch
+                return self._hand_on(snapshot.network, given, finished)
             if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
                 return torch.cat([self._call(snapshot.network, each) for each in given.split(1)])
             return self._call(snapshot.network, given)
@@ -290,6 +327,21 @@ class DecoderPart(Part):
 
     def _call(self, network: Any, x: Tensor) -> Tensor:
         return network.decode_unnormalized(x)
+
+    def _hand_on(self, network: Any, x: Tensor, finished: Finished) -> Tensor:
+        returns = self.returns or DecodeReturns()
+        if x.shape[2] == 1:
+            pixels = self._call(network, x)
+            finished(returns.cast(pixels.clone()))
+            return pixels
+        sizes = (size * network.spatial_factor for size in x.shape[3:])
+        pixels = x.new_empty(x.shape[0], 3, pixel_frames(x.shape[2]), *sizes)
+        done = 0
+        for part in network.frames(x, normalized=False):
+            pixels[:, :, done : done + part.shape[2]] = part
+            done += part.shape[2]
+            finished(returns.cast(part))  # which may change it
+        return pixels
 
     def _sizes(self, topology: EncoderTopology, x: Tensor) -> tuple[Sequence[int], tuple[int, ...]]:
         sizes = [size * topology.spatial_factor for size in x.shape[3:]]

@@ -42,7 +42,8 @@ from cosmos3_fast.vae.live.paths import (
     ways_to_decode,
     ways_to_encode,
 )
-from cosmos3_fast.vae.live.returns import EncodeReturns
+from cosmos3_fast.vae.live.returns import EncodeReturns, Finished
+from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
@@ -190,6 +191,32 @@ def last_encoding(vae: Any) -> Encoding | None:
     return state.last if state else None
 
 
+def folded_decoder(
+    vae: Any, frames: int, device: torch.device
+) -> FrameDecoder | ClipDecoder | None:
+    """What decodes so many latent frames of an accelerated VAE, folded where it is not yet.
+
+    Args:
+        vae: accelerated or not.
+        frames: 1, or more for clips.
+        device: of the network.
+
+    Returns:
+        None where the VAE is not accelerated, or decodes them by itself.
+
+    Raises:
+        UnsupportedVAEError: the decoder cannot be folded as it is.
+        MemoryError, RuntimeError: memory does not suffice.
+    """
+    plain = uncompiled(vae)
+    state = _state(plain)
+    if state is None:
+        return None
+    if "fast" not in ways_to_decode(state.choice.mode, frames, state.choice.clips):
+        return None
+    return state.decoder.network(plain, frames, device)
+
+
 def _state(vae: Any) -> Acceleration | None:
     return getattr(vae, "__dict__", {}).get(ATTRIBUTE)
 
@@ -332,13 +359,20 @@ class Acceleration:
         self.tell(f"all frames of a clip are encoded: {reason}")
         return _Attempt(None, None, reason)
 
-    def decode(self, vae: Any, own: Callable[..., Any], z: Tensor, return_dict: bool) -> Any:
-        """What `vae.decode(z)` returns; `own(z)` is the VAE's own code."""
+    def decode(
+        self,
+        vae: Any,
+        own: Callable[..., Any],
+        z: Tensor,
+        return_dict: bool,
+        finished: Finished | None = None,
+    ) -> Any:
+        """What `vae.decode(z)` returns; `own(z)` is the VAE's own code, which calls `finished`."""
         topology = self.topology(vae)
         if z.dim() != 5 or z.shape[1] != topology.z_dim:
             return own(z)
         if "fast" in ways_to_decode(self.choice.mode, z.shape[2], self.choice.clips):
-            pixels, _ = self.decoder.run(vae, z, topology)
+            pixels, _ = self.decoder.run(vae, z, topology, finished)
             if pixels is not None and self.decoder.returns is not None:
                 return self.decoder.returns.make(pixels, return_dict)
         with self.own_code:
