@@ -36,7 +36,7 @@ def run_some() -> None:
 def test_a_fold_that_is_kept_is_found_with_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, soak_events.some_calls, soak_events.write_in_place)
     monkeypatch.setattr(weights, "same_traces", lambda seen, now: True)
-    monkeypatch.setattr(Content, "differs", lambda self, weights: False)
+    monkeypatch.setattr(Content, "differs", lambda self, *weights: False)
     with pytest.raises(AssertionError, match=r"--first \d --count 1 .*\n(.*\n)*  write_in_place"):
         run_some()
 
@@ -45,7 +45,7 @@ def test_a_fold_that_is_kept_is_found_with_its_seed(monkeypatch: pytest.MonkeyPa
 def test_one_weight_is_late_by_so_many_calls_only(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Content, "differs", lambda self, weights: False)
+    monkeypatch.setattr(Content, "differs", lambda self, *weights: False)
     with soak_pair.seen():
         pair = soak_pair.Pair("wan22", 0)
         call = soak_pair.Call(method, 1, 1, None, "no_grad", False, False, 0)

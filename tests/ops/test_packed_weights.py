@@ -87,9 +87,9 @@ def test_strided_weights(conv: CausalConv):
     conv.to(memory_format=torch.channels_last)
     for _ in range(2):
         assert_convolves(conv(large()), large(), **weights(0))
-    (packed,) = conv._packed.values()
+    packed = conv._packed
     conv(large())
-    (again,) = conv._packed.values()
+    again = conv._packed
     assert again is packed
 
 
