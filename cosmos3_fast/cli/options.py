@@ -29,7 +29,7 @@ class UserError(Exception):
 def size_option(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"want HEIGHTxWIDTH such as 480x832, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 480x832, got {text!r}")
     return int(match[1]), int(match[2])
 
 
@@ -37,7 +37,7 @@ def dtype_option(text: str) -> torch.dtype:
     name = text.strip().lower()
     name = _SHORT_DTYPES.get(name, name)
     if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"want one of {', '.join(DTYPES)}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, got {text!r}")
     return DTYPES[name]
 
 
