@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from cosmos3_fast.arguments import dtype_name
 from cosmos3_fast.memory import why_not_in_memory
+from cosmos3_fast.ops.checks import LATENT_DTYPES
 from cosmos3_fast.vae.source import SYNTHETIC_SEED, VaeSource
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {dtype_name(dtype): dtype for dtype in LATENT_DTYPES}
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
