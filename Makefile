@@ -18,7 +18,7 @@ PACKAGE_FILES := $(shell find cosmos3_fast -name "*.py")
 # With QUICK=1, what is marked as slow is left out.
 MARKED = $(if $(QUICK),-m "not slow")
 
-.PHONY: help demo bench bench-full bench-bulk test test-all test-bulk fuzz wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
+.PHONY: help demo bench bench-full bench-bulk test test-all test-bulk fuzz soak wheels lint format verify clean test-engines test-diffusers test-sglang test-vllm-omni test-releases
 help:
 	@sed -n 's/^## //p' $(MAKEFILE_LIST)
 
@@ -151,13 +151,19 @@ bench-bulk: .venv-bulk/stamp $(VENV)/package.stamp
 	.venv-bulk/bin/python -m benchmarks.run --full --suites bulk,bulk_memory --out out/bench-bulk
 
 ## make wheels       a wheel in dist/ for each CPython 3.10 to 3.13 that is found, installed and tried,
-##                   with CUDA kernels where nvcc is found; PYTHONS="/path/to/python ..." for others
+##                   with CUDA kernels where nvcc is found; PYTHONS="/path/to/python ..." for others;
+##                   ALSO=/path/to/python: tried on that one's torch too, as one with CUDA
 wheels: $(VENV)/torch.stamp
-	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons $(PYTHONS))
+	$(BIN)/python tests/install/wheels.py --torch "$(TORCH)" $(if $(PYTHONS),--pythons $(PYTHONS)) \
+		$(if $(ALSO),--also $(ALSO))
 
 ## make fuzz         random op calls against numpy, damaged files against the loaders (15 minutes)
 fuzz: $(VENV)/test.stamp
 	$(BIN)/python tests/fuzz/fuzzing.py
+
+## make soak         random events on an accelerated VAE, against a twin that is not (10 minutes)
+soak: $(VENV)/test.stamp
+	$(BIN)/python tests/fuzz/soak.py
 
 ## make lint    ruff, clang-format and mypy, as pre-commit runs them
 lint: $(VENV)/test.stamp

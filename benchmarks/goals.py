@@ -80,6 +80,10 @@ def _goals(result: Result) -> Iterator[Goal]:
                 if row["dtype"] == "float32":
                     faster = _median(result, row, LAST_TAPS) / row["median"]
                     yield Goal(f"{name} {LAST_TAPS}", faster, "at least", 2.2)
+            case "clips", "decode 256x448, 17 frames" as case, baseline if "vae." in baseline:
+                yield Goal(f"{case}, {row['dtype']}: speed", row["speedup"], "at least", 3)
+            case "clips", "encode 256x448, 17 frames" as case, baseline if "vae." in baseline:
+                yield Goal(f"{case}, {row['dtype']}: speed", row["speedup"], "at least", 3.5)
             case "pixels", "1280x1920 to 480x832" as case, pixels.PILLOW:
                 yield Goal(f"picture {case}: speed against Pillow", row["speedup"], "at least", 8)
             case "pixels", "1280x1920 to 480x832, 1 thread" as case, pixels.PILLOW:
@@ -102,3 +106,7 @@ def _goals(result: Result) -> Iterator[Goal]:
         for dtype in ("float32", "bfloat16"):
             name = f"peak memory of an encode at {memory['size']}, {dtype}: share of the 3-D VAE's"
             yield Goal(name, memory[dtype]["peak_ratio"], "at most", 0.5)
+    if memory := result.get("clip_memory"):
+        name = f"peak memory of a decode at {memory['size']}, {memory['frames']} frames, float32"
+        ratio = memory["float32"]["peak_ratio"]
+        yield Goal(f"{name}: share of the 3-D VAE's", ratio, "at most", 1)

@@ -147,7 +147,10 @@ def memory_lines(figures: Figures) -> list[str]:
             resident, peak = figures[dtype][key]["resident"], figures[dtype][key]["peak"]
             shown = (resident, peak - resident, peak)
             rows.append((f"{name}, {dtype}", *(f"{value:.0f} MiB" for value in shown)))
-    header = (f"{call} at {size(figures['size'])}", "weights", "the call adds", "peak")
+    where = size(figures["size"])
+    if figures.get("frames", 1) > 1:
+        where += f", {figures['frames']} frames"
+    header = (f"{call} at {where}", "weights", "the call adds", "peak")
     if not encodes:
         return table(header, rows)
     megabytes = figures["bfloat16_parameters_bytes"] / 1e6
@@ -199,6 +202,7 @@ def engine_lines(figures: Figures) -> list[str]:
 FIGURES: dict[str, Callable[[Figures], list[str]]] = {
     "memory": memory_lines,
     "decoder_memory": memory_lines,
+    "clip_memory": memory_lines,
     "bulk_memory": bulk_memory_lines,
     "profile": profile_lines,
     "engines": engine_lines,

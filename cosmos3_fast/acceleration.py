@@ -43,6 +43,7 @@ def accelerate(
     clips: bool | None = None,
     products: str | torch.dtype | None = None,
     frozen: bool | None = None,
+    graphs: bool | None = None,
 ) -> T:
     """Accelerate a VAE of the Wan family, or the pipeline that has one.
 
@@ -71,18 +72,25 @@ def accelerate(
         frozen: True: the weights stay as they are though they look as if they were trained (they
             require gradients, and the VAE is in training mode or they have some), where otherwise
             the VAE's own code runs. None: as before; at first False.
+        graphs: True: on a GPU, calls of one frame are replayed as CUDA graphs, in one launch each
+            (`FrameEncoder.capture`). None: as before; at first False.
 
     Returns:
         `target` itself.
 
     Raises:
-        TypeError: `target` is neither, or `clips` or `frozen` no bool.
+        TypeError: `target` is neither, or `clips`, `frozen` or `graphs` no bool.
         ValueError: an unknown mode, or products of another dtype.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    if choose(mode, clips, products, frozen=frozen).mode == "off":
+    chosen: dict[str, Any] = {
+        "clips": clips,
+        "products": products,
+        "frozen": frozen,
+        "graphs": graphs,
+    }
+    if choose(mode, **chosen).mode == "off":
         return restore(target)
-    chosen: dict[str, Any] = {"clips": clips, "products": products, "frozen": frozen}
     if _is_vae(target):
         return seam.accelerate(target, mode, _engine_of(target), **chosen)
     vae = getattr(target, "vae", None)
@@ -94,9 +102,7 @@ def accelerate(
             raise UnsupportedVAEError(f"{name} has no vae yet")
         raise TypeError(f"target must be a VAE or a pipeline with one, got {name}")
     # What was chosen while the pipeline had no VAE is on the pipeline.
-    choice = choose(
-        mode, clips, products, getattr(target, "__dict__", {}).get(ATTRIBUTE), frozen=frozen
-    )
+    choice = choose(mode, before=getattr(target, "__dict__", {}).get(ATTRIBUTE), **chosen)
     if vae is not None:
         seam.accelerate(vae, mode, _engine_of(vae), **chosen)
         choice = seam.choice_of(vae) or choice

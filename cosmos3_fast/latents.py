@@ -33,7 +33,7 @@ from cosmos3_fast.images.decode import Color
 from cosmos3_fast.images.load import ClipLike, ImageLike, load_frames, normalize_frames
 from cosmos3_fast.ops.checks import FLOAT_DTYPES, LATENT_DTYPES
 from cosmos3_fast.vae.config import read_config, read_factors
-from cosmos3_fast.vae.live.exact import encode_exact
+from cosmos3_fast.vae.live.exact import computes_in, encode_exact
 from cosmos3_fast.vae.live.paths import Mode, serves_fast
 
 if TYPE_CHECKING:
@@ -214,9 +214,8 @@ class LatentPreparation:
             for each in generators
         ]
         latents = (drawn[0] if len(drawn) == 1 else torch.cat(drawn)).to(device)
-        condition = torch.cat([self._encode(sample, needed, mode, total) for sample in samples]).to(
-            dtype
-        )
+        encoded = [self._encode(sample, needed, mode, total) for sample in samples]
+        condition = torch.cat(encoded).to(device, dtype)
         # Only the conditioned frames of the noise are written.
         velocity_mask = ops.prepare_latents_(condition, latents, frames)
         return PreparedLatents(latents, velocity_mask, condition, frames, mode)
@@ -250,7 +249,7 @@ class LatentPreparation:
         if mode == "fast":
             assert self.encoder is not None
             return torch.device(self.encoder.device)
-        return self.vae.encoder.conv_in.weight.device
+        return computes_in(self.vae)[0]
 
     def _encode(self, pixels: torch.Tensor, needed: int, mode: Mode, total: int) -> torch.Tensor:
         alone = pixels.ndim == 4 and needed == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
 
 IMAGE = Size(1024, 1024, 1)  # Qwen-Image's usual size
 FUSED = "folded, fused kernels"
+CAPTURED = f"{FUSED}, capture()"
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -130,6 +132,8 @@ def encoder_step(size: Size) -> Step:
         encoder = make_encoder(context)
         calls: Calls = {FUSED: lambda: encoder(pixels)}
         graph = graphed(context, calls, encoder, pixels)
+        captured = copy.deepcopy(encoder).capture()
+        calls[CAPTURED] = lambda: captured(pixels)
         vae, missing = own_vae(context)
         yield missing
         own: tuple[nn.Module, ...] = ()
@@ -138,7 +142,7 @@ def encoder_step(size: Size) -> Step:
             calls["last taps, plain"] = lambda: encode_exact(plain, clip)
             calls["vae.encode, 1 frame"] = lambda: encode_exact(vae, clip)
             own = vae.encoder, vae.quant_conv
-        yield from compare(context, calls, wanted, encoder, own, (graph,))
+        yield from compare(context, calls, wanted, encoder, own, (graph, CAPTURED))
 
     return Step(run, limit_s=50)
 

@@ -30,6 +30,7 @@ SUITES: dict[str, Suite] = {
     "bulk": bulk.SUITE,
     "memory": memory.ENCODER,
     "decoder_memory": memory.DECODER,
+    "clip_memory": memory.CLIP,
     "bulk_memory": memory.BULK,
     "profile": profile.SUITE,
     "engines": engines.SUITE,

@@ -23,7 +23,9 @@ CHANNELS_LAST = "the VAE, channels_last_3d"
 DIRECT = "direct taps"
 
 
-def seeded_clip(channels: int, frames: int, size: str, factor: int, dtype: torch.dtype) -> Tensor:
+def seeded_clip(
+    channels: int, frames: int, size: str, factor: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Noise [1, C, frames, H/factor, W/factor] for videos of a "HEIGHTxWIDTH"."""
     height, width = (side // factor for side in sides(size))
     generator = torch.Generator().manual_seed(SEED)

@@ -1,4 +1,4 @@
-"""Memory of a first encode and of a first decode, and whether a bulk run grows with its pictures.
+"""Memory of first encodes and decodes, and whether a bulk run grows with its pictures.
 
 What is measured has a process of its own: `python -m benchmarks.suites.memory WHAT ...` prints
 JSON, in MiB. Of a network, what the process holds beyond its imports with the weights loaded
@@ -27,11 +27,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import DTYPES, TINY_DIM, seeded_frame, sides, vae_config
+from benchmarks.cases import DTYPES, TINY_DIM, sides, vae_config
 from benchmarks.harness import ROOT, Call, Figures, Suite, say
 from benchmarks.suites.bulk import NEEDED
+from benchmarks.suites.clips import seeded_clip
 from cosmos3_fast.bulk import encode
-from cosmos3_fast.vae import FrameDecoder, FrameEncoder, synthetic
+from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.vae import ClipDecoder, FrameDecoder, FrameEncoder, synthetic
 
 
 def status_mib(field: str) -> float:
@@ -55,14 +57,17 @@ def of_first_call(load: Callable[[], Call]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def measure_network(what: str, which: str, dtype: str, size: str, dim: str) -> dict[str, float]:
-    """`what` is "encode" or "decode", `which` "vae" or "ours"."""
+def measure_network(
+    what: str, which: str, dtype: str, size: str, frames: str, dim: str
+) -> dict[str, float]:
+    """`what` is "encode" (of one frame) or "decode" (of `frames`), `which` "vae" or "ours"."""
     base_dim = int(dim) if dim else None
     config = synthetic.synthetic_config(vae_config(base_dim), 0)
     encodes = what == "encode"
     given = torch.rand(1, 3, 1, *sides(size)) * 2 - 1
     if not encodes:
-        given = seeded_frame(config["z_dim"], size, torch.float32)
+        latents = latent_frames(int(frames))
+        given = seeded_clip(config["z_dim"], latents, size, config["scale_factor_spatial"])
     given = given.to(DTYPES[dtype])
 
     def load_vae() -> Call:
@@ -80,7 +85,8 @@ def measure_network(what: str, which: str, dtype: str, size: str, dim: str) -> d
             encoder = FrameEncoder.from_state_dict(state, config, DTYPES[dtype])
             return lambda: encoder(given)
         state = synthetic.synthetic_decoder_state_dict(config, 0)
-        decoder = FrameDecoder.from_state_dict(state, config, DTYPES[dtype])
+        network = FrameDecoder if given.shape[2] == 1 else ClipDecoder
+        decoder = network.from_state_dict(state, config, DTYPES[dtype])
         return lambda: decoder.decode_unnormalized(given)
 
     if which == "ours":
@@ -124,17 +130,21 @@ def in_new_process(*arguments: str) -> Any:
 
 
 def networks(
-    what: str, size: str, dtypes: tuple[str, ...] = tuple(DTYPES), base_dim: int | None = None
+    what: str,
+    size: str,
+    dtypes: tuple[str, ...] = tuple(DTYPES),
+    base_dim: int | None = None,
+    frames: int = 1,
 ) -> Figures:
     """Both sides in each dtype; of an encoder also the bytes of its parameters in bfloat16."""
-    figures: Figures = {"size": size}
+    figures: Figures = {"size": size, "frames": frames}
     if what == "encode":
         config = synthetic.synthetic_config(vae_config(base_dim))
         state = synthetic.synthetic_state_dict(config)
         folded = FrameEncoder.from_state_dict(state, config, torch.bfloat16)
         figures["bfloat16_parameters_bytes"] = sum(p.nbytes for p in folded.parameters())
     for dtype in dtypes:
-        rest = dtype, size, str(base_dim or "")
+        rest = dtype, size, str(frames), str(base_dim or "")
         both = {which: in_new_process(what, which, *rest) for which in ("vae", "ours")}
         figures[dtype] = {**both, "peak_ratio": both["ours"]["peak"] / both["vae"]["peak"]}
     return figures
@@ -166,6 +176,17 @@ DECODER = Suite(
         },
         "short": {"what": "decode", "size": "256x448", "dtypes": ("float32",)},
         "full": {"what": "decode", "size": "256x448"},
+    },
+)
+CLIP = Suite(
+    networks,
+    {
+        "tiny": {
+            **{"what": "decode", "size": "32x48", "dtypes": ("float32",)},
+            **{"base_dim": TINY_DIM, "frames": 9},
+        },
+        "short": {"what": "decode", "size": "128x224", "dtypes": ("float32",), "frames": 5},
+        "full": {"what": "decode", "size": "256x448", "dtypes": ("float32",), "frames": 17},
     },
 )
 BULK = Suite(

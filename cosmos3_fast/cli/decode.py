@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pickle
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -85,12 +86,14 @@ class Latents:
         normalized: whether they have the model's scale, not the VAE's own.
         scale: the same in words, with how it is known.
         batch: how many entries the batch had.
+        vae_hash: of the VAE that `encode` had; None where that is not known.
     """
 
     values: torch.Tensor
     normalized: bool
     scale: str
     batch: int
+    vae_hash: str | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -108,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     frame = (args.frame or 0) if kind == PICTURE else None
     latents = _read(args, frame)
     vae = vae_of(args.vae)
+    _compare_vae(args, vae, latents)
     if kind == PICTURE:
         return _picture(args, vae, latents, out, frame or 0)
     values = latents.values
@@ -124,6 +128,28 @@ def run(args: argparse.Namespace) -> int:
     print(f"{printable(str(out))}: {frames} {what} of {width}x{height}{rate}")
     _say(args, latents)
     return 0
+
+
+def _compare_vae(args: argparse.Namespace, vae: VaeSource, latents: Latents) -> None:
+    """Say on stderr where `--vae` is not the VAE that encoded the latents."""
+    if latents.vae_hash is None or args.vae is None:
+        return
+    # That of a folder of clips covers all temporal taps, and pictures may be in one.
+    is_clip = latents.values.shape[2] > 1
+    try:
+        found = vae.fingerprint(is_clip)
+        if latents.vae_hash == found or latents.vae_hash == vae.fingerprint(not is_clip):
+            return
+    except ValueError as error:  # weights of the decoder alone
+        encoded = f"the VAE that encoded {args.latents!r}"
+        print(f"WARNING: --vae cannot be compared with {encoded}: {error}", file=sys.stderr)
+        return
+    print(
+        f"WARNING: {args.latents!r} was encoded by a VAE with the hash {latents.vae_hash[:12]}, "
+        f"--vae {args.vae!r} has {found[:12]}: the frames may be wrong. (A copy of the same VAE in "
+        "another dtype has another hash too.)",
+        file=sys.stderr,
+    )
 
 
 def _picture(
@@ -180,9 +206,10 @@ def _read(args: argparse.Namespace, frame: int | None) -> Latents:
         return _latents(args, values, label, False, "as ComfyUI writes them", batch)
     known = "vae_hash" in metadata or "cosmos3_fast" in metadata
     writer = "encode" if "vae_hash" in metadata else "prepare"
-    return _latents(
+    read = _latents(
         args, values, label, True, f"as `{writer}` writes them" if known else None, batch
     )
+    return replace(read, vae_hash=metadata.get("vae_hash"))
 
 
 def _begins_as_zip(path: Path) -> bool:

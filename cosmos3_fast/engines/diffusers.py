@@ -77,6 +77,7 @@ def _has_accelerated_vae(pipe: Any) -> bool:
                 clips=choice.clips,
                 products=choice.products,
                 frozen=choice.frozen,
+                graphs=choice.graphs,
             )
         except UnsupportedVAEError as error:
             logger.warning("cosmos3_fast leaves the pipeline's new VAE as it is: %s", error)

@@ -10,7 +10,8 @@ variable COSMOS3_FAST chooses the mode:
   sign of a zero may differ.
 - `fast`: single frames, here and in the other stages that share the VAE, go through networks
   folded from it instead; clips stay exact, and are decoded by SGLang's own fused kernels.
-- `fast,clips`: clips too go through folded networks, but for decodes with a callback per chunk.
+- `fast,clips`: clips too go through folded networks. Where SGLang writes a video while it is being
+  decoded, they hand their frames on as they come, as its own decoder does.
 - `off`: nothing is hooked.
 
 How: the stage's VAE is accelerated (`cosmos3_fast.vae.live`) when the stage is made, and
@@ -55,6 +56,7 @@ logger = logging.getLogger(__name__)
 _STAGE_MODULE = "sglang.multimodal_gen.runtime.pipelines_core.stages.model_specific_stages.cosmos3"
 _STAGE_NAME = "Cosmos3LatentPreparationStage"
 _PLUGINS = "sglang.multimodal_gen.runtime.platforms.plugins"
+_FRAMES_ARGUMENT = "on_frames"
 _UPDATER_MODULE = "sglang.multimodal_gen.runtime.post_training.weights_updater"
 
 _registered = False
@@ -279,11 +281,13 @@ def _weights_epoch() -> int:
 def _engine() -> Engine:
     """What SGLang does around its VAE: where it has plugins, it caches encodings and moves it."""
     if importlib.util.find_spec(_PLUGINS) is None:
-        return Engine(clips=False)
+        return Engine(clips=False, frames_argument=_FRAMES_ARGUMENT)
     from sglang.multimodal_gen.runtime.cache.conditioning import cached_vae_encode
 
     cached = functools.partial(_cached, cached_vae_encode)
-    return Engine(cached, pending_fetch=_pending_fetch, clips=False)
+    return Engine(
+        cached, pending_fetch=_pending_fetch, clips=False, frames_argument=_FRAMES_ARGUMENT
+    )
 
 
 def _pending_fetch() -> Callable[[], None] | None:

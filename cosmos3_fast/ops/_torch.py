@@ -31,6 +31,7 @@ _count_dispatch_modes = _found("torch._C._len_torch_dispatch_stack")
 _count_function_modes = _found("torch._C._len_torch_function_stack")
 _innermost_transform = _found("torch._C._functorch.peek_interpreter_stack")
 _is_tracing = _found("torch._C._is_tracing")
+_has_any_global_hook = _found("torch.nn.modules.module._has_any_global_hook")
 _fake_tensor = _found("torch._subclasses.fake_tensor.FakeTensor")
 _negative_view = _found("torch._neg_view")
 
@@ -42,6 +43,16 @@ def below_autograd() -> Any:
     returns may be a view, which cannot be written to while it requires a gradient.
     """
     return nullcontext() if _below_autograd is None else _below_autograd()
+
+
+def callable_of(op: Any) -> Any:
+    """Gives what calls an op past its Python object; where torch has no such thing, that object."""
+    return getattr(op, "_op", op)
+
+
+def has_hooks_of_all_modules() -> bool:
+    """Tells whether hooks of all modules are registered; True where torch does not tell."""
+    return _has_any_global_hook is None or bool(_has_any_global_hook())
 
 
 def redispatch(op: Any, keyset: Any, *args: Any) -> Any:

@@ -17,7 +17,7 @@ from cosmos3_fast.ops.checks import (
     check_patch_size,
     check_rank,
 )
-from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
+from cosmos3_fast.ops.registry import call, example_tensor, register, register_autograd, select
 
 
 def pack_pixels(
@@ -46,6 +46,8 @@ def pack_pixels(
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
+    if backend is None:
+        return call("pack_pixels", pixels, patch_size, dtype, channels)
     return select("pack_pixels", backend, pixels.device)(pixels, patch_size, dtype, channels)
 
 

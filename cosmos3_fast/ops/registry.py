@@ -12,6 +12,7 @@ import functools
 import importlib
 import inspect
 import os
+import threading
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from pathlib import Path
@@ -38,6 +39,7 @@ CHECKS: dict[str, Kernel] = {}
 REFERENCES: dict[str, Kernel] = {}
 EXAMPLES: dict[str, Callable[[str], tuple[Any, ...]]] = {}
 LIBRARY_KERNELS: set[tuple[str, str]] = set()
+_DIRECT: dict[str, Kernel] = {}
 
 
 class BackendUnavailableError(RuntimeError):
@@ -130,6 +132,7 @@ def register(
     SCHEMAS.append(schema)
     OPS.append(op)
     REGISTERED[op] = _overload(op)
+    _DIRECT[op] = _torch.callable_of(REGISTERED[op])
     CHECKS[op] = check
     REFERENCES[op] = eager
     if example is not None:
@@ -208,11 +211,45 @@ def has_tangent(*args: Any) -> bool:
     )
 
 
+class _Thread(threading.local):
+    """Attributes: unobserved: see `unobserved`."""
+
+    unobserved = False
+
+
+_thread = _Thread()
+
+
+class unobserved:
+    """Inside, in this thread, ops are called without a question: their arguments are a network's.
+
+    Who enters it has seen that they are plain tensors, that none is differentiated, that nothing is
+    compiled, no mode and no transform is on (`_torch.is_watched`), and that no code of a user's
+    runs inside.
+    """
+
+    def __enter__(self) -> None:
+        self._before, _thread.unobserved = _thread.unobserved, True
+        self._below = _torch.below_autograd()
+        self._below.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._below.__exit__(*error)
+        _thread.unobserved = self._before
+
+
+def is_unobserved() -> bool:
+    """Tells whether `unobserved` is entered in this thread."""
+    return _thread.unobserved
+
+
 def is_differentiated(*args: Any) -> bool:
     """Tells whether one of `args` is differentiated, in either mode, or a transform runs.
 
     Then an op that has none cannot be called, nor an `out=` form of torch's.
     """
+    if _thread.unobserved:
+        return False
     # Of a tensor that a transform batches, torch refuses to say whether it has a tangent.
     return requires_grad(*args) or _torch.in_transform(*_tensors(args)) or has_tangent(*args)
 
@@ -357,6 +394,8 @@ def _needs_all_layers(args: tuple[Any, ...]) -> bool:
 
 def call(op: str, *args: Any) -> Any:
     """Calls the registered op, below its Python autograd layer where nobody needs that layer."""
+    if _thread.unobserved:
+        return _DIRECT[op](*args)
     if (
         torch.compiler.is_compiling()  # first: what follows cannot be traced
         or torch.is_inference_mode_enabled()  # the dispatcher goes below that layer by itself

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype, check_rank
-from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
+from cosmos3_fast.ops.registry import call, example_tensor, register, register_autograd, select
 
 NORM_EPS = 1e-12  # the default of torch.nn.functional.normalize, which the VAEs call
 
@@ -49,6 +49,8 @@ def rms_norm_silu(
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
+    if backend is None:
+        return call("rms_norm_silu", x, weight, silu, bias, residual)
     return select("rms_norm_silu", backend, x.device)(x, weight, silu, bias, residual)
 
 
@@ -65,6 +67,8 @@ def add_rms_norm_silu(
 
     Arguments and errors are those of `rms_norm_silu`; both results have its dtype and layout.
     """
+    if backend is None:
+        return call("add_rms_norm_silu", x, weight, silu, bias, residual)
     return select("add_rms_norm_silu", backend, x.device)(x, weight, silu, bias, residual)
 
 
@@ -84,6 +88,8 @@ def add_pad(
         [B, C, H + pad, W + pad] in `x`'s dtype, channels-last; summed in float32 (float64 for
         float64) and rounded once.
     """
+    if backend is None:
+        return call("add_pad", x, bias, residual, pad)
     return select("add_pad", backend, x.device)(x, bias, residual, pad)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_device, check_dtype, check_rank
 from cosmos3_fast.ops.cook_toom import POINTS, Rows, cook_toom
-from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
+from cosmos3_fast.ops.registry import call, example_tensor, register, register_autograd, select
 from cosmos3_fast.ops.rms_norm_silu import check_channels, normalized
 
 # Frames of a convolution's products that belong together, by how many products there are.
@@ -86,6 +86,8 @@ def transform_frames(
     )
     if not products:
         check_transform(*arguments)  # without a tensor there is no device to ask
+    if backend is None:
+        return call("transform_frames", *arguments)
     return select("transform_frames", backend, products[0].device)(*arguments)
 
 

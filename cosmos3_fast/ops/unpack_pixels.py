@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.ops.checks import check_dtype, check_patch_size, check_rank
-from cosmos3_fast.ops.registry import example_tensor, register, register_autograd, select
+from cosmos3_fast.ops.registry import call, example_tensor, register, register_autograd, select
 
 
 def unpack_pixels(
@@ -35,6 +35,8 @@ def unpack_pixels(
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
+    if backend is None:
+        return call("unpack_pixels", x, patch_size, as_bytes)
     return select("unpack_pixels", backend, x.device)(x, patch_size, as_bytes)
 
 

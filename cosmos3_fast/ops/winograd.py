@@ -18,6 +18,7 @@ from cosmos3_fast.ops.checks import check_device, check_float32, check_rank
 from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.ops.registry import (
     LIBRARY_KERNELS,
+    call,
     example_tensor,
     is_differentiated,
     refuse_autograd,
@@ -32,6 +33,8 @@ def winograd_pack(weight: Tensor, *, backend: str | None = None) -> Tensor:
     Cout must be a multiple of 32 and Cin of 16. Returns [36, Cout/32, Cin, 32], four times the
     size of `weight`. It is not differentiable.
     """
+    if backend is None:
+        return call("winograd_pack", weight)
     return select("winograd_pack", backend, weight.device)(weight)
 
 
@@ -61,6 +64,8 @@ def winograd_conv3x3(
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
+    if backend is None:
+        return call("winograd_conv3x3", x, packed_weight, bias, residual)
     return select("winograd_conv3x3", backend, x.device)(x, packed_weight, bias, residual)
 
 

@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.vae.live.exact import decode_sample, normalize_latents, posterior_mode, untiled
+from cosmos3_fast.vae.live.exact import (
+    computes_in,
+    decode_sample,
+    normalize_latents,
+    posterior_mode,
+    untiled,
+)
 from cosmos3_fast.vae.live.returns import EncodeReturns
 from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
@@ -179,7 +185,7 @@ def probe_encoder(vae: Any, encoder: Any, frames: int = 1) -> None:
     """
     weight = vae.encoder.conv_in.weight
     edge = 2 * encoder.spatial_factor
-    pixels = _uniform((1, 3, frames, edge, edge)).to(weight.device, weight.dtype)
+    pixels = _uniform((1, 3, frames, edge, edge)).to(*computes_in(vae))
     try:
         with untiled(vae):
             mode = posterior_mode(vae, pixels)
@@ -208,7 +214,7 @@ def probe_posterior(vae: Any, encoder: Any, frames: int = 1) -> EncodeReturns:
     """
     weight = vae.encoder.conv_in.weight
     edge = 2 * encoder.spatial_factor
-    pixels = _uniform((1, 3, frames, edge, edge)).to(weight.device, weight.dtype)
+    pixels = _uniform((1, 3, frames, edge, edge)).to(*computes_in(vae))
     try:
         with torch.no_grad(), untiled(vae):
             returns, wanted = EncodeReturns.of(vae.encode(pixels))
@@ -252,7 +258,7 @@ def probe_decoder(vae: Any, decoder: Any, frames: int = 1) -> None:
             rounding explains.
     """
     weight = vae.decoder.conv_in.weight
-    latents = _uniform((1, decoder.z_dim, frames, 2, 2)).to(weight.device, weight.dtype)
+    latents = _uniform((1, decoder.z_dim, frames, 2, 2)).to(*computes_in(vae, "decoder"))
     try:
         with untiled(vae):
             wanted = decode_sample(vae, latents).double().cpu()

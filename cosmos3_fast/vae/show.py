@@ -15,6 +15,7 @@ from cosmos3_fast.arguments import dtype_name
 from cosmos3_fast.frames import pixel_frames
 from cosmos3_fast.images.video import check_video, write_video
 from cosmos3_fast.memory import why_not_in_memory
+from cosmos3_fast.vae.live.seam import folded_decoder
 from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.source import Decoder, VaeSource, compute_dtype
 
@@ -36,10 +37,10 @@ def save_video(
 
     Args:
         decoder: a `ClipDecoder`; a `FrameDecoder` for one latent frame; a live VAE, of which such
-            a decoder is made (each time: to save several videos, make it once with
-            `ClipDecoder.from_vae(vae)`), on the latents' device where the VAE is on a CPU; or a
-            checkpoint as `ClipDecoder.from_pretrained` takes it,
-            on the latents' device, in float32 on a CPU and bfloat16 elsewhere.
+            a decoder is made (each time, but for one that `accelerate` has made fast, which keeps
+            it), on the latents' device where the VAE is on a CPU; or a checkpoint as
+            `ClipDecoder.from_pretrained` takes it, on the latents' device, in float32 on a CPU and
+            bfloat16 elsewhere.
         latents: [1, z, T, h, w] as a pipeline gives them with `output_type="latent"`, or
             [z, T, h, w] as in `bulk.LatentDataset`; floating point, finite, on any device. They are
             1 + 4(T - 1) frames.
@@ -90,9 +91,11 @@ def _network(given: Any, latents: Tensor) -> Decoder:
         )
     source, clips = VaeSource(given), latents.shape[2] > 1
     if source.checkpoint is None:
-        network = (ClipDecoder if clips else FrameDecoder).from_vae(given)
         # A pipeline that offloads has its VAE on the CPU when it gives latents.
-        return network.to(latents.device) if network.device.type == "cpu" else network
+        own = next(given.decoder.parameters()).device
+        device = latents.device if own.type == "cpu" else own
+        kept = folded_decoder(given, latents.shape[2], device)
+        return kept or (ClipDecoder if clips else FrameDecoder).from_vae(given).to(device)
     return source.decoder(compute_dtype(None, latents.device), latents.device, clips)
 
 

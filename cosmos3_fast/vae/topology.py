@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -81,7 +82,7 @@ class Topology:
         """The output channels of a tensor that act on the result."""
         return slice(None)
 
-    @property
+    @cached_property
     def temporal_factor(self) -> int:
         """Pixel frames per latent frame after the first."""
         return math.prod(self.resamplers().values())
@@ -165,7 +166,7 @@ class EncoderTopology(Topology):
     stages: tuple[Stage, ...]
     posterior: bool = False
 
-    @property
+    @cached_property
     def spatial_factor(self) -> int:
         """Pixels per latent cell, along height and along width."""
         downsamplings = sum(stage.downsample for stage in self.stages)
@@ -308,7 +309,7 @@ class DecoderTopology(Topology):
     out_channels: int
     stages: tuple[UpStage, ...]
 
-    @property
+    @cached_property
     def spatial_factor(self) -> int:
         """Pixels per latent cell, along height and along width."""
         upsamplings = sum(stage.up_channels is not None for stage in self.stages)

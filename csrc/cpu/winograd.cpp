@@ -294,12 +294,10 @@ Buffer allocate(int64_t floats) {
   return Buffer(pointer);
 }
 
-Tensor pack(const Tensor& weight) {
-  const Tensor dense = torch::stable::contiguous(weight);
-  const int64_t out = weight.size(0), in = weight.size(1);
-  Tensor packed = torch::stable::new_empty(weight, {kPoints, out / kPanel, in, kPanel});
-  const float* g = static_cast<const float*>(dense.const_data_ptr());
-  float* to = static_cast<float*>(packed.mutable_data_ptr());
+// G g G^T of the kernels of some panels. By the panel, so that what is written lies side by side.
+COSMOS3_CLONES
+void pack_panels(float* to, const float* g, int64_t panels, int64_t in, int64_t begin,
+                 int64_t end) {
   constexpr double a2 = kA * kA, b2 = kB * kB;
   constexpr double at_zero = a2 * b2, at_a = 2 * a2 * (a2 - b2), at_b = 2 * b2 * (b2 - a2);
   constexpr double transform[kPatch][3] = {{1 / at_zero, 0, 0},
@@ -308,27 +306,46 @@ Tensor pack(const Tensor& weight) {
                                            {1 / at_b, kB / at_b, b2 / at_b},
                                            {1 / at_b, -kB / at_b, b2 / at_b},
                                            {0, 0, 1}};
-  torch::stable::parallel_for(0, out, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t o = begin; o < end; ++o) {
-      for (int64_t i = 0; i < in; ++i) {
-        const float* kernel = g + (o * in + i) * 9;
-        double half[kPatch][3];
-        for (int p = 0; p < kPatch; ++p) {
-          for (int x = 0; x < 3; ++x) {
-            half[p][x] = transform[p][0] * kernel[x] + transform[p][1] * kernel[3 + x] +
-                         transform[p][2] * kernel[6 + x];
-          }
+  for (int64_t panel = begin; panel < end; ++panel) {
+    for (int64_t i = 0; i < in; ++i) {
+      double taps[3][3][kPanel], half[kPatch][3][kPanel];
+      for (int64_t lane = 0; lane < kPanel; ++lane) {
+        const float* kernel = g + ((panel * kPanel + lane) * in + i) * 9;
+        for (int tap = 0; tap < 9; ++tap) {
+          taps[tap / 3][tap % 3][lane] = kernel[tap];
         }
-        for (int p = 0; p < kPatch; ++p) {
-          for (int q = 0; q < kPatch; ++q) {
-            const double value = half[p][0] * transform[q][0] + half[p][1] * transform[q][1] +
-                                 half[p][2] * transform[q][2];
-            const int64_t panel = (p * kPatch + q) * (out / kPanel) + o / kPanel;
-            to[(panel * in + i) * kPanel + o % kPanel] = static_cast<float>(value);
+      }
+      for (int p = 0; p < kPatch; ++p) {
+        const double* row = transform[p];
+        for (int x = 0; x < 3; ++x) {
+          for (int64_t lane = 0; lane < kPanel; ++lane) {
+            half[p][x][lane] =
+                row[0] * taps[0][x][lane] + row[1] * taps[1][x][lane] + row[2] * taps[2][x][lane];
           }
         }
       }
+      for (int point = 0; point < kPoints; ++point) {
+        const auto& values = half[point / kPatch];
+        const double* column = transform[point % kPatch];
+        float* place = to + ((point * panels + panel) * in + i) * kPanel;
+        for (int64_t lane = 0; lane < kPanel; ++lane) {
+          place[lane] =
+              static_cast<float>(values[0][lane] * column[0] + values[1][lane] * column[1] +
+                                 values[2][lane] * column[2]);
+        }
+      }
     }
+  }
+}
+
+Tensor pack(const Tensor& weight) {
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t panels = weight.size(0) / kPanel, in = weight.size(1);
+  Tensor packed = torch::stable::new_empty(weight, {kPoints, panels, in, kPanel});
+  const float* g = static_cast<const float*>(dense.const_data_ptr());
+  float* to = static_cast<float*>(packed.mutable_data_ptr());
+  torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+    pack_panels(to, g, panels, in, begin, end);
   });
   return packed;
 }

@@ -16,6 +16,7 @@ from cosmos3_fast import ClipDecoder, FrameDecoder
 from cosmos3_fast.cli import main as cli
 from cosmos3_fast.cli import prepare as cli_prepare
 from cosmos3_fast.images import preview
+from cosmos3_fast.vae.source import VaeSource
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_state_dict
 
 PHOTOGRAPH = Path(__file__).parents[2] / "examples" / "falcon9_dscovr.jpg"
@@ -255,6 +256,33 @@ def test_latents_of_a_dataset(vae: Path, tmp_path: Path, capsys: pytest.CaptureF
     ):
         assert run("decode", source, *key, *out) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_vae_of_a_dataset_is_compared(
+    vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], clips: bool
+):
+    own, shard = VaeSource(vae).fingerprint(clips), tmp_path / "0.safetensors"
+    arguments = ("decode", shard, "--key", "k", "--vae", vae, "--out", tmp_path / "picture.png")
+    # A clip's hash covers more of the VAE; a picture may be in a folder of clips.
+    for frames in (1, 2):
+        latents = torch.zeros(WAN22["z_dim"], frames, 2, 2)
+        for known in (own, "0123456789abcdef"):
+            save_file({"k": latents}, shard, {"vae_hash": known, "cosmos3_fast": "0"})
+            assert run(*arguments) == 0
+            warned = [li for li in capsys.readouterr().err.splitlines() if "WARNING" in li]
+            assert len(warned) == (known != own)
+    (line,) = warned
+    assert "was encoded by a VAE with the hash 0123456789ab, " in line
+    assert f"--vae '{vae}' has {VaeSource(vae).fingerprint()[:12]}: the frames may be wrong" in line
+
+
+def test_a_decoder_alone_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    write_checkpoint(tmp_path / "vae", WAN22, synthetic_decoder_state_dict(WAN22))
+    shard, out = tmp_path / "0.safetensors", tmp_path / "picture.png"
+    save_file({"k": torch.zeros(WAN22["z_dim"], 1, 2, 2)}, shard, {"vae_hash": "0"})
+    assert run("decode", shard, "--key", "k", "--vae", tmp_path, "--out", out) == 0
+    assert "WARNING: --vae cannot be compared with the VAE that encoded" in capsys.readouterr().err
 
 
 def test_latents_of_other_programs(vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

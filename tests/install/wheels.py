@@ -3,7 +3,8 @@
 Each is built and, in an environment that holds torch and nothing of this tree, installed and tried.
 auditwheel leaves torch's own libraries out and states the oldest glibc. Where nvcc is found, the
 CUDA kernels are in it (COSMOS3_FAST_CUDA=0 leaves them out): the CUDA runtime is linked statically,
-so that one wheel serves a torch with CUDA and one without, which is what it is tried on.
+so that one wheel serves a torch with CUDA and one without. It is tried on the torch it was built
+with, and with `--also` on that of another environment, as one with CUDA: neither needs a GPU.
 """
 
 from __future__ import annotations
@@ -21,8 +22,12 @@ VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 TORCH_LIBRARIES = ("libtorch.so", "libtorch_cpu.so", "libtorch_cuda.so", "libc10.so")
 SMOKE_TEST = """
 import torch, cosmos3_fast
+from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
 assert registry.LIBRARY_ERROR is None, registry.LIBRARY_ERROR
+for op, example in registry.EXAMPLES.items():
+    assert registry.default_backend("cpu", op) == "cpp", op
+    registry.REGISTERED[op](*example("cpu"))
 noise = torch.randn(1, 4, 5, 6, 7)
 condition = torch.randn(1, 4, 1, 6, 7)
 latents, mask = torch.ops.cosmos3.prepare_latents(condition, noise, [0])
@@ -32,7 +37,8 @@ from cosmos3_fast._build_info import build_info
 cuda, architectures = (build_info()[name] for name in ("cuda", "cuda_architectures"))
 has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
 assert has_kernel("cosmos3::prepare_latents", "CUDA") == bool(cuda)
-print(f"CUDA {cuda} for {architectures}" if cuda else "CPU kernels only")
+kernels = f"CUDA {cuda} for {architectures}" if cuda else "CPU kernels only"
+print(f"{kernels}, tried on torch {torch.__version__}")
 """
 
 
@@ -42,6 +48,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument(
         "--pythons", nargs="*", default=VERSIONS, help="versions to look for, or interpreters"
+    )
+    parser.add_argument(
+        "--also", help="an interpreter whose torch each wheel for its version is tried on too"
     )
     args = parser.parse_args()
     made = []
@@ -53,6 +62,8 @@ def main() -> int:
         wheel, kernels = build(python, args.torch, args.out)
         size = wheel.stat().st_size / 1e6
         print(f"CPython {version}: {wheel.name}, {size:.1f} MB, {kernels}", flush=True)
+        if args.also and version_of(args.also) == version_of(python):
+            print(f"CPython {version}: {try_beside(args.also, wheel)}", flush=True)
         made.append(wheel)
     return 0 if made else 1
 
@@ -67,6 +78,20 @@ def interpreter(version: str) -> str | None:
         if path and run([path, "-c", check], check=False).returncode == 0:
             return path
     return None
+
+
+def version_of(python: str) -> str:
+    return run([python, "-c", "import sys; print(*sys.version_info[:2])"]).stdout.strip()
+
+
+def try_beside(python: str, wheel: Path) -> str:
+    """Try a wheel with the packages of an environment, which stays as it is."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+        run([*install, str(place / "wheel"), str(wheel)])
+        found = {**os.environ, "PYTHONPATH": str(place / "wheel")}
+        return run([python, "-c", SMOKE_TEST], cwd=place, env=found).stdout.splitlines()[-1]
 
 
 def build_options() -> dict[str, str]:

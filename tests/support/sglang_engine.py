@@ -11,11 +11,15 @@ import inspect
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
+
+ROOT = Path(__file__).parents[2]
 
 # The torchvision wheel's library, built for CUDA, cannot load here; diffusion uses none of its
 # ops, but torchvision refuses to be imported without their schemas.
@@ -150,6 +154,25 @@ def outputs(batch: Req) -> dict[str, Any]:
     if batch.generator is not None:
         found["generator"] = batch.generator.get_state()
     return found
+
+
+PLUGINS = "sglang.multimodal_gen.plugins"
+
+
+def write_metadata(site: Path, **others: str) -> None:
+    """What installing this package leaves in `site`, made from pyproject.toml; `others` are further
+    plugins for SGLang. Where the package is installed too, the metadata that Python finds first
+    counts."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    folder = site / "cosmos3_fast-0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n"
+    )
+    plugins = {**project["entry-points"][PLUGINS], **others}
+    entries = "\n".join(f"{name} = {target}" for name, target in plugins.items())
+    (folder / "entry_points.txt").write_text(f"[{PLUGINS}]\n{entries}\n")
 
 
 HOOKED = ("__init__", "forward", "component_uses", "use_declared_component")

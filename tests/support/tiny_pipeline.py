@@ -58,7 +58,9 @@ def cast(transformer: Any, dtype: torch.dtype) -> Any:
     return transformer
 
 
-def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Any]:
+def make_components(
+    dtype: torch.dtype = torch.float32, seed: int = 0, z_dim: int = VAE_CONFIG["z_dim"]
+) -> dict[str, Any]:
     torch.manual_seed(seed)
     arguments = inspect.signature(Cosmos3OmniTransformer.__init__).parameters
     axes = [4, 2, 2]
@@ -74,9 +76,9 @@ def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[s
         num_attention_heads=2,
         num_key_value_heads=1,
         num_hidden_layers=2,
-        latent_channel=VAE_CONFIG["z_dim"],
+        latent_channel=z_dim,
         latent_patch_size=2,
-        patch_latent_dim=4 * VAE_CONFIG["z_dim"],
+        patch_latent_dim=4 * z_dim,
         **rope,
         vocab_size=256 + len(SPECIAL_TOKENS),
         action_dim=12,
@@ -88,7 +90,7 @@ def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[s
     return {
         "transformer": cast(transformer, dtype).eval(),
         "text_tokenizer": make_tokenizer(),
-        "vae": synthetic_vae(VAE_CONFIG, seed, decoder_base_dim=8).to(dtype),
+        "vae": synthetic_vae({**VAE_CONFIG, "z_dim": z_dim}, seed, decoder_base_dim=8).to(dtype),
         "scheduler": UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -96,9 +98,12 @@ def make_components(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[s
 
 
 def make_pipe(
-    dtype: torch.dtype = torch.float32, seed: int = 0, **components: Any
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    z_dim: int = VAE_CONFIG["z_dim"],
+    **components: Any,
 ) -> Cosmos3OmniPipeline:
-    components = {**make_components(dtype, seed), **components}
+    components = {**make_components(dtype, seed, z_dim), **components}
     pipe = Cosmos3OmniPipeline(**components, enable_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     return pipe

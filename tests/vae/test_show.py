@@ -13,7 +13,7 @@ from encoder_cases import TINY_CLIP
 from PIL import Image
 
 import cosmos3_fast
-from cosmos3_fast import ClipDecoder, FrameDecoder, save_video
+from cosmos3_fast import ClipDecoder, FrameDecoder, accelerate, restore, save_video
 from cosmos3_fast.vae import show, synthetic
 from cosmos3_fast.vae.show import decoded_frames, decoded_picture
 
@@ -74,6 +74,51 @@ def test_latents_on_the_vae_s_own_scale(decoder: ClipDecoder, first: FrameDecode
     assert np.array_equal(pictures(tmp_path / "frame"), wanted)
     assert torch.equal(decoded_picture(first, z[:, :, :1], "z", normalized=False), wanted[0])
     assert not np.array_equal(whole[0], decoder(z, "uint8")[0])
+
+
+def test_an_accelerated_vae_keeps_its_decoders(
+    decoder: ClipDecoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("diffusers")
+    live = accelerate(synthetic.synthetic_vae(CONFIG, decoder_base_dim=None))
+    folded: list[type] = []
+    for kind in (ClipDecoder, FrameDecoder):
+        from_vae = kind.from_vae
+
+        def counting(*args: Any, from_vae: Any = from_vae, kind: type = kind, **kw: Any) -> Any:
+            folded.append(kind)
+            return from_vae(*args, **kw)
+
+        monkeypatch.setattr(kind, "from_vae", counting)
+
+    def saved(name: str) -> list[np.ndarray]:
+        found = []
+        for count in (3, 1):
+            out = save_video(live, latents(count), tmp_path / f"{name} {count}")
+            found.append(pictures(out))
+        return found
+
+    for name in ("first", "second"):
+        for count, frames in zip((3, 1), saved(name), strict=True):
+            assert np.array_equal(frames, decoder(latents(count), "uint8")[0].numpy())
+    # That for single frames was folded by `accelerate`.
+    assert folded == [ClipDecoder]
+    with torch.no_grad():
+        live.decoder.conv_out.bias += 0.5
+    brighter, _ = saved("changed")
+    assert brighter.mean() > pictures(tmp_path / "second 3").mean() + 10
+    assert folded == [ClipDecoder, ClipDecoder, FrameDecoder]
+    # What the VAE decodes by itself is folded for this call.
+    changes = [
+        lambda: accelerate(live, clips=False),
+        lambda: accelerate(live, "exact"),
+        lambda: restore(live),
+    ]
+    for i, change in enumerate(changes):
+        change()
+        folded.clear()
+        save_video(live, latents(3), tmp_path / f"own {i}")
+        assert folded == [ClipDecoder]
 
 
 def test_a_video(decoder: ClipDecoder, tmp_path: Path):

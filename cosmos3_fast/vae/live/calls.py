@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from cosmos3_fast.vae.live.patch import ATTRIBUTE, signature, wrap_where_defined
+from cosmos3_fast.vae.live.returns import Finished
 
 # Inside a VAE's own code: what it calls of itself, as `super().encode`, is its own too. Another
 # thread or task may be outside of it meanwhile.
@@ -37,6 +38,10 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
     shown = signature(original, plain)
     receiver, first = list(shown.parameters)[:2]
     known = {receiver, first, "return_dict"}
+    more = list(shown.parameters.values())[2:]
+    # What a call may give by name, and needs no matching of names.
+    simple = {"return_dict"} & set(shown.parameters)
+    is_enough = all(parameter.default is not empty for parameter in more)
 
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -44,27 +49,42 @@ def _inert(original: Any, name: str, first: str) -> Callable[..., Any]:
         state = self.__dict__.get(ATTRIBUTE)
         if state is None or _own.get():
             return original(self, *args, **kwargs)
-        try:
-            bound = shown.bind(self, *args, **kwargs)
-        except TypeError:  # its own words for it
-            return original(self, *args, **kwargs)
-        given = bound.arguments
-        x = given.get(first)
+        bound: Any = None
+        finished: Finished | None = None
+        if len(args) == 1 and is_enough and simple.issuperset(kwargs):
+            x, others, return_dict = args[0], False, kwargs.get("return_dict", True)
+        else:
+            try:
+                bound = shown.bind(self, *args, **kwargs)
+            except TypeError:  # its own words for it
+                return original(self, *args, **kwargs)
+            given, taken = bound.arguments, known
+            receiving = state.engine.frames_argument if name == "decode" else None
+            if receiving is not None and callable(given.get(receiving)):
+                given[receiving] = finished = Finished(given[receiving])
+                taken = {*known, receiving}
+            x, return_dict = given.get(first), given.get("return_dict", True)
+            others = any(value is not None for key, value in given.items() if key not in taken)
 
         def own(tensor: Any) -> Any:
-            given[first] = tensor
+            if finished is not None:
+                finished.restart()
             fetch = state.engine.pending_fetch()
             if fetch is not None:
                 fetch()
             token = _own.set(True)
             try:
+                if bound is None:
+                    return original(self, tensor, **kwargs)
+                bound.arguments[first] = tensor
                 return original(*bound.args, **bound.kwargs)
             finally:
                 _own.reset(token)
 
-        others = [value for key, value in given.items() if key not in known]
-        if not isinstance(x, Tensor) or any(value is not None for value in others):
+        if others or not isinstance(x, Tensor):
             return own(x)
-        return getattr(state, name)(self, own, x, given.get("return_dict", True))
+        if finished is None:
+            return getattr(state, name)(self, own, x, return_dict)
+        return state.decode(self, own, x, return_dict, finished)
 
     return wrapper

@@ -51,30 +51,31 @@ class Content:
         self._flags: list[tuple[Tensor, Any]] = []
         self._looking = threading.Lock()
 
-    def differs(self, weights: Sequence[Tensor]) -> bool:
+    def differs(self, weights: Sequence[Tensor], addresses: list[int] | None = None) -> bool:
         """Whether a weight is seen to hold other values than at first.
 
         All that have moved in memory are looked at, and the next few of the others.
 
         Args:
             weights: the same as at first.
+            addresses: theirs, where they are known.
         """
         if not weights or not self._looking.acquire(blocking=False):
             return False  # another thread looks
         try:
-            return self._differs(weights)
+            return self._differs(weights, addresses)
         finally:
             self._looking.release()
 
-    def _differs(self, weights: Sequence[Tensor]) -> bool:
+    def _differs(self, weights: Sequence[Tensor], addresses: list[int] | None) -> bool:
         if len(weights) != len(self._samples) or _is_capturing(weights[0]):
             return False
-        addresses = [weight.data_ptr() for weight in weights]
-        if addresses != self._addresses:
+        addresses = addresses or [weight.data_ptr() for weight in weights]
+        if addresses is not self._addresses and addresses != self._addresses:
             for i, weight in enumerate(weights):
                 if addresses[i] != self._addresses[i] and self._is_other(i, weight):
                     return True
-            self._addresses = addresses
+        self._addresses = addresses
         for _ in range(min(_WEIGHTS_A_CALL, len(weights))):
             i = self._next = (self._next + 1) % len(weights)
             if weights[i].device.type == "cpu":

@@ -37,9 +37,12 @@ class Engine:
             before code of its own runs; None where it is there. A folded network stays on its
             device: where it serves, the VAE need not come.
         clips: whether clips go through folded networks where nobody says whether they are to.
+        frames_argument: name of the argument of the VAE's `decode` that is a function, called with
+            each frame of the result, in order, as soon as it is finished; None: there is none.
     """
 
     cached: Callable[[str, Encode], Encode] = _uncached
     is_equivalent: Callable[[Any], bool] = _not_equivalent
     pending_fetch: Callable[[], Callable[[], None] | None] = _nothing_to_fetch
     clips: bool = True
+    frames_argument: str | None = None

@@ -12,9 +12,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import is_whole, latent_frames
+from cosmos3_fast.ops.checks import FLOAT_DTYPES
 from cosmos3_fast.vae.config import read_config, read_factors
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
 from cosmos3_fast.vae.live.returns import Unwrapped
+
+
+def computes_in(vae: Any, part: str = "encoder") -> tuple[torch.device, torch.dtype]:
+    """Where and in what dtype the VAE's own code takes its input, however its weights are stored.
+
+    Weights may wait elsewhere (accelerate's and diffusers' offloading) or in another dtype
+    (diffusers' layerwise casting) for a hook that brings them to where they compute.
+
+    Args:
+        vae: see `encode_exact`.
+        part: "encoder" or "decoder".
+
+    Raises:
+        ValueError: the weights have no values, and there is no hook that fetches them.
+    """
+    module = getattr(vae, part)
+    weight = module.conv_in.weight
+    below = module.modules() if isinstance(module, nn.Module) else ()
+    hooks = (getattr(each, "_hf_hook", None) for each in (vae, *below))
+    devices = (getattr(hook, "execution_device", None) for hook in hooks)
+    device = next((each for each in devices if each is not None), None)
+    if device is None:  # diffusers' own properties know diffusers' own hooks
+        device = getattr(vae, "device", None)
+        device = device if isinstance(device, torch.device) else weight.device
+    if torch.device(device).type == "meta":
+        raise ValueError("vae must have weights with values, got some on the meta device")
+    dtype = getattr(vae, "dtype", None)
+    return torch.device(device), dtype if dtype in FLOAT_DTYPES else weight.dtype
 
 
 def posterior_mode(vae: Any, pixels: Tensor) -> Tensor:
@@ -100,12 +129,13 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
 
     Args:
         vae: see `posterior_mode`; it has `encoder.conv_in` and `config`.
-        pixels: [B, 3, T, H, W] in [-1, 1] with T = 1 + 4k; moved to the VAE's device and dtype.
+        pixels: [B, 3, T, H, W] in [-1, 1] with T = 1 + 4k; moved to what `computes_in` says.
         clip_latent_frames: latent frames of the clip that `pixels` is the beginning of; the result
             is then, bit for bit, the beginning of that clip's latents. Default: `pixels` is all.
 
     Returns:
-        [B, z_dim, 1 + k, H/f, W/f] in the VAE's dtype. The VAE's tiling setting is respected.
+        [B, z_dim, 1 + k, H/f, W/f] in the dtype that the VAE computes in. The VAE's tiling setting
+        is respected.
 
     Raises:
         ValueError: wrong rank or number of frames.
@@ -115,10 +145,10 @@ def encode_exact(vae: Any, pixels: Tensor, clip_latent_frames: int | None = None
     factor = read_factors(vae.config)[1]
     if not is_whole(pixels.shape[2], factor):
         raise ValueError(f"pixels must have 1 + {factor}k frames, got {pixels.shape[2]}")
-    weight = vae.encoder.conv_in.weight
+    device, dtype = computes_in(vae)
     own = latent_frames(pixels.shape[2], factor)
     with as_in_clip(vae, pixels, clip_latent_frames or own):
-        latents = posterior_mode(vae, pixels.to(weight.device, weight.dtype))
+        latents = posterior_mode(vae, pixels.to(device, dtype))
     return normalize_latents(latents, vae.config)
 
 

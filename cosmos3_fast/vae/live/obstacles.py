@@ -6,6 +6,7 @@ Only attributes are read, never values: nothing here waits for a device.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +21,10 @@ from cosmos3_fast.vae.live.patch import ATTRIBUTE
 _PLAIN_DTYPES = frozenset(FLOAT_DTYPES)
 
 
+# What modules rarely have, and then need more than a glance.
+RARE = ("forward", "world_size", "_compiled_call_impl")
 # Of modules without modules below them: what the checks before folding read of them.
-_SETTINGS = (
+SETTINGS = (
     "padding_mode",
     "padding",
     "_padding",
@@ -45,9 +48,10 @@ class Survey(NamedTuple):
             against it.
         trainable: whether a parameter requires a gradient.
         traces: every module with its class's `forward` and its settings, and every tensor with its
-            version and dtype.
+            version and dtype; weak references to the modules and tensors.
         weights: the tensors.
         training: why weights are likely to change without a trace; None if they are not.
+        addresses: of the weights, where they are known.
     """
 
     obstacle: str | None
@@ -55,6 +59,7 @@ class Survey(NamedTuple):
     traces: list[tuple[Any, Any, Any]]
     weights: list[Tensor] = []  # noqa: RUF012
     training: str | None = None
+    addresses: list[int] | None = None
 
 
 def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool]) -> Survey:
@@ -98,7 +103,7 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
         cls = type(module)
         look = known.get(cls)
         if look is None:
-            settings = [] if modules else [name for name in _SETTINGS if name in attributes]
+            settings = [] if modules else [name for name in SETTINGS if name in attributes]
             look = known[cls] = (
                 _forward_of(cls),
                 operator.itemgetter(*settings) if settings else None,
@@ -108,7 +113,7 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
             values = None if read is None else read(attributes)
         except KeyError:  # one was taken away
             values = None
-        traces.append((module, forward, values))
+        traces.append((weakref.ref(module), forward, values))
         is_training = attributes["training"]
         if is_training and "p" in attributes and module.p and "Dropout" in cls.__name__:
             return Survey(f"vae.{_full_name(entry)} is dropout in training mode", False, [])
@@ -132,7 +137,7 @@ def survey(vae: Any, names: tuple[str, ...], is_equivalent: Callable[[Any], bool
                         training = f"the weights of vae.{_full_name(entry)} are being trained"
                 # A tensor made in inference mode has no version.
                 mark = tensor.data_ptr() if tensor.is_inference() else tensor._version
-                traces.append((tensor, mark, dtype))
+                traces.append((weakref.ref(tensor), mark, dtype))
                 weights.append(tensor)
         if modules:
             stack.extend([(entry, key, below) for key, below in modules.items()])
@@ -180,21 +185,18 @@ def _why_parallel(name: str, attributes: dict[str, Any]) -> str | None:
     return None
 
 
-def same_traces(seen: list[tuple[Any, Any, Any]] | None, now: list[tuple[Any, Any, Any]]) -> bool:
+def same_traces(seen: list[tuple[Any, Any, Any]], now: list[tuple[Any, Any, Any]]) -> bool:
     """Whether two surveys saw the same objects with the same contents, as far as attributes show.
 
     Args:
-        seen: the earlier one, its objects as weak references.
-        now: the later one.
+        seen: the earlier one.
+        now: the later one, whose objects live.
     """
-    return (
-        seen is not None
-        and len(seen) == len(now)
+    return seen is now or (
+        len(seen) == len(now)
         and all(
-            reference() is thing and mark == mark_now and dtype == dtype_now
-            for (reference, mark, dtype), (thing, mark_now, dtype_now) in zip(
-                seen, now, strict=True
-            )
+            before() is after() and mark == mark_now and dtype == dtype_now
+            for (before, mark, dtype), (after, mark_now, dtype_now) in zip(seen, now, strict=True)
         )
     )
 
@@ -217,7 +219,8 @@ def why_tiled(vae: Any, height: int, width: int) -> str | None:
     tile = [getattr(vae, f"tile_sample_min_{side}", 0) or 0 for side in ("height", "width")]
     if height <= tile[0] and width <= tile[1]:
         return None
-    return f"tiling is on, and {height}x{width} pixels exceed a tile"
+    # Without the size, which would be told anew for each.
+    return f"tiling is on, and the frame exceeds a tile of {tile[0]}x{tile[1]} pixels"
 
 
 def why_not_shortened(vae: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
@@ -12,9 +13,11 @@ from torch import Tensor
 from cosmos3_fast.frames import latent_frames, pixel_frames
 from cosmos3_fast.vae.compatibility import probe_posterior
 from cosmos3_fast.vae.live.engine import Encode, Engine
+from cosmos3_fast.vae.live.exact import computes_in
 from cosmos3_fast.vae.live.obstacles import Survey, survey, why_not_at_all, why_tiled
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
-from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns
+from cosmos3_fast.vae.live.returns import DecodeReturns, EncodeReturns, Finished
+from cosmos3_fast.vae.live.watch import Watch
 from cosmos3_fast.vae.live.weights import Fold, Following, is_out_of_memory
 from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.networks.encoder import ClipEncoder, FrameEncoder
@@ -34,6 +37,7 @@ class Part(ABC):
         tell: warns, once per message; a function that does not refer back to the part.
         products: of the network for clips, see `ClipDecoder`.
         frozen: the user vouches for the weights, see `Choice`.
+        graphs: the network for one frame replays its calls, see `Choice`.
 
     Attributes:
         returns: the form of what the VAE's own method returns; None until it is learnt, and from
@@ -51,9 +55,10 @@ class Part(ABC):
         tell: Callable[[str], None],
         products: torch.dtype | None = None,
         frozen: bool = False,
+        graphs: bool = False,
     ) -> None:
         self.returns: Any = None
-        self._frozen = frozen
+        self._frozen, self._graphs = frozen, graphs
         self._engine = engine
         self._tell = tell
         self._products = products
@@ -61,6 +66,7 @@ class Part(ABC):
         self._clip = Following()
         # Values of the smallest clip that did not fit into memory.
         self._too_large: int | None = None
+        self._watch: Watch | None = None
 
     @abstractmethod
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
@@ -81,6 +87,10 @@ class Part(ABC):
     @abstractmethod
     def _refused(self, error: Exception) -> None:
         """The part cannot be folded while the VAE is being accelerated."""
+
+    def _hand_on(self, network: Any, x: Tensor, finished: Finished) -> Tensor:
+        """`_call`; `finished` is called with the frames of the result as they come."""
+        raise NotImplementedError
 
     def _cached(self, run: Encode) -> Encode:
         """`run` through the engine's cache, where it has one for this part."""
@@ -108,8 +118,29 @@ class Part(ABC):
         except (UnsupportedVAEError, AttributeError, StopIteration) as error:
             self._refused(error)
 
+    def network(self, vae: Any, frames: int, device: torch.device) -> Any:
+        """The folded network for so many latent frames, also for calls past the VAE's own method.
+
+        Args:
+            vae: the live VAE.
+            frames: 1, or more for clips.
+            device: of the network.
+
+        Returns:
+            None where something speaks against it.
+
+        Raises:
+            UnsupportedVAEError: the part cannot be folded as it is.
+            MemoryError, RuntimeError: memory does not suffice.
+        """
+        seen = self._survey(vae)
+        if seen.obstacle is not None or (seen.training is not None and not self._frozen):
+            return None
+        following, fold = self._network_for(frames)
+        return following.snapshot(fold, vae, seen, device, self._was_stale).network
+
     def run(
-        self, vae: Any, x: Tensor, topology: EncoderTopology
+        self, vae: Any, x: Tensor, topology: EncoderTopology, finished: Finished | None = None
     ) -> tuple[Tensor, None] | tuple[None, str]:
         """The result of a folded network, or None and why the VAE's own code has to run.
 
@@ -117,6 +148,7 @@ class Part(ABC):
             vae: the live VAE.
             x: what its own method takes, [B, C, T, H, W].
             topology: of its encoder.
+            finished: called with the frames of a result, as they come.
         """
         sizes, shape = self._sizes(topology, x)
         reason = why_not_at_all(vae, x, self.methods) or why_tiled(vae, *sizes)
@@ -132,13 +164,15 @@ class Part(ABC):
             reason = f"clips of this size have not fitted into memory; {_REFRESH}"
         if reason is None:
             weight = getattr(vae, self.modules[0]).conv_in.weight
-            moved = hasattr(vae, "_hf_hook") or self._engine.pending_fetch() is not None
+            moved = "_hf_hook" in vars(vae) or self._engine.pending_fetch() is not None
             if x.dtype != weight.dtype or (x.device != weight.device and not moved):
                 # The VAE's own code says what is wrong, or copes with it.
                 return None, f"the input is {x.dtype} on {x.device}, the VAE is not"
             try:
-                return self._through_network(vae, x, shape, seen), None
+                return self._through_network(vae, x, shape, seen, finished), None
             except Exception as error:  # never stop a run that the VAE's own code can make
+                if finished is not None and finished.failed:
+                    raise
                 reason = str(error) or repr(error)
                 if is_clip and is_out_of_memory(error):
                     # The error holds the frames of the call, and goes with this block.
@@ -151,11 +185,20 @@ class Part(ABC):
     def _is_too_large(self, x: Tensor) -> bool:
         return self._too_large is not None and x.numel() >= self._too_large
 
-    def _through_network(self, vae: Any, x: Tensor, shape: tuple[int, ...], seen: Survey) -> Tensor:
+    def _through_network(
+        self,
+        vae: Any,
+        x: Tensor,
+        shape: tuple[int, ...],
+        seen: Survey,
+        finished: Finished | None,
+    ) -> Tensor:
         following, fold = self._network_for(x.shape[2])
-        snapshot = following.snapshot(fold, vae, seen, x.device, self._tell_stale)
+        snapshot = following.snapshot(fold, vae, seen, x.device, self._was_stale)
 
         def run(_: Any, given: Tensor) -> Tensor:
+            if finished is not None:  # of the whole batch
+                return self._hand_on(snapshot.network, given, finished)
             if getattr(vae, "use_slicing", False) and given.shape[0] > 1:
                 return torch.cat([self._call(snapshot.network, each) for each in given.split(1)])
             return self._call(snapshot.network, given)
@@ -169,13 +212,29 @@ class Part(ABC):
         return result
 
     def _survey(self, vae: Any) -> Survey:
+        cls = type(vae)
+        # Another function of the class is seen as another weight is.
+        of_class = [(cls, getattr(cls, name, None)) for name in self.methods[1:]]
+        watch = self._watch
+        seen = None if watch is None else watch.again(vae, of_class)
+        if seen is not None:
+            return seen
+        self._watch = watch = None
         seen = survey(vae, self.modules, self._engine.is_equivalent)
-        for name in self.methods[1:]:
-            # Another function of the class is seen as another weight is.
-            seen.traces.append((type(vae), getattr(type(vae), name, None), None))
+        if seen.obstacle is None:
+            watch = Watch(vae, self.modules, of_class)
+            # What changes from here on is other than the watch has it, if not than the survey.
+            seen = survey(vae, self.modules, self._engine.is_equivalent)
+        seen.traces.extend((weakref.ref(cls), function, None) for cls, function in of_class)
+        if watch is not None and seen.obstacle is None:
+            watch.seen = seen._replace(weights=[])
+            self._watch = watch
         return seen
 
-    def _tell_stale(self) -> None:
+    def _was_stale(self) -> None:
+        # The network that did not notice is of the same weights.
+        self._frame.forget()
+        self._clip.forget()
         self._tell(
             f"the weights for vae.{self.methods[0]} were changed without a trace, and are folded "
             "again; calls since then may have had those of before: see refresh"
@@ -196,7 +255,7 @@ class EncoderPart(Part):
         own = bare(vae)
         network = FrameEncoder.from_vae(own, device=device, probe=False, posterior=True)
         self.returns = probe_posterior(own, network)
-        return network
+        return network.capture() if self._graphs else network
 
     def _fold_clip(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
@@ -222,24 +281,25 @@ class EncoderPart(Part):
     def _cached(self, run: Encode) -> Encode:
         return self._engine.cached("encode_folded", run)
 
-    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns | None:
-        """`returns`, from the smallest frame where it is not known; None where that fails."""
+    def learn(self, vae: Any, topology: EncoderTopology) -> EncodeReturns:
+        """`returns`, from the smallest frame where it is not known.
+
+        Raises:
+            UnsupportedVAEError: the VAE does not encode it, or returns something unknown.
+        """
         if self.returns is None:
             edge = topology.spatial_factor
+            own = bare(vae)
             try:
-                weight = next(p for p in vae.encoder.parameters())
-                device = getattr(getattr(vae, "_hf_hook", None), "execution_device", None)
-                own = bare(vae)
-                if weight.is_meta:
-                    weight = torch.empty(0, device=device or "cpu", dtype=weight.dtype)
+                device, dtype = computes_in(own)
                 with torch.no_grad():
-                    out = own.encode(weight.new_zeros(1, 3, 1, edge, edge))
+                    out = own.encode(torch.zeros(1, 3, 1, edge, edge, device=device, dtype=dtype))
                 returns, parameters = EncodeReturns.of(out)
-                if parameters.shape[1] != 2 * topology.z_dim:
-                    returns = returns.without_variance(parameters.shape[1])
-                self.returns = returns
             except Exception as error:
-                self._tell(f"all frames are encoded: what encode returns is not known ({error})")
+                raise UnsupportedVAEError(f"what encode returns is not known ({error})") from error
+            if parameters.shape[1] != 2 * topology.z_dim:
+                returns = returns.without_variance(parameters.shape[1])
+            self.returns = returns
         return self.returns
 
 
@@ -252,7 +312,8 @@ class DecoderPart(Part):
 
     def _fold_frame(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
-        return self._learnt(own, FrameDecoder.from_vae(own, device=device))
+        network = self._learnt(own, FrameDecoder.from_vae(own, device=device))
+        return network.capture() if self._graphs else network
 
     def _fold_clip(self, vae: Any, device: torch.device) -> Any:
         own = bare(vae)
@@ -266,6 +327,21 @@ class DecoderPart(Part):
 
     def _call(self, network: Any, x: Tensor) -> Tensor:
         return network.decode_unnormalized(x)
+
+    def _hand_on(self, network: Any, x: Tensor, finished: Finished) -> Tensor:
+        returns = self.returns or DecodeReturns()
+        if x.shape[2] == 1:
+            pixels = self._call(network, x)
+            finished(returns.cast(pixels.clone()))
+            return pixels
+        sizes = (size * network.spatial_factor for size in x.shape[3:])
+        pixels = x.new_empty(x.shape[0], 3, pixel_frames(x.shape[2]), *sizes)
+        done = 0
+        for part in network.frames(x, normalized=False):
+            pixels[:, :, done : done + part.shape[2]] = part
+            done += part.shape[2]
+            finished(returns.cast(part))  # which may change it
+        return pixels
 
     def _sizes(self, topology: EncoderTopology, x: Tensor) -> tuple[Sequence[int], tuple[int, ...]]:
         sizes = [size * topology.spatial_factor for size in x.shape[3:]]

@@ -90,12 +90,14 @@ class Choice:
         clips: whether in mode "fast" clips go through folded networks too.
         products: dtype of the products along time of clips; None: as `ClipDecoder` has it.
         frozen: the weights stay as they are, though they look as if they were trained.
+        graphs: calls of one frame are replayed as CUDA graphs.
     """
 
     mode: Mode
     clips: bool = True
     products: torch.dtype | None = None
     frozen: bool = False
+    graphs: bool = False
 
 
 def choose(
@@ -105,6 +107,7 @@ def choose(
     before: Choice | None = None,
     clips_by_default: bool = True,
     frozen: bool | None = None,
+    graphs: bool | None = None,
 ) -> Choice:
     """The choice of these arguments of `accelerate`.
 
@@ -114,14 +117,14 @@ def choose(
         products: torch.float16 or "float16"; None: as `before`.
         before: an earlier choice.
         clips_by_default: where nothing was chosen before.
-        frozen: None: as `before`.
+        frozen, graphs: None: as `before`.
 
     Raises:
         ValueError: an unknown mode, or products of another dtype.
-        TypeError: `clips` or `frozen` is neither a bool nor None.
+        TypeError: `clips`, `frozen` or `graphs` is neither a bool nor None.
     """
     checked = check_mode(mode)
-    for name, value in (("clips", clips), ("frozen", frozen)):
+    for name, value in (("clips", clips), ("frozen", frozen), ("graphs", graphs)):
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be True, False or None, got {value!r}")
     if products not in (None, "float16", torch.float16):
@@ -132,6 +135,7 @@ def choose(
         earlier.clips if clips is None else clips,
         earlier.products if products is None else torch.float16,
         earlier.frozen if frozen is None else frozen,
+        earlier.graphs if graphs is None else graphs,
     )
 
 

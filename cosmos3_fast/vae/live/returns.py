@@ -136,10 +136,48 @@ class DecodeReturns:
         own_dtype = None if pixels.dtype == dtype else pixels.dtype
         return cls(unwrapped.output, bool(unwrapped.entries), own_dtype)
 
+    def cast(self, pixels: Tensor) -> Tensor:
+        """Pixels in the dtype of the result."""
+        return pixels if self.dtype is None else pixels.to(self.dtype)
+
     def make(self, pixels: Tensor, return_dict: bool = True) -> Any:
         """What `vae.decode` returns for these pixels, [B, 3, T, H, W]."""
-        if self.dtype is not None:
-            pixels = pixels.to(self.dtype)
+        pixels = self.cast(pixels)
         if self.in_tuple or not return_dict:
             return (pixels,)
         return pixels if self.output is None else self.output(sample=pixels)
+
+
+class Finished:
+    """Hands finished frames on, each once: also where one way of decoding gives up halfway and
+    another one begins anew.
+
+    Args:
+        receive: of the caller; takes [B, 3, n, H, W], which it may change.
+
+    Attributes:
+        failed: whether `receive` has raised, which is the caller's business.
+    """
+
+    def __init__(self, receive: Callable[[Tensor], Any]) -> None:
+        self.failed = False
+        self._receive = receive
+        self._handed = 0
+        self._seen = 0
+
+    def restart(self) -> None:
+        """What comes next begins with the first frame again."""
+        self._seen = 0
+
+    def __call__(self, frames: Tensor) -> None:
+        """The next frames, [B, 3, n, H, W]."""
+        new = frames[:, :, max(self._handed - self._seen, 0) :]
+        self._seen += frames.shape[2]
+        if new.shape[2] == 0:
+            return
+        self._handed += new.shape[2]
+        try:
+            self._receive(new)
+        except BaseException:
+            self.failed = True
+            raise

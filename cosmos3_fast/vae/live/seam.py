@@ -14,6 +14,7 @@ Each call reads the `Acceleration` once and one snapshot of a network from it, s
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import weakref
@@ -41,7 +42,8 @@ from cosmos3_fast.vae.live.paths import (
     ways_to_decode,
     ways_to_encode,
 )
-from cosmos3_fast.vae.live.returns import EncodeReturns
+from cosmos3_fast.vae.live.returns import EncodeReturns, Finished
+from cosmos3_fast.vae.networks.decoder import ClipDecoder, FrameDecoder
 from cosmos3_fast.vae.topology import EncoderTopology, UnsupportedVAEError
 
 logger = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ def accelerate(
     clips: bool | None = None,
     products: str | torch.dtype | None = None,
     frozen: bool | None = None,
+    graphs: bool | None = None,
 ) -> VAE:
     """Let a VAE of the Wan family encode and decode by 2-D networks.
 
@@ -94,16 +97,19 @@ def accelerate(
         frozen: True: the weights stay as they are though they require gradients and the VAE is in
             training mode or they have some, where otherwise the VAE's own code runs. None: as
             before, and at first False.
+        graphs: True: on a GPU, calls of one frame are replayed as CUDA graphs
+            (`FrameEncoder.capture`), which takes the host out of their time and holds the
+            activations of a call for each shape. None: as before, and at first False.
 
     Returns:
         `vae` itself.
 
     Raises:
         ValueError: an unknown mode, or products of another dtype.
-        TypeError: `clips` or `frozen` is neither a bool nor None.
+        TypeError: `clips`, `frozen` or `graphs` is neither a bool nor None.
         UnsupportedVAEError: (a ValueError) the VAE is none of this family.
     """
-    if choose(mode, clips, products, frozen=frozen).mode == "off":
+    if choose(mode, clips, products, frozen=frozen, graphs=graphs).mode == "off":
         return restore(vae)
     plain = uncompiled(vae)
     if not isinstance(plain, nn.Module) or not callable(getattr(plain, "encode", None)):
@@ -114,14 +120,16 @@ def accelerate(
         raise UnsupportedVAEError(f"vae must have a config, got {type(plain).__name__} without")
     before = _state(plain)
     engine = engine or (before.engine if before else Engine())
-    choice = choose(mode, clips, products, before.choice if before else None, engine.clips, frozen)
+    earlier = before.choice if before else None
+    choice = choose(mode, clips, products, earlier, engine.clips, frozen, graphs)
     state = Acceleration(choice, type(plain), engine)
     state.own_code = _locks.setdefault(plain, (before or state).own_code)
     topology = state.topology(plain)
     if choice.mode == "fast":
         for part in (state.encoder, state.decoder):
             part.prepare(plain)
-    state.encoder.learn(plain, topology)
+    with contextlib.suppress(UnsupportedVAEError):  # it is tried again, and told, where it is used
+        state.encoder.learn(plain, topology)
     for name in ("encode", "decode"):
         if name in vars(plain):
             state.tell(f"vae.{name} was replaced on this object, and runs as it is")
@@ -148,8 +156,8 @@ def refresh(vae: VAE) -> VAE:
     (8-bit optimizers, kernels of one's own), in-place operations on tensors made in inference
     mode. Each call compares samples of two weights, so that a change of all weights is found at
     the next call on the CPU and the one after on a device; that of a single one within half as many
-    calls as there are weights. A change of so few values that no sample has one is never seen:
-    64 to 127 of a large weight are in the sample.
+    calls of the network (for frames, or for clips) as there are weights. A change of so
+    few values that no sample has one is never seen: 64 to 127 of a large weight are in the sample.
 
     Returns:
         `vae` itself.
@@ -183,6 +191,32 @@ def last_encoding(vae: Any) -> Encoding | None:
     return state.last if state else None
 
 
+def folded_decoder(
+    vae: Any, frames: int, device: torch.device
+) -> FrameDecoder | ClipDecoder | None:
+    """What decodes so many latent frames of an accelerated VAE, folded where it is not yet.
+
+    Args:
+        vae: accelerated or not.
+        frames: 1, or more for clips.
+        device: of the network.
+
+    Returns:
+        None where the VAE is not accelerated, or decodes them by itself.
+
+    Raises:
+        UnsupportedVAEError: the decoder cannot be folded as it is.
+        MemoryError, RuntimeError: memory does not suffice.
+    """
+    plain = uncompiled(vae)
+    state = _state(plain)
+    if state is None:
+        return None
+    if "fast" not in ways_to_decode(state.choice.mode, frames, state.choice.clips):
+        return None
+    return state.decoder.network(plain, frames, device)
+
+
 def _state(vae: Any) -> Acceleration | None:
     return getattr(vae, "__dict__", {}).get(ATTRIBUTE)
 
@@ -210,7 +244,7 @@ class Acceleration:
     Attributes:
         encoder, decoder: the parts.
         tell: warns, once per message.
-        own_code: held while the VAE's own `encode` runs.
+        own_code: held while the VAE's own `encode` or `decode` runs.
         last: how the VAE encoded latest.
     """
 
@@ -218,8 +252,9 @@ class Acceleration:
         self.choice = choice
         self.engine = engine
         self.tell = _teller()
-        self.encoder = EncoderPart(engine, self.tell, choice.products, choice.frozen)
-        self.decoder = DecoderPart(engine, self.tell, choice.products, choice.frozen)
+        asked = choice.products, choice.frozen, choice.graphs
+        self.encoder = EncoderPart(engine, self.tell, *asked)
+        self.decoder = DecoderPart(engine, self.tell, *asked)
         self.own_code = threading.RLock()
         self.last: Encoding | None = None
         self._vae_class = vae_class
@@ -266,8 +301,9 @@ class Acceleration:
         for way in ways:
             attempt = attempts[way](vae, own, x, asked)
             if attempt.parameters is not None and attempt.returns is not None:
-                missing = asked.total - attempt.parameters.shape[2]
-                parameters = F.pad(attempt.parameters, (0, 0, 0, 0, 0, missing))
+                parameters = attempt.parameters
+                if missing := asked.total - parameters.shape[2]:
+                    parameters = F.pad(parameters, (0, 0, 0, 0, 0, missing))
                 result = attempt.returns.make(parameters, return_dict)
                 self._report(Encoding(way, asked.needed, given, reason))
                 return result
@@ -282,8 +318,14 @@ class Acceleration:
             return _FAILED
         topology = self.topology(vae)
         cells = (size // topology.spatial_factor for size in x.shape[3:])
-        zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells)
-        return _Attempt(zeros, self.encoder.learn(vae, topology))
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+        zeros = x.new_zeros(x.shape[0], 2 * topology.z_dim, asked.total, *cells, dtype=dtype)
+        try:
+            return _Attempt(zeros, self.encoder.learn(vae, topology))
+        except UnsupportedVAEError as error:
+            return self._all_frames(str(error))
 
     def _fast(self, vae: Any, own: Callable[..., Any], x: Tensor, asked: Asked) -> _Attempt:
         parameters, reason = self.encoder.run(vae, x[:, :, : asked.needed], self.topology(vae))
@@ -304,23 +346,37 @@ class Acceleration:
 
             encode = self.engine.cached(f"encode_head_of_{asked.total}", encode_head)
             parameters = encode(vae, x[:, :, : asked.needed])
-            returns = forms[0] if forms else self.encoder.learn(vae, topology)
-            if returns is not None and parameters.shape[2] == asked.wanted:
+            try:
+                returns = forms[0] if forms else self.encoder.learn(vae, topology)
+            except UnsupportedVAEError as error:
+                return self._all_frames(str(error))
+            if parameters.shape[2] == asked.wanted:
                 return _Attempt(parameters, returns)
-            reason = f"the first {asked.wanted} latent frames have another form than a clip's"
-        self.tell(f"all {asked.given} frames are encoded: {reason}")
+            reason = "the first latent frames have another form than a clip's"
+        return self._all_frames(reason)
+
+    def _all_frames(self, reason: str) -> _Attempt:
+        self.tell(f"all frames of a clip are encoded: {reason}")
         return _Attempt(None, None, reason)
 
-    def decode(self, vae: Any, own: Callable[..., Any], z: Tensor, return_dict: bool) -> Any:
-        """What `vae.decode(z)` returns; `own(z)` is the VAE's own code."""
+    def decode(
+        self,
+        vae: Any,
+        own: Callable[..., Any],
+        z: Tensor,
+        return_dict: bool,
+        finished: Finished | None = None,
+    ) -> Any:
+        """What `vae.decode(z)` returns; `own(z)` is the VAE's own code, which calls `finished`."""
         topology = self.topology(vae)
         if z.dim() != 5 or z.shape[1] != topology.z_dim:
             return own(z)
         if "fast" in ways_to_decode(self.choice.mode, z.shape[2], self.choice.clips):
-            pixels, _ = self.decoder.run(vae, z, topology)
+            pixels, _ = self.decoder.run(vae, z, topology, finished)
             if pixels is not None and self.decoder.returns is not None:
                 return self.decoder.returns.make(pixels, return_dict)
-        return own(z)
+        with self.own_code:
+            return own(z)
 
     def _report(self, encoding: Encoding) -> None:
         self.last = encoding

@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from itertools import chain, repeat
+from operator import contains, is_not, itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from cosmos3_fast.frames import TEMPORAL_FACTOR
+from cosmos3_fast.ops._torch import PLAIN_TENSORS, has_hooks_of_all_modules, is_watched
 from cosmos3_fast.ops.checks import FLOAT_DTYPES as _DTYPES
+from cosmos3_fast.ops.registry import unobserved
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.compatibility import check_modules
 from cosmos3_fast.vae.fold import fold
@@ -20,6 +25,26 @@ from cosmos3_fast.vae.topology import Topology, UnsupportedVAEError
 
 if TYPE_CHECKING:
     from typing import Self
+
+
+_is_there = partial(is_not, None)
+_hooks, _hooks_before = itemgetter("_forward_hooks"), itemgetter("_forward_pre_hooks")
+
+
+class _Parts(NamedTuple):
+    """What a network's modules hold, in dictionaries that live on.
+
+    Attributes:
+        below: of each module the modules below it, the network's own first.
+        modules: all of them.
+        attributes: of the modules below.
+        tensors: of all.
+    """
+
+    below: list[dict[str, Any]]
+    modules: list[Any]
+    attributes: list[dict[str, Any]]
+    tensors: list[dict[str, Any]]
 
 
 class FoldedNetwork(nn.Module):
@@ -63,6 +88,7 @@ class FoldedNetwork(nn.Module):
         self.folded_dtype = dtype
         self._temporal = temporal
         self._complete = False
+        self._parts: _Parts | None = None
 
     def _finish(self) -> None:
         """The end of a constructor: parameters of their dtypes and layouts, without gradients."""
@@ -72,7 +98,7 @@ class FoldedNetwork(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._complete and self._temporal is not None:
-            weight = self.get_submodule("conv_in").get_parameter("weight")
+            weight = self._weight
             to = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
             if to != weight.dtype:
                 raise TypeError(
@@ -84,12 +110,68 @@ class FoldedNetwork(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """Of the parameters and of the result."""
-        return self.get_submodule("conv_in").get_parameter("weight").dtype
+        return self._weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the parameters and of the result."""
-        return self.get_submodule("conv_in").get_parameter("weight").device
+        return self._weight.device
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parts": None}
+
+    def _read(self, given: Tensor) -> list[Tensor] | None:
+        """The network's tensors, which a call with `given` reads and nothing else observes.
+
+        None: it is differentiated, a mode, a transform or a tracer is on, a hook is set or a
+        forward replaced, or a tensor is of a subclass.
+        """
+        parts = self._parts
+        if (
+            parts is None
+            or parts.below[0] is not self._modules
+            or [*chain.from_iterable(map(dict.values, parts.below))] != parts.modules
+        ):
+            _, *inner = self.modules()
+            below = [module._modules for module in (self, *inner)]
+            tensors: list[dict[str, Any]] = []
+            for module in (self, *inner):
+                tensors += [module._parameters, module._buffers]
+            parts = self._parts = _Parts(
+                below,
+                [*chain.from_iterable(map(dict.values, below))],
+                [vars(module) for module in inner],
+                tensors,
+            )
+        if (
+            type(given) not in PLAIN_TENSORS
+            or is_watched()
+            or any(map(_hooks, parts.attributes))
+            or any(map(_hooks_before, parts.attributes))
+            or has_hooks_of_all_modules()
+            or any(map(contains, parts.attributes, repeat("forward")))
+        ):
+            return None
+        held: list[Tensor] = [
+            *filter(_is_there, chain.from_iterable(map(dict.values, parts.tensors)))
+        ]
+        if not {*map(type, held)} <= {*PLAIN_TENSORS}:
+            return None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in (given, *held)):
+            return None
+        return held
+
+    def _undisturbed(self, given: Tensor) -> AbstractContextManager[Any]:
+        """A context in which ops are called without a question, where nothing observes a call."""
+        if torch.compiler.is_compiling() or self._read(given) is None:
+            return nullcontext()
+        return unobserved()
+
+    @property
+    def _weight(self) -> Tensor:
+        conv: Any = self.conv_in
+        weight: Tensor = conv.weight
+        return weight
 
     @property
     def roundings(self) -> tuple[torch.dtype, ...]:
@@ -298,9 +380,8 @@ def temporal_form(dtype: torch.dtype, products: torch.dtype | None, direct: bool
         raise ValueError(f"products must be the network's dtype, {dtype}{also}, got {products}")
     if direct:
         return Temporal(1, products)
-    # Six products need a finer dtype than 16-bit frames have: four, of two frames, round less.
-    coarse = products == dtype and dtype in (torch.bfloat16, torch.float16)
-    return Temporal(2 if coarse else 4, products)
+    # Six products need a finer dtype than the frames have: four, of two frames, round less.
+    return Temporal(2 if products == dtype else 4, products)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -10,6 +10,9 @@ W2 itself. With m = 1 the taps are three convolutions.
 Between two such convolutions one kernel does the rest (`ops.transform_frames`): from the products
 to the frames, bias, residual, RMS norm, SiLU, and the next transformed frames.
 
+What every call reads of a layer, it reads from `_parameters` and `_modules`: as an attribute each
+is a call of Python, and an eager encode is bound by the host.
+
 Activations are [N, C, H, W] in channels_last memory; of a clip of B videos side by side, frame t of
 video b stands at t·B + b.
 """
@@ -36,8 +39,8 @@ from cosmos3_fast.ops.registry import is_differentiated
 from cosmos3_fast.ops.winograd import same_bits
 
 TAPS = 3
-# Of the last kernel, which is the only one of a network for frames.
-_LAST = -1
+# From here a product in space saves more than it takes to pack its kernel for it.
+_TILES_WORTH_PACKING = 128
 
 
 class Memory:
@@ -117,6 +120,9 @@ class Sum(NamedTuple):
 class Products(NamedTuple):
     """The frames that a convolution's products stand for, `+ bias + residual`.
 
+    They are read once: then the parts are let go, which callers would else hold while the next
+    convolution makes as many.
+
     Attributes:
         parts: as `transform_frames` takes them.
         frames: how many there are, of each video.
@@ -165,6 +171,7 @@ class Products(NamedTuple):
             total = self.parts[0]
         elif keep_sum:
             total = total.flatten(0, 1)
+        self.parts.clear()
         return total, frames, past
 
     def total(self, pad: bool = False) -> Tensor:
@@ -183,14 +190,15 @@ Terms = Sum | Products
 
 def defers_bias(x: Tensor) -> bool:
     """Whether convolving `x` leaves the bias to the next kernel: a CPU adds it for nothing."""
-    return x.device.type == "cuda"
+    return x.is_cuda
 
 
 def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
     """`conv(x) + residual`."""
     if defers_bias(x):
-        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
-        return Sum(y, conv.bias, residual)
+        held: dict[str, Any] = conv._parameters
+        y = F.conv2d(x, held["weight"], None, conv.stride, conv.padding)
+        return Sum(y, held["bias"], residual)
     return Sum(conv(x), None, residual)
 
 
@@ -202,20 +210,21 @@ class NormSiLU(nn.Module):
         self.weight = nn.Parameter(torch.ones(channels))
 
     def forward(self, terms: Sum) -> Tensor:
-        return terms.normalized(self.weight, silu=True)
+        return terms.normalized(self._parameters["weight"], True)
 
     def with_sum(self, terms: Sum) -> tuple[Tensor, Tensor]:
         """The sum too, first."""
-        return terms.with_normalized(self.weight, silu=True)
+        return terms.with_normalized(self._parameters["weight"], True)
 
 
 class WinogradConv(nn.Conv2d):
     """A 3x3 convolution of stride 1 and padding 1 that `cosmos3::winograd_conv3x3` may compute.
 
-    In float32 on the CPU, large images go through that op; the transformed weights are made at the
-    first such call and again whenever the weights differ from those they were made of. Every call
-    compares the bits, which takes about a hundredth of the convolution: version counters do not
-    see a write through `.data` or to an inference tensor.
+    In float32 on the CPU, large images go through that op. A network for single frames keeps the
+    transformed weights, and makes them again whenever the weights differ from those they were made
+    of. Every call compares the bits, which takes about a hundredth of the convolution: version
+    counters do not see a write through `.data` or to an inference tensor. A clip's are made when
+    they are used.
 
     Args:
         in_channels, out_channels: widths.
@@ -230,35 +239,32 @@ class WinogradConv(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
         self._min_tiles = min_tiles
-        # By kernel, a copy of it and what was packed from that copy, which no thread sees apart.
-        self._packed: dict[int, tuple[Tensor, Tensor]] = {}
+        # A copy of the weights and what was packed from that copy, which no thread sees apart.
+        self._packed: tuple[Tensor, Tensor] | None = None
 
     def _takes_winograd(self, x: Tensor, kernel: Tensor, scale: int = 1) -> bool:
-        return self.winograd and takes_winograd(x, kernel, self._min_tiles, scale)
+        return (
+            self.winograd
+            and x.dtype == torch.float32  # by itself, for the sake of the others
+            and takes_winograd(x, kernel, self._min_tiles, scale)
+        )
 
-    def _convolve_winograd(
-        self,
-        x: Tensor,
-        kernel: Tensor,
-        bias: Tensor | None,
-        residual: Tensor | None = None,
-        index: int = _LAST,
-    ) -> Tensor:
-        """`index` tells the kernels of a convolution apart."""
+    def _packed_weight(self, keep: bool) -> Tensor:
+        if not keep:
+            return winograd_pack(self.weight.detach())
         # `.to()` in another thread changes what the parameter holds, not this.
-        weight = kernel.detach()
-        packed = self._packed.get(index)
+        weight, packed = self.weight.detach(), self._packed
         if packed is None or not same_bits(packed[0], weight):
             copy = weight.clone()
-            packed = self._packed[index] = copy, winograd_pack(copy)
-        return winograd_conv3x3(x, packed[1], bias, residual)
+            packed = self._packed = copy, winograd_pack(copy)
+        return packed[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> WinogradConv:
-        self._packed = {}
+        self._packed = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_packed": {}}
+        return {**self.__dict__, "_packed": None}
 
 
 class Temporal(NamedTuple):
@@ -267,24 +273,19 @@ class Temporal(NamedTuple):
     Attributes:
         block: m, the frames of a block: 4 or 2; 1: direct taps.
         dtype: of the earlier kernels, the transformed frames and the products.
-        large: of a level of large images and narrow kernels: only there a CPU also takes Winograd
-            in space, whose packed kernels are four times as large.
     """
 
     block: int
     dtype: torch.dtype
-    large: bool = False
 
     @property
-    def of_large_images(self) -> Temporal:
-        """The same for the two levels of the highest resolution.
+    def of_small_images(self) -> Temporal:
+        """The same for the level of the lowest resolution.
 
-        In float32 they take blocks of two. There a CPU also convolves by Winograd in space, which
-        with blocks of four along time would come up to the bound of the error
-        (`verify.FLOAT32_BOUND`).
+        Its kernels outweigh what they are applied to. In float32 it takes taps, of which there are
+        fewer: for Cosmos3 it has a third of all kernels and a twentieth of the products.
         """
-        coarse = self.dtype == torch.float32 and self.block == 4
-        return Temporal(2 if coarse else self.block, self.dtype, True)
+        return Temporal(1, self.dtype) if self.dtype == torch.float32 else self
 
     @property
     def kernels(self) -> int:
@@ -354,14 +355,18 @@ class CausalConv(WinogradConv):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """Of one frame, [N, Cin, H, W] → [N, Cout, H, W]."""
         if self._takes_winograd(x, self.weight):
-            return self._convolve_winograd(x, self.weight, self.bias, residual)
+            packed = self._packed_weight(keep=self.temporal is None)
+            return winograd_conv3x3(x, packed, self.bias, residual)
         y = super().forward(x)
         return y if residual is None else y + residual
 
     def deferred(self, x: Tensor, residual: Tensor | None = None) -> Sum:
         """`forward`, of which the next kernel adds up what this one does not add for nothing."""
-        if self._takes_winograd(x, self.weight):
+        held: dict[str, Any] = self._parameters
+        if self._takes_winograd(x, held["weight"]):
             return Sum(self(x, residual))
+        if defers_bias(x):
+            return Sum(F.conv2d(x, held["weight"], None, 1, 1), held["bias"], residual)
         return deferred(self, x, residual)
 
     def after(
@@ -393,7 +398,7 @@ class CausalConv(WinogradConv):
         elif keep_sum:
             total, activated = norm.with_sum(terms)
         else:
-            activated = norm(terms)
+            activated = norm.forward(terms)
         if memory is not None:
             shape, dtype = (2, *activated.movedim(1, -1).shape), self.earlier.dtype
             past = activated.new_empty(shape, dtype=dtype).movedim(-1, 2)
@@ -433,13 +438,14 @@ class CausalConv(WinogradConv):
 
     def _product(self, x: Tensor, index: int) -> Tensor:
         if index == len(self._exponents) - 1:
-            kernel, index = self._last_kernel(), _LAST
+            kernel = self._last_kernel()
         else:
             width = self.out_channels
             kernel = self.earlier[index * width : (index + 1) * width]
-        in_space = self.temporal is not None and self.temporal.large
-        if in_space and self._takes_winograd(x, kernel):
-            return self._convolve_winograd(x, kernel, None, index=index)
+        # Packed each time: kept, the packed kernels would be four times the network.
+        tiles = max(_TILES_WORTH_PACKING, self._min_tiles or 0)
+        if self.winograd and takes_winograd(x, kernel, tiles):
+            return winograd_conv3x3(x, winograd_pack(kernel.detach()))
         return F.conv2d(x, kernel, padding=1)
 
     def _last_kernel(self) -> Tensor:

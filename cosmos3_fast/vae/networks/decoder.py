@@ -19,7 +19,6 @@ from cosmos3_fast.vae.networks.layers import (
     DecoderStage,
     ResidualBlock,
     frames_at_once,
-    large_levels,
     run,
 )
 from cosmos3_fast.vae.topology import DecoderTopology
@@ -50,7 +49,7 @@ class _Decoder(FoldedNetwork):
     ) -> None:
         super().__init__(topology, dtype, temporal)
         of_stream = None if temporal is None else Temporal(1, dtype)
-        of_large = None if temporal is None else temporal.of_large_images
+        of_lowest = None if temporal is None else temporal.of_small_images
         with torch.device(torch.get_default_device() if device is None else device):
             z_dim, width = topology.z_dim, topology.stages[0].in_channels
             # Two ways in, for latents with and without normalisation.
@@ -59,20 +58,20 @@ class _Decoder(FoldedNetwork):
             self.conv_in = CausalConv(z_dim, width, None, of_stream)
             self.middle = nn.ModuleList(
                 [
-                    ResidualBlock(width, width, None, temporal),
+                    ResidualBlock(width, width, None, of_lowest),
                     Attention(width),
-                    ResidualBlock(width, width, None, temporal),
+                    ResidualBlock(width, width, None, of_lowest),
                 ]
             )
             self.stages = nn.ModuleList(
                 DecoderStage(
-                    stage, topology.residual, _WINOGRAD_TILES, of_large if large else temporal
+                    stage, topology.residual, _WINOGRAD_TILES, temporal if i else of_lowest
                 )
-                for large, stage in zip(large_levels(topology)[::-1], topology.stages, strict=True)
+                for i, stage in enumerate(topology.stages)
             )
             width = topology.stages[-1].out_channels
             self.norm_out = NormSiLU(width)
-            self.conv_out = CausalConv(width, topology.out_channels, None, of_large)
+            self.conv_out = CausalConv(width, topology.out_channels, None, temporal)
         self._finish()
 
     def _decode_frames(
@@ -102,20 +101,24 @@ class _Decoder(FoldedNetwork):
         self, level: int, terms: Terms, as_bytes: bool, memory: Memory | None
     ) -> Iterator[Tensor]:
         """The stages from `level` on."""
-        if level == len(self.stages):
+        stages: Any = self._modules["stages"]
+        if level == len(stages):
             x = self.conv_out.after(self.norm_out, terms, memory)[1].total()
             yield unpack_pixels(x, self.topology.patch_size, as_bytes)
             return
-        terms = self.stages[level](terms, memory)
-        if memory is None or memory.first:
+        stage = stages[level]
+        terms = stage(terms, memory)
+        if memory is None or memory.first or stage.upsample is None:
             yield from self._rest(level + 1, terms, as_bytes, memory)
             return
         batch = memory.batch
         frames = terms.total()
-        size = batch * frames_at_once(batch * frames.shape[2] * frames.shape[3], frames.device)
-        if frames.shape[0] <= size:
-            yield from self._rest(level + 1, terms, as_bytes, memory)
-            return
+        assert self._temporal is not None
+        # A CPU is filled by one block where images are large, on the last two levels.
+        on_cpu = 1 if level + 3 > len(self.stages) else 2
+        pixels = batch * frames.shape[2] * frames.shape[3]
+        block = max(2, self._temporal.block)
+        size = batch * frames_at_once(pixels, frames.device, block, on_cpu)
         del terms
         for part in frames.split(size):
             yield from self._rest(level + 1, Sum(part), as_bytes, memory)
@@ -239,9 +242,9 @@ class ClipDecoder(_Decoder):
     `decoder(latents)` equals `vae.decode(latents * latents_std + latents_mean)` for T latent
     frames, which are 1 + 4(T - 1) pixel frames. The first frame is that of a `FrameDecoder`, bit
     for bit. The frames after it are taken in blocks of four along time: six 2-D convolutions give
-    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`). In 16
-    bits with products no finer than the frames, and in float32 on the two levels of the highest
-    resolution, they are blocks of two, which round less. The result is that of the *untiled* VAE.
+    four frames, where a direct convolution takes twelve (`cosmos3_fast.vae.networks.causal`). Where
+    products are no finer than the frames, they are blocks of two, which round less. The result is
+    that of the *untiled* VAE.
 
     Three ways to decode: `decoder(latents)` gives all frames; `decoder.frames(latents)` gives them
     as they come, in memory that does not grow with T; `decoder.stream()` takes latents one after
@@ -252,7 +255,7 @@ class ClipDecoder(_Decoder):
     bfloat16. The error against float64 of the same weights is then no larger than the VAE's own.
 
     Memory, for the VAE of Cosmos3: 1.1 G parameters, of which 197 M are the last taps that
-    `FrameDecoder` has too (2.1 GB in bfloat16, 4.1 GB in float32); with `direct` 555 M.
+    `FrameDecoder` has too (2.1 GB in bfloat16; 0.6 G in float32, 2.5 GB); with `direct` 555 M.
 
     Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
     initial weights, to receive a `state_dict()` of the same topology. Parameters do not require
@@ -329,12 +332,12 @@ class ClipDecoder(_Decoder):
         as_bytes = self._check_output(output)
         clip = self._checked_clip(latents)
         entry = self.denormalize if normalized else self.post_quant
-        return self._computed(self._frames(entry, clip, as_bytes))
+        return self._computed(clip, self._frames(entry, clip, as_bytes))
 
-    def _computed(self, parts: Iterator[Tensor]) -> Iterator[Tensor]:
+    def _computed(self, clip: Tensor, parts: Iterator[Tensor]) -> Iterator[Tensor]:
         """`parts`, without autocast while they are computed, whatever the caller has between."""
         while True:
-            with without_autocast(self.device):
+            with without_autocast(self.device), self._undisturbed(clip):
                 part = next(parts, None)
             if part is None:
                 return
@@ -360,7 +363,7 @@ class ClipDecoder(_Decoder):
         frames = pixel_frames(count)
         shape = (batch, frames, height, width, 3) if as_bytes else (batch, 3, frames, height, width)
         parts = self._frames(entry, clip, as_bytes)
-        with without_autocast(clip.device):
+        with without_autocast(clip.device), self._undisturbed(clip):
             if torch.is_grad_enabled() and clip.requires_grad and not as_bytes:
                 return torch.cat(list(parts), 2)
             dtype = torch.uint8 if as_bytes else self.dtype
@@ -457,7 +460,7 @@ class ClipStream:
             pieces = clip.split(_LATENT_FRAMES, 2)
             if memory.first:
                 pieces = (clip[:, :, :1], *clip[:, :, 1:].split(_LATENT_FRAMES, 2))
-            with without_autocast(clip.device):
+            with without_autocast(clip.device), decoder._undisturbed(clip):
                 for piece in pieces:
                     if piece.shape[2]:
                         parts += decoder._next(decoder.denormalize, piece, self._as_bytes, memory)

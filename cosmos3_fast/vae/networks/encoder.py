@@ -23,7 +23,6 @@ from cosmos3_fast.vae.networks.layers import (
     EncoderStage,
     ResidualBlock,
     in_chunks,
-    large_levels,
     run,
 )
 from cosmos3_fast.vae.topology import EncoderTopology
@@ -56,24 +55,25 @@ class _Encoder(FoldedNetwork):
         super().__init__(topology, dtype, temporal)
         self.checks_values = not topology.posterior
         of_stream = None if temporal is None else Temporal(1, dtype)
-        of_large = None if temporal is None else temporal.of_large_images
+        of_lowest = None if temporal is None else temporal.of_small_images
         with torch.device(torch.get_default_device() if device is None else device):
             width = topology.stages[0].in_channels
             self.conv_in = CausalConv(topology.packed_channels, width, NO_TILES, of_stream)
+            lowest = len(topology.stages) - 1
             self.stages = nn.ModuleList(
-                EncoderStage(stage, topology.residual, of_large if large else temporal)
-                for large, stage in zip(large_levels(topology), topology.stages, strict=True)
+                EncoderStage(stage, topology.residual, of_lowest if i == lowest else temporal)
+                for i, stage in enumerate(topology.stages)
             )
             width = topology.stages[-1].out_channels
             self.middle = nn.ModuleList(
                 [
-                    ResidualBlock(width, width, None, temporal),
+                    ResidualBlock(width, width, None, of_lowest),
                     Attention(width),
-                    ResidualBlock(width, width, None, temporal),
+                    ResidualBlock(width, width, None, of_lowest),
                 ]
             )
             self.norm_out = NormSiLU(width)
-            self.conv_out = CausalConv(width, len(topology.output_statistics[0]), None, temporal)
+            self.conv_out = CausalConv(width, len(topology.output_statistics[0]), None, of_lowest)
         self._finish()
 
     def _encode_frames(self, frames: Tensor, memory: Memory | None = None) -> Tensor:
@@ -306,7 +306,7 @@ class ClipEncoder(_Encoder):
         clip, wanted = self._checked_clip(pixels, num_latent_frames)
         if self.checks_values:
             check_values(clip)
-        with without_autocast(clip.device):
+        with without_autocast(clip.device), self._undisturbed(clip):
             return self._encode(clip, wanted)
 
     def _encode(self, clip: Tensor, wanted: int) -> Tensor:

@@ -12,13 +12,15 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cosmos3_fast.arguments import positive_int
-from cosmos3_fast.ops._torch import PLAIN_TENSORS, is_watched
+from cosmos3_fast.ops.registry import unobserved
+from cosmos3_fast.vae.networks.base import FoldedNetwork
 
 if TYPE_CHECKING:
     from typing import Self
@@ -87,14 +89,6 @@ class CudaGraph:
             return result
 
 
-class _Entry:
-    """Of one key."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.graph: Any = None  # not yet; False: it could not be captured
-
-
 class Graphs:
     """The graphs of one network; a copy or a pickle of it starts with none.
 
@@ -106,10 +100,9 @@ class Graphs:
     def __init__(self, keep: int, graph: Any = CudaGraph) -> None:
         self.keep, self._graph = keep, graph
         self._lock = threading.Lock()
-        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+        # By key a lock and a graph: None: not yet; False: it could not be captured.
+        self._entries: OrderedDict[Hashable, Any] = OrderedDict()
         self._weights: list[Any] = []
-        # Not of the network itself, which its graphs would then keep alive.
-        self._parts: tuple[list[Any], ...] = ([], [], [], [])
 
     def __reduce__(self) -> Any:
         return Graphs, (self.keep, self._graph)
@@ -118,24 +111,28 @@ class Graphs:
         with self._lock:
             self._entries.clear()
 
-    def call(self, network: nn.Module, run: Call, given: Tensor, options: Hashable) -> Any:
-        """`run(given)`, replayed where it can be; `options`: what else `run` depends on."""
-        weights = self._what_is_read(network)
-        if (
-            weights is None
-            or type(given) not in PLAIN_TENSORS
-            or is_watched()
-            or (given.requires_grad and torch.is_grad_enabled())
-            or torch.is_autocast_enabled(given.device.type)
-            or not self._graph.serves(given)
-        ):
+    def call(
+        self, name: str, run: Call, given: Tensor, tensors: list[Tensor], *options: Any
+    ) -> Any:
+        """`run(given)`, replayed where it can be.
+
+        Args:
+            name: of the network, for a warning.
+            run: what a graph is made of.
+            given: its argument.
+            tensors: all others that it reads.
+            options: what else it depends on.
+        """
+        if not self._graph.serves(given):
             return run(given)
+        weights = _versions(tensors)
         key = options, given.shape, given.stride(), given.dtype, given.device, _settings()
         with self._lock:
             if weights != self._weights:
                 self._entries.clear()
                 self._weights = weights
-            entry = self._entries.setdefault(key, _Entry())
+            new = SimpleNamespace(lock=threading.Lock(), graph=None)
+            entry = self._entries.setdefault(key, new)
             self._entries.move_to_end(key)
             while len(self._entries) > self.keep:
                 self._entries.popitem(last=False)
@@ -146,7 +143,7 @@ class Graphs:
                 except RuntimeError as error:  # out of memory, or of what cannot be captured
                     entry.graph = False
                     warnings.warn(
-                        f"{type(network).__name__}: calls with {list(given.shape)}, {given.dtype}, "
+                        f"{name}: calls with {list(given.shape)}, {given.dtype}, "
                         f"are not captured but launched one by one, got {error}",
                         stacklevel=2,
                     )
@@ -154,33 +151,13 @@ class Graphs:
                 return entry.graph(given)
         return run(given)
 
-    def _what_is_read(self, network: nn.Module) -> list[Any] | None:
-        """The tensors of the network: where they lie and how often they were written to.
 
-        None: a replay would pass over a hook or a gradient, or a tensor has no address.
-        """
-        trees, children, held, hooks = self._parts
-        if not trees or trees[0] is not network._modules or _values(trees) != children:
-            modules = list(network.modules())
-            trees = [m._modules for m in modules]
-            held = [part for m in modules for part in (m._parameters, m._buffers)]
-            hooks = [h for m in modules[1:] for h in (m._forward_hooks, m._forward_pre_hooks)]
-            self._parts = trees, _values(trees), held, hooks
-        if any(hooks):
-            return None
-        tensors = [x for part in held for x in part.values() if x is not None]
-        if not {*map(type, tensors)} <= {*PLAIN_TENSORS}:
-            return None
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-            return None
-        try:
-            return [(x.data_ptr(), x._version) for x in tensors]
-        except RuntimeError:  # of inference tensors, which have no version
-            return [x.data_ptr() for x in tensors]
-
-
-def _values(parts: list[Any]) -> list[Any]:
-    return [value for part in parts for value in part.values()]
+def _versions(tensors: list[Tensor]) -> list[Any]:
+    """Where tensors lie and how often they were written to."""
+    try:
+        return [(x.data_ptr(), x._version) for x in tensors]
+    except RuntimeError:  # of inference tensors, which have no version
+        return [x.data_ptr() for x in tensors]
 
 
 def _settings() -> Hashable:
@@ -193,7 +170,7 @@ def _settings() -> Hashable:
     )
 
 
-class Captures(nn.Module):
+class Captures(FoldedNetwork):
     """What a network for single frames has besides: graphs of its calls, where it is asked to."""
 
     _graphs: Graphs | None = None
@@ -205,8 +182,8 @@ class Captures(nn.Module):
         its memory the graph holds all activations of one call until it is dropped. Results are the
         caller's own, calls from several threads and streams take turns on a graph, and changed
         weights or settings of torch are noticed. A call runs as without graphs on a CPU, under
-        `torch.compile` or the caller's own capture, with gradients, autocast or hooks of inner
-        modules; and, with a warning, where a capture fails, as for want of memory.
+        `torch.compile` or the caller's own capture, with gradients or hooks of inner modules; and,
+        with a warning, where a capture fails, as for want of memory.
 
         Args:
             keep: graphs held at most, the least recently used dropped first.
@@ -226,11 +203,15 @@ class Captures(nn.Module):
         return self
 
     def _replayed(self, run: Call, given: Tensor, *options: Hashable) -> Tensor:
-        graphs = self._graphs
-        if graphs is None or torch.compiler.is_compiling():
+        tensors = None if torch.compiler.is_compiling() else self._read(given)
+        if tensors is None:
             return run(given)
-        result: Tensor = graphs.call(self, run, given, options)
-        return result
+        with unobserved():
+            if self._graphs is None:
+                return run(given)
+            name = type(self).__name__
+            result: Tensor = self._graphs.call(name, run, given, tensors, *options)
+            return result
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if self._graphs is not None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cosmos3_fast.ops.registry import is_differentiated
+from cosmos3_fast.ops import winograd_conv3x3
+from cosmos3_fast.ops.registry import is_differentiated, is_unobserved
 from cosmos3_fast.vae.networks.causal import (
     TAPS,
     CausalConv,
@@ -26,7 +28,7 @@ from cosmos3_fast.vae.networks.causal import (
     deferred,
     defers_bias,
 )
-from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Stage, UpStage
+from cosmos3_fast.vae.topology import Stage, UpStage
 
 # Of an up-sampling, Winograd saves less than of another convolution, and needs as much memory.
 _UPSAMPLE_TILES = 1024
@@ -67,9 +69,11 @@ class ResidualBlock(nn.Module):
 
     def with_sum(self, terms: Terms, memory: Memory | None = None) -> tuple[Tensor, Terms]:
         """The block's input as a sum, and its result."""
-        x, y = self.conv1.after(self.norm1, terms, memory, keep_sum=True)
-        shortcut = x if self.shortcut is None else self.shortcut(x)
-        return x, self.conv2.after(self.norm2, y, memory, shortcut)[1]
+        own: dict[str, Any] = self._modules
+        x, y = own["conv1"].after(own["norm1"], terms, memory, None, True)
+        convolve = own.get("shortcut")
+        shortcut = x if convolve is None else convolve(x)
+        return x, own["conv2"].after(own["norm2"], y, memory, shortcut)[1]
 
 
 class Attention(nn.Module):
@@ -231,10 +235,12 @@ class EncoderStage(nn.Module):
         self.factor_s = 2 if stage.downsample else 1
 
     def forward(self, terms: Terms, memory: Memory | None = None) -> Terms:
-        x, y = run_blocks(self.blocks, terms, memory)
-        if self.downsample is not None:
-            y = self.downsample(y)
-        if self.time_conv is not None and memory is not None:
+        own: dict[str, Any] = self._modules
+        x, y = run_blocks(own["blocks"], terms, memory)
+        downsample = own.get("downsample")
+        if downsample is not None:
+            y = downsample(y)
+        if memory is not None and self.time_conv is not None:
             frames = memory.by_frame(y.total())
             past = memory.past(self.time_conv)
             memory.keep(self.time_conv, frames[-1:].clone())
@@ -275,20 +281,17 @@ _PIXELS_AT_ONCE = 1 << 18
 _BLOCK = 4
 
 
-def large_levels(topology: EncoderTopology | DecoderTopology) -> list[bool]:
-    """Per level, the highest resolution first, whether `Temporal.of_large_images` is for it."""
-    return [i < 2 for i in range(len(topology.stages))]
-
-
-def frames_at_once(pixels: int, device: torch.device) -> int:
+def frames_at_once(pixels: int, device: torch.device, block: int = _BLOCK, on_cpu: int = 1) -> int:
     """How many frames of a clip go through a level together, whole blocks of them.
 
     Args:
         pixels: of one frame at that level, batch included.
-        device: a CPU is filled by one block.
+        device: a CPU takes the same number for images of any size.
+        block: frames of a block.
+        on_cpu: how many blocks that is.
     """
-    blocks = 1 if device.type == "cpu" else _PIXELS_AT_ONCE // (_BLOCK * pixels)
-    return _BLOCK * max(1, blocks)
+    blocks = on_cpu if device.type == "cpu" else _PIXELS_AT_ONCE // (block * pixels)
+    return block * max(1, blocks)
 
 
 def in_chunks(
@@ -352,9 +355,17 @@ class Upsample(WinogradConv):
                 [duplicated_phase(shortcut, self.out_channels, factor_t, t, p) for t in times]
                 for p in range(4)
             ]
-        if self._takes_winograd(x, self.weight, scale=2):
+
+        def once(make: Callable[[], Any]) -> Any:
+            return make() if memory is None else memory.once(self, make)
+
+        weight, bias = self.weight, self.bias
+        # By one frame, so that all frames of a clip go one way, and one form of kernels is held.
+        frame = x if memory is None else x[:batch]
+        if self._takes_winograd(frame, weight, scale=2):
             image = F.interpolate(x, scale_factor=2.0)
-            out = self._convolve_winograd(image, self.weight, self.bias)
+            packed = once(lambda: self._packed_weight(keep=memory is None))
+            out = winograd_conv3x3(image, packed, bias)
             for phase, copies_of_phase in enumerate(copies):
                 row, column = divmod(phase, 2)
                 place = out[:, :, row::2, column::2].unflatten(0, by_time)
@@ -369,35 +380,32 @@ class Upsample(WinogradConv):
             memory_format=torch.channels_last,
         )
         defers = defers_bias(x)
-        if memory is None:
-            kernels = phase_kernels(self.weight)
-        else:
-            kernels = memory.once(self, lambda: phase_kernels(self.weight))
+        kernels = once(lambda: phase_kernels(weight))
         for phase, kernel in enumerate(kernels):
             row, column = divmod(phase, 2)
             if defers:  # there a pad is a copy of its own, and a row and a column more are not
                 y = F.conv2d(x, kernel, padding=1)
                 y = y[:, :, row : row + height, column : column + width]
             else:
-                y = F.conv2d(F.pad(x, (1 - column, column, 1 - row, row)), kernel, self.bias)
+                y = F.conv2d(F.pad(x, (1 - column, column, 1 - row, row)), kernel, bias)
             place = out[:, :, row::2, column::2]
-            if not copies:
-                write_sum(place, y, None)
+            if len(times) == 1 or not copies:
+                write_sum(place, y, copies[phase][0] if copies else None)
                 continue
             places, parts = place.unflatten(0, by_time), y.unflatten(0, by_time)
             for i, copy in enumerate(copies[phase]):
                 write_sum(places[:, i], parts[:, i], copy.unflatten(0, (-1, batch)))
-        return Sum(out, self.bias if defers else None)
+        return Sum(out, bias if defers else None)
 
 
 def write_sum(to: Tensor, x: Tensor, y: Tensor | None) -> None:
     """`to[...] = x + y`, in one launch where torch can."""
     if y is None:
         to.copy_(x)
-    elif torch.compiler.is_compiling() or is_differentiated(x, y):
-        to.copy_(x + y)
-    else:
+    elif is_unobserved() or not (torch.compiler.is_compiling() or is_differentiated(x, y)):
         torch.add(x, y, out=to)
+    else:
+        to.copy_(x + y)
 
 
 def phase_kernels(weight: Tensor) -> list[Tensor]:
@@ -493,13 +501,16 @@ class DecoderStage(nn.Module):
         self.factor_t = stage.factor_t
 
     def forward(self, terms: Terms, memory: Memory | None = None) -> Terms:
-        x, y = run_blocks(self.blocks, terms, memory)
-        if self.upsample is None:
+        own: dict[str, Any] = self._modules
+        x, y = run_blocks(own["blocks"], terms, memory)
+        upsample = own.get("upsample")
+        if upsample is None:
             return y
         frames = y.total()
-        if self.time_conv is not None and memory is not None and not memory.first:
+        if memory is not None and not memory.first and self.time_conv is not None:
             frames = self._double_time(memory.by_frame(frames), memory)
-        return self.upsample(frames, x if self.residual else None, self.factor_t, memory)
+        made: Sum = upsample(frames, x if self.residual else None, self.factor_t, memory)
+        return made
 
     def _double_time(self, frames: Tensor, memory: Memory) -> Tensor:
         """[F, B, C, H, W] → [2F·B, C, H, W]."""

@@ -15,16 +15,24 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from tiny_pipeline import make_inputs, make_pipe
 
 from cosmos3_fast import accelerate, restore
 from cosmos3_fast.vae.live.patch import ATTRIBUTE
+from cosmos3_fast.vae.topology import UnsupportedVAEError
 
 LEVEL = 1 / 255
 EMBEDS = torch.randn(1, 7, 16, generator=torch.Generator().manual_seed(2))
 MASK = torch.ones(1, 7, dtype=torch.long)
 SIZE = {"height": 64, "width": 64}
+TINY_CLIP = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+}
 
 
 def picture(seed: int = 0) -> Image.Image:
@@ -32,17 +40,41 @@ def picture(seed: int = 0) -> Image.Image:
     return Image.fromarray(values)
 
 
-def qwen_image(kind: str, **others: Any) -> Any:
+def qwen_image(
+    kind: str, transformer: dict[str, Any] | None = None, channels: int = 3, **others: Any
+) -> Any:
     torch.manual_seed(0)
-    vae = diffusers.AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1).eval()
-    transformer = diffusers.QwenImageTransformer2DModel(
+    vae = diffusers.AutoencoderKLQwenImage(
+        base_dim=8, num_res_blocks=1, **({} if channels == 3 else {"input_channels": channels})
+    ).eval()
+    denoiser = diffusers.QwenImageTransformer2DModel(
         patch_size=2, in_channels=64, out_channels=16, num_layers=1, attention_head_dim=16,
         num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(8, 4, 4),
+        **(transformer or {}),
     )  # fmt: skip
     return getattr(diffusers, kind)(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=vae, transformer=transformer, text_encoder=None, tokenizer=None, **others,
+        vae=vae, transformer=denoiser, **{"text_encoder": None, "tokenizer": None, **others},
     )  # fmt: skip
+
+
+def qwen_image_layered(channels: int) -> Any:
+    """`small_canvas` has to be there too. Of the text encoder, which is asked for its dtype, a
+    stand-in."""
+    return qwen_image(
+        "QwenImageLayeredPipeline",
+        {"use_additional_t_cond": True, "use_layer3d_rope": True},
+        channels,
+        processor=None,
+        text_encoder=transformers.CLIPTextModel(transformers.CLIPTextConfig(**TINY_CLIP)),
+    )
+
+
+@pytest.fixture
+def small_canvas(monkeypatch):
+    """Qwen-Image-Layered's are 640 pixels wide at least."""
+    layered = pytest.importorskip("diffusers.pipelines.qwenimage.pipeline_qwenimage_layered")
+    monkeypatch.setattr(layered, "calculate_dimensions", lambda area, ratio: (64, 64))
 
 
 def wan_22() -> Any:
@@ -73,6 +105,27 @@ def wan_21(kind: str) -> Any:
     return getattr(diffusers, kind)(
         tokenizer=None, text_encoder=None, vae=vae, transformer=transformer,
         scheduler=diffusers.UniPCMultistepScheduler(flow_shift=3.0), **others,
+    )  # fmt: skip
+
+
+def wan_21_i2v() -> Any:
+    """Latents, a mask of four channels and the encoded clip of one picture and nothing; the picture
+    also through CLIP."""
+    torch.manual_seed(0)
+    vae = diffusers.AutoencoderKLWan(base_dim=8, num_res_blocks=1).eval()
+    transformer = diffusers.WanTransformer3DModel(
+        patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=36,
+        out_channels=16, text_dim=16, ffn_dim=32, num_layers=1, rope_max_seq_len=32,
+        image_dim=16, added_kv_proj_dim=24,
+    )  # fmt: skip
+    config = transformers.CLIPVisionConfig(**TINY_CLIP, image_size=32, patch_size=16)
+    return diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, transformer=transformer,
+        scheduler=diffusers.UniPCMultistepScheduler(flow_shift=3.0),
+        image_encoder=transformers.CLIPVisionModel(config).eval(),
+        image_processor=transformers.CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
     )  # fmt: skip
 
 
@@ -109,6 +162,12 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], dict[str, Any]], Any, Any
     ),
     # One picture in, a clip out.
     "Wan 2.2 TI2V": (wan_22, lambda: {**wan_arguments(), "image": picture()}, (1, 3), (0, 0)),
+    "Wan 2.1 image to video": (
+        wan_21_i2v,
+        lambda: {**wan_arguments(), "image": picture()},
+        (9, 3),
+        (0, 0),
+    ),
     # Clips in and out.
     "Wan 2.1 video to video": (
         lambda: wan_21("WanVideoToVideoPipeline"),
@@ -181,6 +240,55 @@ def test_pictures_are_the_same(name: str):
     again, again_frames = generate(pipe, arguments())
     assert np.array_equal(again, plain)
     assert (plain_frames, frames, again_frames) == (own_frames, our_frames, own_frames)
+
+
+def layered_arguments() -> dict[str, Any]:
+    arguments = {**qwen_arguments(), "prompt": "a rocket", "layers": 2}
+    del arguments["height"], arguments["width"]
+    return arguments
+
+
+def test_layers_are_the_same(small_canvas: None) -> None:
+    """Single frames as a batch. Of a VAE for RGB: the released one has transparency too."""
+    pipe = qwen_image_layered(channels=3)
+    arguments = {**layered_arguments(), "image": picture()}
+    plain, plain_frames = generate(pipe, arguments)
+    assert plain.shape[1:] == (2, 64, 64, 3)
+    accelerate(pipe)
+    ours, frames = generate(pipe, arguments)
+    assert 0 < np.abs(ours - plain).max() <= LEVEL
+    assert (plain_frames, frames) == ((1, 1), (0, 0))
+    restore(pipe)
+    assert np.array_equal(generate(pipe, arguments)[0], plain)
+
+
+def test_a_vae_with_transparency_is_refused(small_canvas: None) -> None:
+    pipe = qwen_image_layered(channels=4)
+    arguments = {**layered_arguments(), "image": picture().convert("RGBA")}
+    plain, _ = generate(pipe, arguments)
+    assert plain.shape[1:] == (2, 64, 64, 4)
+    with pytest.raises(UnsupportedVAEError, match=r"in_channels must be .* = 3, got 4"):
+        accelerate(pipe)
+    assert np.array_equal(generate(pipe, arguments)[0], plain)
+
+
+def test_a_whole_bfloat16_run_of_cosmos3_by_frame() -> None:
+    """One frame is encoded and all are decoded; none is further from a float32 VAE than diffusers'
+    own, and no more between neighbours."""
+    pipe, precise = make_pipe(torch.bfloat16), make_pipe(torch.bfloat16)
+    precise.vae.float()
+    inputs = make_inputs("i2v", 64)
+    wanted, _ = generate(precise, inputs)
+    theirs, frames = generate(pipe, inputs)
+    accelerate(pipe)
+    fold_clips(pipe.vae)
+    ours, our_frames = generate(pipe, inputs)
+    assert (frames, our_frames) == ((17, 5), (0, 0))
+    for of in (lambda video: video, lambda video: np.diff(video, axis=0)):
+        theirs_off, ours_off = (
+            np.sqrt(np.square(of(each) - of(wanted)).mean((1, 2, 3))) for each in (theirs, ours)
+        )
+        assert (ours_off <= theirs_off).all()
 
 
 def tile(vae: Any) -> None:

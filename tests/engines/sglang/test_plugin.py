@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from sglang.multimodal_gen.runtime.platforms import plugins
@@ -16,12 +14,10 @@ from sglang_engine import (
     make_vae,
     run,
     unpatch,
+    write_metadata,
 )
 
 from cosmos3_fast.engines import sglang as engine
-
-ROOT = Path(__file__).parents[3]
-GROUP = "sglang.multimodal_gen.plugins"
 
 
 @pytest.fixture
@@ -39,15 +35,7 @@ def clean(monkeypatch):
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """The metadata that installing this package leaves, made from pyproject.toml."""
-    tomllib = pytest.importorskip("tomllib")
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    folder = tmp_path / "cosmos3_fast-0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: 0\n"
-    )
-    entries = "\n".join(f"{k} = {v}" for k, v in project["entry-points"][GROUP].items())
-    (folder / "entry_points.txt").write_text(f"[{GROUP}]\n{entries}\n")
+    write_metadata(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
 
 

@@ -394,14 +394,17 @@ def test_forwards_that_the_engine_fuses_do_not_keep_it_from_folding(
     vae = make_vae()
     conv = vae.encoder.conv_in
 
-    def forward(self: Any, x: Tensor, *args: Any) -> Tensor:
-        return type(self).forward(self, x, *args)
+    def bind(module: str) -> None:
+        def forward(self: Any, x: Tensor, *args: Any) -> Tensor:
+            return type(self).forward(self, x, *args)
 
-    forward.__module__ = "vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath.install"
-    monkeypatch.setattr(conv, "forward", MethodType(forward, conv), raising=False)
+        forward.__module__ = module
+        monkeypatch.setattr(conv, "forward", MethodType(forward, conv), raising=False)
+
+    bind("vllm_omni.diffusion.distributed.autoencoders.wan_vae_fastpath.install")
     pipeline = make_fast(vae)
     video_latent(pipeline, clip(1))
     assert seam.last_encoding(vae).path == "fast"
-    forward.__module__ = "somewhere.else"
+    bind("somewhere.else")
     video_latent(pipeline, clip(1))
     assert seam.last_encoding(vae).path == "whole"

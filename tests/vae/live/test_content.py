@@ -133,6 +133,22 @@ def test_one_weight_that_is_written_to_is_found_within_some_calls(vae: Any) -> N
     assert_fast_and_right(vae)
 
 
+def test_what_one_network_notices_is_known_to_the_other(vae: Any) -> None:
+    clip = torch.cat([pixels()] * 5, 2)
+    accelerate(vae)
+    vae.requires_grad_(False)
+    parameters(vae)
+    vae.encode(clip)
+    vae.quant_conv.bias.data.add_(1)
+    count = sum(1 for part in (vae.encoder, vae.quant_conv) for _ in part.parameters())
+    for _ in range(-(-count // 2)):
+        parameters(vae)
+    ours = vae.encode(clip).latent_dist.parameters
+    assert last_encoding(vae).path == "fast"
+    theirs = restore(vae).encode(clip).latent_dist.parameters
+    assert relative_error(ours, theirs) <= FLOAT32_BOUND
+
+
 def test_moving_weights_folds_nothing(vae: Any, caplog: pytest.LogCaptureFixture) -> None:
     before = parameters(accelerate(vae))
     network = vars(vae)["_cosmos3_fast"].encoder._frame._snapshot.network

@@ -235,6 +235,25 @@ def test_obstacles_leave_the_vae_its_own_path(
     assert len(warnings) == 1
 
 
+def test_what_is_told_once_is_not_told_for_every_size(
+    wan: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    accelerate(wan).enable_tiling(16, 16, 16, 16)
+    for height in (32, 48, 64):
+        x = torch.zeros(1, 3, 1, height, 32)
+        wan.encode(x)
+        assert "exceeds a tile of 16x16 pixels" in last_encoding(wan).reason
+        wan.decode(torch.zeros(1, wan.config.z_dim, 1, height // 16, 2))
+    assert caplog.text.count("own encode runs") == 1
+    assert caplog.text.count("own decode runs") == 1
+    accelerate(wan, "exact").disable_tiling()
+    wan.use_feature_cache = False
+    for frames in (5, 9):
+        with wanted_frames(1):
+            wan.encode(torch.zeros(1, 3, frames, 32, 32))
+    assert caplog.text.count("all frames of a clip are encoded") == 1
+
+
 def test_a_gradient_that_is_wanted(wan: Any) -> None:
     accelerate(wan)
     x = pixels().requires_grad_()
@@ -250,6 +269,19 @@ def test_autocast(wan: Any) -> None:
         wanted = parameters(wan, pixels())
         accelerate(wan)
         assert_own(wan, pixels(), wanted)
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_nothing_is_wanted_under_autocast(wan: Any, mode: str, dtype: torch.dtype) -> None:
+    accelerate(wan.to(dtype), mode)
+    x = pixels(9).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = parameters(wan, x)
+        with wanted_frames(0):
+            ours = parameters(wan, x)
+    assert last_encoding(wan).path == "none"
+    assert (ours.shape, ours.dtype) == (wanted.shape, wanted.dtype)
 
 
 def test_defaults_of_the_user_change_nothing(wan: Any) -> None:

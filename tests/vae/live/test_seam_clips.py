@@ -388,3 +388,114 @@ def test_threads_fold_once_and_agree(wan: Any, monkeypatch: pytest.MonkeyPatch) 
     for result in results:
         assert all(map(torch.equal, result, results[0]))
         assert all(map(close, result, own))
+
+
+class Handing(diffusers.AutoencoderKLWan):
+    """With an argument as in engines that write a video while it is decoded."""
+
+    def decode(self, z: torch.Tensor, return_dict: bool = True, on_frames: Any = None) -> Any:
+        out = super().decode(z, return_dict=return_dict)
+        if on_frames is not None:
+            frames = out.sample if return_dict else out[0]
+            for i, each in enumerate((frames[:, :, :1], *frames[:, :, 1:].split(4, 2))):
+                if each.shape[2] or i == 0:
+                    on_frames(each.clone())
+        return out
+
+
+def handing(clips: bool = True) -> Any:
+    vae = make_vae()
+    vae.__class__ = Handing
+    return seam.accelerate(vae, "fast", Engine(clips=clips, frames_argument="on_frames"))
+
+
+def handed(vae: Any, z: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
+    """Sizes of what is handed on, the frames in it, and the result. Each is changed when it comes,
+    as who takes them may do."""
+    parts: list[torch.Tensor] = []
+
+    def take(frames: torch.Tensor) -> None:
+        parts.append(frames.clone())
+        frames.zero_()
+
+    with torch.no_grad():
+        out = vae.decode(z, on_frames=take).sample
+    return [part.shape[2] for part in parts], torch.cat(parts, 2), out
+
+
+@pytest.mark.parametrize("slicing", [False, True])
+def test_frames_are_handed_on_as_they_come(slicing: bool) -> None:
+    vae = handing()
+    vae.use_slicing = slicing
+    for count in (7, 1):
+        z = latents(vae, count, 2)
+        ours = decode(vae, z)
+        sizes, frames, out = handed(vae, z)
+        assert sizes[0] == 1
+        assert len(sizes) > 1 or count == 1
+        assert torch.equal(frames, out)
+        # They are of the whole batch, also where it is sliced otherwise.
+        assert close(out, ours) if slicing else torch.equal(out, ours)
+        with torch.no_grad():
+            assert torch.equal(vae.decode(z, on_frames=None).sample, ours)
+        assert not torch.equal(ours, decode(restore(copy.copy(vae)), z))
+    assert has_folded(vae) == (False, True)
+
+
+def test_frames_of_the_vaes_own_are_handed_on() -> None:
+    vae = handing(clips=False)
+    z = latents(vae, 3)
+    found, frames, out = handed(vae, z)
+    theirs = decode(restore(vae), z)
+    assert found == [1, 4, 4]
+    assert torch.equal(frames, theirs)
+    assert torch.equal(out, theirs)
+
+
+def test_an_unknown_function_is_the_vaes_own_business() -> None:
+    vae = seam.accelerate(handing(), "fast", Engine())
+    assert handed(vae, latents(vae, 3))[0] == [1, 4, 4]
+    assert has_folded(vae) == (False, False)
+
+
+def test_frames_are_handed_on_once_where_memory_ends_halfway(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vae = handing()
+    z = latents(vae, 7)
+    ours, theirs = decode(vae, z), decode(copy.deepcopy(restore(vae)), z)
+    vae = handing()
+    frames_of = ClipDecoder.frames
+
+    def frames(*args: Any, **options: Any) -> Any:
+        given = frames_of(*args, **options)
+        yield next(given)
+        yield next(given)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(ClipDecoder, "frames", frames)
+    sizes, taken, out = handed(vae, z)
+    done = sum(sizes[:2])
+    assert 1 < done < sum(sizes) == out.shape[2] == 25
+    # What has been handed on stays; the rest and the result are the VAE's own.
+    assert torch.equal(taken[:, :, :done], ours[:, :, :done])
+    assert torch.equal(taken[:, :, done:], theirs[:, :, done:])
+    assert torch.equal(out, theirs)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_an_error_of_who_takes_the_frames_is_theirs(count: int) -> None:
+    vae = handing()
+    taken: list[int] = []
+
+    def take(frames: torch.Tensor) -> None:
+        taken.append(frames.shape[2])
+        raise RuntimeError("the disk is full; out of memory too")
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="the disk is full"):
+        vae.decode(latents(vae, count), on_frames=take)
+    assert taken == [1]
+    # Nothing is held against the decoder.
+    z = latents(vae, 7)
+    assert torch.equal(handed(vae, z)[1], decode(vae, z))
+    assert not torch.equal(decode(vae, z), decode(restore(vae), z))
