@@ -22,6 +22,25 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+@contextlib.contextmanager
+def _looking_at(path: str, label: str) -> Iterator[None]:
+    """What is wrong with a path that cannot be looked at becomes a TargetError."""
+    try:
+        path.encode("utf-8")
+        yield
+    except UnicodeEncodeError:
+        raise TargetError(f"{label} must be a name in UTF-8") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise TargetError(f"{label} cannot be used: {error}") from None
+
+
+def _check_folder(folder: Path, label: str) -> None:
+    if not folder.is_dir():
+        raise TargetError(f"{label}: the folder {str(folder)!r} does not exist")
+    if not os.access(folder, os.W_OK):
+        raise TargetError(f"{label}: the folder {str(folder)!r} is not writable")
+
+
 def check_target(path: str, option: str, inputs: Sequence[str] = ()) -> Path:
     """The file that `path` stands for, new or regular; a symlink's target.
 
@@ -35,14 +54,9 @@ def check_target(path: str, option: str, inputs: Sequence[str] = ()) -> Path:
             folder that is missing or not writable.
     """
     label = f"{option} {path!r}"
-    try:
-        path.encode("utf-8")
+    with _looking_at(path, label):
         target = Path(path).resolve()
         found = target.stat() if target.exists() else None
-    except UnicodeEncodeError:
-        raise TargetError(f"{label} must be a name in UTF-8") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise TargetError(f"{label} cannot be used: {error}") from None
     if found is not None:
         if stat.S_ISDIR(found.st_mode):
             raise TargetError(f"{label} is a folder")
@@ -57,10 +71,7 @@ def check_target(path: str, option: str, inputs: Sequence[str] = ()) -> Path:
                     source.is_dir() and target.is_relative_to(source.resolve())
                 ):
                     raise TargetError(f"{label} is an input: {str(source)!r}")
-    if not target.parent.is_dir():
-        raise TargetError(f"{label}: the folder {str(target.parent)!r} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise TargetError(f"{label}: the folder {str(target.parent)!r} is not writable")
+    _check_folder(target.parent, label)
     return target
 
 
@@ -96,22 +107,13 @@ def check_new_folder(path: str, option: str) -> Path:
             not writable.
     """
     label = f"{option} {path!r}"
-    try:
-        path.encode("utf-8")
+    with _looking_at(path, label):
         target = Path(path).resolve()
-        found = target.exists()
-        holds = found and (not target.is_dir() or any(target.iterdir()))
-    except UnicodeEncodeError:
-        raise TargetError(f"{label} must be a name in UTF-8") from None
-    except (OSError, RuntimeError, ValueError) as error:
-        raise TargetError(f"{label} cannot be used: {error}") from None
+        holds = target.exists() and (not target.is_dir() or any(target.iterdir()))
     if holds:
         what = "a folder that holds something" if target.is_dir() else "a file"
         raise TargetError(f"{label} must be a new or empty folder, got {what}")
-    if not target.parent.is_dir():
-        raise TargetError(f"{label}: the folder {str(target.parent)!r} does not exist")
-    if not os.access(target.parent, os.W_OK):
-        raise TargetError(f"{label}: the folder {str(target.parent)!r} is not writable")
+    _check_folder(target.parent, label)
     return target
 
 

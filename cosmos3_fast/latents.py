@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from cosmos3_fast import ops
-from cosmos3_fast.arguments import as_int, positive_int, quoted
+from cosmos3_fast.arguments import as_int, dtype_name, positive_int, quoted
 from cosmos3_fast.frames import (
     TEMPORAL_FACTOR,
     conditioned_span,
@@ -344,7 +344,7 @@ def _is_sequence(value: Any) -> bool:
 def _check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     allowed = FLOAT_DTYPES if device.type == "cpu" else LATENT_DTYPES
     if dtype not in allowed:
-        names = ", ".join(str(each).removeprefix("torch.") for each in allowed)
+        names = ", ".join(map(dtype_name, allowed))
         raise ValueError(f"dtype must be one of {names} on {device.type}, got {dtype}")
 
 

@@ -99,15 +99,20 @@ inline int64_t blocks_of(int64_t frames, int64_t m) {
   return (frames - 1) / m + 1;
 }
 
+// In the order in which they are registered.
 struct FrameArguments {
   const std::vector<Tensor>& products;
   int64_t frames, to;
   const std::optional<Tensor>& bias;
   const std::optional<Tensor>& residual;
   const std::optional<Tensor>& weight;
+  bool silu;
   const std::optional<Tensor>& past;
   const std::optional<std::vector<double>>& scales;
+  bool keep_sum;
   std::optional<ScalarType> sum_dtype, frames_dtype;
+
+  static constexpr const char* op = "transform_frames";
 
   const Tensor& first() const {
     return products[0];
@@ -126,13 +131,13 @@ struct FrameArguments {
   }
 };
 
-inline void check_frames_like(const char* op, const char* argument,
-                              const std::optional<Tensor>& given, ScalarType dtype,
-                              const char* dtype_name, int64_t leading, const char* shape,
-                              const FrameArguments& arguments) {
+inline void check_frames_like(const char* argument, const std::optional<Tensor>& given,
+                              ScalarType dtype, const char* dtype_name, int64_t leading,
+                              const char* shape, const FrameArguments& arguments) {
   if (!given.has_value()) {
     return;
   }
+  const char* op = arguments.op;
   check_rank(op, argument, *given, 5, shape);
   if (given->scalar_type() != dtype) {
     fail(op, ": ", argument, " must have ", dtype_name, ", ", name(dtype), ", got ",
@@ -149,7 +154,8 @@ inline void check_frames_like(const char* op, const char* argument,
   }
 }
 
-inline void check_transform(const char* op, const FrameArguments& arguments) {
+inline void check_transform(const FrameArguments& arguments) {
+  const char* op = arguments.op;
   const size_t count = arguments.products.size();
   const int64_t frames = arguments.frames, to = arguments.to;
   if (count != 1 && count != 3 && count != 4 && count != 6) {
@@ -201,9 +207,9 @@ inline void check_transform(const char* op, const FrameArguments& arguments) {
   check_target("frames_dtype", arguments.dtype_of_frames());
   check_channels(op, "bias", arguments.bias, first, "products");
   check_channels(op, "weight", arguments.weight, first, "products");
-  check_frames_like(op, "residual", arguments.residual, arguments.dtype_of_sum(), "sum_dtype",
-                    frames, "[frames, B, C, H, W]", arguments);
-  check_frames_like(op, "past", arguments.past, arguments.dtype_of_frames(), "frames_dtype", 2,
+  check_frames_like("residual", arguments.residual, arguments.dtype_of_sum(), "sum_dtype", frames,
+                    "[frames, B, C, H, W]", arguments);
+  check_frames_like("past", arguments.past, arguments.dtype_of_frames(), "frames_dtype", 2,
                     "[2, B, C, H, W]", arguments);
 }
 
@@ -219,7 +225,7 @@ inline Tensor channels_before_image(const Tensor& x) {
   }
   AtenTensorHandle seen = nullptr;
   if (aoti_torch__reinterpret_tensor(x.get(), dims, sizes.data(), strides.data(), 0, &seen)) {
-    fail("transform_frames: torch did not give a view of a tensor's memory");
+    fail(FrameArguments::op, ": torch did not give a view of a tensor's memory");
   }
   return Tensor(seen);
 }
@@ -253,7 +259,7 @@ struct FrameResults {
   Tensor sum, transformed, last;
 };
 
-inline FrameResults empty_results(const FrameArguments& arguments, bool keep_sum) {
+inline FrameResults empty_results(const FrameArguments& arguments) {
   const Tensor& first = arguments.first();
   const int64_t frames = arguments.frames, to = arguments.to;
   auto make = [&](std::vector<int64_t> leading, ScalarType dtype) {
@@ -267,11 +273,25 @@ inline FrameResults empty_results(const FrameArguments& arguments, bool keep_sum
     return torch::stable::empty({0}, dtype, std::nullopt, first.device());
   };
   const ScalarType of_sum = arguments.dtype_of_sum(), of_frames = arguments.dtype_of_frames();
-  return {keep_sum ? make({frames}, of_sum) : nothing(of_sum),
+  return {arguments.keep_sum ? make({frames}, of_sum) : nothing(of_sum),
           to == 0   ? nothing(of_frames)
           : to == 1 ? make({frames + 2}, of_frames)
                     : make({to + 2, blocks_of(frames, to)}, of_frames),
           to == 0 ? nothing(of_frames) : make({2}, of_frames)};
+}
+
+// The op as it is registered, of a backend whose `compute` takes arguments that have been checked.
+template <FrameResults (*compute)(const FrameArguments&)>
+std::tuple<Tensor, Tensor, Tensor> transform_frames(
+    std::vector<Tensor> products, int64_t frames, int64_t to, std::optional<Tensor> bias,
+    std::optional<Tensor> residual, std::optional<Tensor> weight, bool silu,
+    std::optional<Tensor> past, std::optional<std::vector<double>> scales, bool keep_sum,
+    std::optional<ScalarType> sum_dtype, std::optional<ScalarType> frames_dtype) {
+  const FrameArguments arguments{products, frames, to,     bias,     residual,  weight,
+                                 silu,     past,   scales, keep_sum, sum_dtype, frames_dtype};
+  check_transform(arguments);
+  const FrameResults results = compute(arguments);
+  return {results.sum, results.transformed, results.last};
 }
 
 }  // namespace cosmos3

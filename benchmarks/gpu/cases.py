@@ -188,4 +188,4 @@ def rms_error(ours: Tensor, exact: Tensor) -> float:
 def check_error(name: str, ours: Tensor, exact: Tensor) -> None:
     """Refuse what in bfloat16 is further from `exact` than `tolerance`."""
     if not (error := rms_error(ours, exact)) <= tolerance(BF16):
-        raise GateError(f"{name}: rms error {error:.2e}, wanted at most {tolerance(BF16):.2e}")
+        raise GateError(f"{name}: rms error must be at most {tolerance(BF16):.2e}, got {error:.2e}")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from benchmarks.cases import SEED, channels_last
@@ -41,10 +42,8 @@ from benchmarks.gpu.device import (
 )
 from benchmarks.gpu.networks import own_vae, with_rates
 from benchmarks.harness import GateError, count_flops, cuda_clock, measure, synchronize, tuned
-from cosmos3_fast import ops
-from cosmos3_fast.ops.transform_frames import BLOCKS, transformed_bytes
+from cosmos3_fast.ops.transform_frames import FrameArguments, transformed_bytes
 from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
-from cosmos3_fast.vae.networks import causal
 from cosmos3_fast.vae.verify import rms
 
 OURS, DIRECT = "ClipDecoder", "ClipDecoder, direct taps"
@@ -252,28 +251,42 @@ def numerics(context: Context) -> Iterator[Result]:
         raise RuntimeError(f"{len(faults)} errors above the VAE's own: {'; '.join(faults)}"[:500])
 
 
+class Recorder(TorchFunctionMode):
+    """Counts the calls of `transform_frames` inside the block, by their arguments without values.
+
+    Attributes:
+        called: how often, by `spelled`.
+        given: the arguments, by `spelled`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: Counter[str] = Counter()
+        self.given: dict[str, FrameArguments] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.cosmos3.transform_frames.default:
+            given = tree_map_only(Tensor, lambda x: x.to("meta"), FrameArguments(*args))
+            self.called[spelled(given)] += 1
+            self.given[spelled(given)] = given
+        return func(*args, **(kwargs or {}))
+
+
 def transforms(context: Context) -> Iterator[Result]:
     """`transform_frames` alone, as a decode of a clip calls it, against the copy's bandwidth."""
     latents = Size(480, 832, 81).latents(context, SEED)[1]
-    called: Counter[str] = Counter()
-    described: dict[str, Any] = {}
-
-    def spy(products: list[Tensor], frames: int, **options: Any) -> Any:
-        without_values = tree_map_only(Tensor, lambda x: x.to("meta"), (products, frames, options))
-        name = spelled(*without_values)
-        called[name] += 1
-        described[name] = without_values
-        return ops.transform_frames(products, frames, **options)
-
-    with mock.patch.object(causal, "transform_frames", spy):
+    with Recorder() as recorder:
         make_clip_decoder(context).decode_unnormalized(latents)
+    called, given = recorder.called, recorder.given
     copy_rate, total = context.ceiling("copy_bytes_per_s"), 0.0
-    for name in sorted(called, key=lambda name: -called[name] * bytes_of(*described[name])):
-        moved = bytes_of(*described[name])
-        products, frames, options = tree_map_only(
-            Tensor, lambda x: torch.randn_like(x, device=context.device), described[name]
+    for name in sorted(called, key=lambda name: -called[name] * bytes_of(given[name])):
+        moved = bytes_of(given[name])
+        arguments = tree_map_only(
+            Tensor, lambda x: torch.randn_like(x, device=context.device), given[name]
         )
-        call = functools.partial(ops.transform_frames, products, frames, **options)
+        call = functools.partial(torch.ops.cosmos3.transform_frames, *arguments)
         told = time_calls(context, {"call": call}, seconds=0.2, most=30)["call"]
         yield {name: {"calls of a decode": called[name], "bytes": moved, "call": told}}
         if context.dry_run:
@@ -285,34 +298,32 @@ def transforms(context: Context) -> Iterator[Result]:
         yield {"seconds of a decode, so far": total}
 
 
-def spelled(products: list[Tensor], frames: int, options: dict[str, Any]) -> str:
+def spelled(given: FrameArguments) -> str:
     """The arguments in words."""
-    first = products[0]
-    parts = [f"{len(products)} of {list(first.shape)} {first.dtype}, {frames} frames"]
-    for name, value in options.items():
+    first = given.first
+    parts = [f"{len(given.products)} of {list(first.shape)} {first.dtype}, {given.frames} frames"]
+    for name, usual in FrameArguments._field_defaults.items():
+        value = getattr(given, name)
         if isinstance(value, Tensor):
             parts.append(name)
-        elif value is not None and name != "scales":
+        elif name == "to" or (name != "scales" and value != usual):
             parts.append(f"{name}={value}")
     return ", ".join(parts).replace("torch.", "")
 
 
-def bytes_of(products: list[Tensor], frames: int, options: dict[str, Any]) -> int:
+def bytes_of(given: FrameArguments) -> int:
     """`transformed_bytes` of a call's arguments."""
-    first, to = products[0], options.get("to", 0)
-    blocks = -(-frames // BLOCKS[len(products)])
-    sizes = [(options.get(name) or first.dtype).itemsize for name in ("sum_dtype", "frames_dtype")]
     return transformed_bytes(
-        len(products),
-        to,
-        frames,
-        first.numel() // blocks,
-        product_size=first.dtype.itemsize,
-        sum_size=sizes[0],
-        frames_size=sizes[1],
-        residual=options.get("residual") is not None,
-        keep_sum=options.get("keep_sum", True),
-        past=options.get("past") is not None,
+        len(given.products),
+        given.to,
+        given.frames,
+        math.prod(given.image),
+        product_size=given.first.dtype.itemsize,
+        sum_size=given.dtype_of_sum.itemsize,
+        frames_size=given.dtype_of_frames.itemsize,
+        residual=given.residual is not None,
+        keep_sum=given.keep_sum,
+        past=given.past is not None,
     )
 
 

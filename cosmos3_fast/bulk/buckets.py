@@ -98,6 +98,6 @@ def areas_option(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+(?:\.\d+)?)(M?)", part.strip(), re.IGNORECASE)
         if match is None:
-            raise argparse.ArgumentTypeError(f"want areas such as 0.25M,1M, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be areas such as 0.25M,1M, got {text!r}")
         areas.append(round(float(match[1]) * (MEGAPIXEL if match[2] else 1)))
     return tuple(areas)

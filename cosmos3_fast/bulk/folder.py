@@ -151,7 +151,7 @@ class Folder:
         write_bytes(self.description, (json.dumps(content, indent=2) + "\n").encode())
 
     def settings(self) -> Settings:
-        """Those of the folder.
+        """Read the settings that its samples have in common.
 
         Raises:
             FolderError: it has none that this version reads.

@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"([0-9]{1,18})")
 
 
 def sample_schema() -> pa.Schema:
-    """Of `reading.Sample`."""
+    """The Arrow schema of a `reading.Sample`."""
     import pyarrow as pa
 
     return pa.schema(
@@ -41,7 +41,7 @@ def sample_schema() -> pa.Schema:
 
 
 def manifest_schema() -> pa.Schema:
-    """Of the manifest: the key, what is known of the sample, and where its latents are.
+    """The schema of the manifest: the key, what is known of the sample, and where its latents are.
 
     `offset` is that of the tensor's first byte in the shard, `latent_shape` is [z, t, h, w];
     `shard_bytes` and `shard_sha256` are of the whole shard.
@@ -71,7 +71,7 @@ def names_schema() -> pa.Schema:
 
 
 def errors_schema() -> pa.Schema:
-    """Of errors.parquet, that is of `reading.Failure`."""
+    """The schema of errors.parquet, whose rows are each a `reading.Failure`."""
     import pyarrow as pa
 
     return pa.schema(

@@ -56,7 +56,7 @@ def name_key(source: str) -> str:
 
 
 def row_schema() -> pa.Schema:
-    """Of the rows between the stages: a sample, and its pixels or latents as bytes."""
+    """The schema of rows between the stages: a sample, and its pixels or latents as bytes."""
     import pyarrow as pa
 
     extra = [

@@ -73,7 +73,7 @@ def _rate(text: str) -> Fraction:
         return frame_rate(Fraction(text))
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(
-            f"want a number in [0.01, 1000] such as 24 or 30000/1001, got {text!r}"
+            f"must be a number in [0.01, 1000] such as 24 or 30000/1001, got {text!r}"
         ) from None
 
 
@@ -100,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
     inputs = [args.latents, *([args.vae] if args.vae else [])]
     kind = kind_of(args.out, "--out")
     if kind != PICTURE and args.frame is not None:
-        raise UserError(f"--frame is of a {PICTURE}, got --out {args.out!r}")
+        raise UserError(f"--out must be a {PICTURE} for --frame, got {args.out!r}")
     if kind not in CRF_KINDS and args.crf is not None:
-        raise UserError(f"--crf is of {' and '.join(CRF_KINDS)}, got --out {args.out!r}")
+        raise UserError(f"--out must be {' or '.join(CRF_KINDS)} for --crf, got {args.out!r}")
     if kind in (PICTURE, FOLDER) and args.fps is not None:
-        raise UserError(f"--fps is of a video or .gif, got --out {args.out!r}")
+        raise UserError(f"--out must be a video or .gif for --fps, got {args.out!r}")
     crf = 18 if args.crf is None else args.crf
     fps = Fraction(24) if args.fps is None else args.fps
     out = check_video(args.out, fps, crf, "--out", inputs)
@@ -213,7 +213,7 @@ def _read(args: argparse.Namespace, frame: int | None) -> Latents:
 
 
 def _begins_as_zip(path: Path) -> bool:
-    """As `torch.save` writes."""
+    """Whether a file begins as `torch.save` begins one."""
     with path.open("rb") as file:
         return file.read(4) == b"PK\x03\x04"
 

@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from cosmos3_fast.arguments import dtype_name
 from cosmos3_fast.memory import why_not_in_memory
+from cosmos3_fast.ops.checks import LATENT_DTYPES
 from cosmos3_fast.vae.source import SYNTHETIC_SEED, VaeSource
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+DTYPES = {dtype_name(dtype): dtype for dtype in LATENT_DTYPES}
 _SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -29,7 +27,7 @@ class UserError(Exception):
 def size_option(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text.strip().lower())
     if match is None:
-        raise argparse.ArgumentTypeError(f"want HEIGHTxWIDTH such as 480x832, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH such as 480x832, got {text!r}")
     return int(match[1]), int(match[2])
 
 
@@ -37,7 +35,7 @@ def dtype_option(text: str) -> torch.dtype:
     name = text.strip().lower()
     name = _SHORT_DTYPES.get(name, name)
     if name not in DTYPES:
-        raise argparse.ArgumentTypeError(f"want one of {', '.join(DTYPES)}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DTYPES)}, got {text!r}")
     return DTYPES[name]
 
 

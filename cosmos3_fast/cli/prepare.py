@@ -229,9 +229,9 @@ def _seed(text: str) -> int:
     try:
         seed = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"want an integer, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be an integer, got {text!r}") from None
     if not -(2**63) <= seed < 2**64:
-        raise argparse.ArgumentTypeError(f"want an integer in [-2^63, 2^64), got {seed}")
+        raise argparse.ArgumentTypeError(f"must be an integer in [-2^63, 2^64), got {seed}")
     return seed
 
 
@@ -239,4 +239,4 @@ def _frames(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"want integers such as 0,1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be integers such as 0,1, got {text!r}") from None

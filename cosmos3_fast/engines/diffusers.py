@@ -241,7 +241,8 @@ def _cases(pipe: Any) -> list[selftest.Case]:
 
 
 def _modular_cases(pipe: Any) -> list[selftest.Case]:
-    """Of the conditioned latent frames; the others are noise to the blocks that read them."""
+    """Requests whose conditioned latent frames are compared; to the blocks that read them the
+    others are noise."""
     from diffusers.modular_pipelines.modular_pipeline import PipelineState
 
     def run(step: Any, vae: Any) -> dict[str, Any]:

@@ -152,7 +152,8 @@ def _counted(case: Case, vae: Any) -> tuple[dict[str, Any], int, list[Tensor]]:
 
 @contextmanager
 def frames_through(conv: nn.Module) -> Iterator[list[int]]:
-    """Inside, pixel frames of each call of `conv`; a hook would be a reason not to fold the VAE."""
+    """Collect the pixel frames of each call of `conv` inside the block, without a hook: with one,
+    the VAE would not be folded."""
     frames: list[int] = []
     own: Any = type(conv)
 
@@ -217,7 +218,7 @@ def _tensor_difference(ours: Tensor, theirs: Tensor, bound: float, where: str) -
 
 
 def _flip_one_bit(left: Any) -> bool:
-    """Of the first tensor in 16-bit or 32-bit floating point; whether there is one."""
+    """Flip a bit of the first tensor in 16-bit or 32-bit floating point; whether there is one."""
     if isinstance(left, Tensor) and left.is_floating_point() and left.numel():
         kind = {2: torch.int16, 4: torch.int32}.get(left.element_size())
         if kind is not None:

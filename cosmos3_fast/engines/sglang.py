@@ -66,7 +66,7 @@ _self_tested: weakref.WeakSet[Any] = weakref.WeakSet()
 
 @dataclass
 class _Residency:
-    """Of the VAE in one request.
+    """Where the VAE is in one request.
 
     Attributes:
         pending: what fetches it to its device; None where it is not to be fetched, or is there.
@@ -271,7 +271,7 @@ def _wanted(batch: Any) -> int | None:
 
 
 def _weights_epoch() -> int:
-    """SGLang writes new weights through `.data`, which leaves no trace, but counts the times."""
+    """How often SGLang has written new weights, which it does through `.data`, without a trace."""
     from sglang.multimodal_gen.runtime.cache.conditioning import conditioning_weights_epoch
 
     return conditioning_weights_epoch()
@@ -296,7 +296,7 @@ def _pending_fetch() -> Callable[[], None] | None:
 
 
 def _cached(decorate: Callable[[Encode], Encode], name: str, encode: Encode) -> Encode:
-    """Through SGLang's cache of encodings, which tells methods apart by their names."""
+    """An encode that uses SGLang's cache of encodings, which tells methods apart by their names."""
     encode.__name__ = name
     return decorate(encode)
 

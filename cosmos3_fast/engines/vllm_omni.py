@@ -113,7 +113,7 @@ def _adopting(
 
 
 def _announcing(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Nothing is changed by it where the VAE is not accelerated."""
+    """Call with one latent frame announced, which only an accelerated VAE hears."""
     with wanted_frames(1):
         return original(*args, **kwargs)
 

@@ -50,10 +50,10 @@ class Sink(Protocol):
     def write(self, frame: np.ndarray) -> None: ...
 
     def finish(self) -> None:
-        """After the last frame, where all went well."""
+        """Write what is left: called after the last frame, where all went well."""
 
     def close(self) -> None:
-        """At the end in any case."""
+        """Let go of what is open: called at the end in any case."""
 
 
 def kind_of(path: str | os.PathLike[str], option: str = "path") -> str:

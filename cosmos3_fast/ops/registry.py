@@ -254,7 +254,13 @@ def is_differentiated(*args: Any) -> bool:
     return requires_grad(*args) or _torch.in_transform(*_tensors(args)) or has_tangent(*args)
 
 
-def register_autograd(op: str, backward: Kernel, setup_context: Kernel, reference: Kernel) -> None:
+def register_autograd(
+    op: str,
+    backward: Kernel,
+    setup_context: Kernel,
+    reference: Kernel,
+    signature: Kernel | None = None,
+) -> None:
     """Makes `op` differentiable.
 
     Args:
@@ -262,12 +268,15 @@ def register_autograd(op: str, backward: Kernel, setup_context: Kernel, referenc
         backward, setup_context: as `torch.library.register_autograd` takes them; but in
             `ctx.needs_input_grad`, and in what `backward` returns, the tensors of a list stand one
             by one.
-        reference: the op in plain torch, with its defaults. It runs in the op's place under
-            forward-mode AD, for which `torch.library` has no formula (without it every tangent
-            would be zero), and inside nested function transforms.
+        reference: the op in plain torch. It runs in the op's place under forward-mode AD, for
+            which `torch.library` has no formula (without it every tangent would be zero), and
+            inside nested function transforms.
+        signature: what has the op's arguments and their defaults, if `reference` has not.
     """
     overload = REGISTERED[op]
-    defaults = [each.default for each in inspect.signature(reference).parameters.values()]
+    defaults = [
+        each.default for each in inspect.signature(signature or reference).parameters.values()
+    ]
 
     def forward(ctx: Any, *given: Any) -> Any:
         *flat, sizes, keyset = given

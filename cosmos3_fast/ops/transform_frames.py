@@ -12,7 +12,7 @@ GPU for which the library was not built.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ def transform_frames(
     Raises:
         RuntimeError, ValueError, BackendUnavailableError: as `prepare_latents`.
     """
-    arguments = (
+    arguments = FrameArguments(
         *(list(products), frames, to, bias, residual, weight, silu, past, scales),
         *(keep_sum, sum_dtype, frames_dtype),
     )
@@ -89,6 +89,50 @@ def transform_frames(
     if backend is None:
         return call("transform_frames", *arguments)
     return select("transform_frames", backend, products[0].device)(*arguments)
+
+
+class FrameArguments(NamedTuple):
+    """The op's arguments as they are registered: in this order, with these defaults."""
+
+    products: list[Tensor]
+    frames: int
+    to: int = 0
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    weight: Tensor | None = None
+    silu: bool = True
+    past: Tensor | None = None
+    scales: list[float] | None = None
+    keep_sum: bool = True
+    sum_dtype: torch.dtype | None = None
+    frames_dtype: torch.dtype | None = None
+
+    @property
+    def first(self) -> Tensor:
+        return self.products[0]
+
+    @property
+    def m(self) -> int:
+        """Frames of a block of the products."""
+        return BLOCKS[len(self.products)]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the products."""
+        return _blocks(self.frames, self.m)
+
+    @property
+    def image(self) -> list[int]:
+        """[B, C, H, W] of a frame."""
+        return [self.first.shape[0] // self.blocks, *self.first.shape[1:]]
+
+    @property
+    def dtype_of_sum(self) -> torch.dtype:
+        return self.sum_dtype or self.first.dtype
+
+    @property
+    def dtype_of_frames(self) -> torch.dtype:
+        return self.frames_dtype or self.first.dtype
 
 
 def transformed_bytes(
@@ -140,28 +184,19 @@ def _combine(rows: Rows, terms: Sequence[Tensor]) -> list[Tensor]:
     return combined
 
 
-def _sums(
-    products: list[Tensor],
-    frames: int,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scales: list[float] | None,
-) -> Tensor:
+def _sums(given: FrameArguments) -> Tensor:
     """y [frames, B, C, H, W] in float32, or float64 for float64."""
-    compute = torch.promote_types(products[0].dtype, torch.float32)
-    terms = [product.to(compute) for product in products]
-    if scales is not None:
-        terms = [term * scale for term, scale in zip(terms, scales, strict=True)]
-    m = BLOCKS[len(products)]
-    blocks = _blocks(frames, m)
+    compute = torch.promote_types(given.first.dtype, torch.float32)
+    terms = [product.to(compute) for product in given.products]
+    if given.scales is not None:
+        terms = [term * scale for term, scale in zip(terms, given.scales, strict=True)]
+    m, blocks, image = given.m, given.blocks, given.image
     rows = cook_toom(m).inverse if m > 1 else ((1.0,) * len(terms),)
-    image = terms[0].shape[1:]
-    batch = terms[0].shape[0] // blocks
-    y = torch.stack(_combine(rows, terms)).view(m, blocks, batch, *image).transpose(0, 1)
-    y = y.reshape(blocks * m, batch, *image)[:frames]
-    if bias is not None:
-        y = y + bias.to(compute).view(-1, 1, 1)
-    return y if residual is None else y + residual.to(compute)
+    y = torch.stack(_combine(rows, terms)).view(m, blocks, *image).transpose(0, 1)
+    y = y.reshape(blocks * m, *image)[: given.frames]
+    if given.bias is not None:
+        y = y + given.bias.to(compute).view(-1, 1, 1)
+    return y if given.residual is None else y + given.residual.to(compute)
 
 
 def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -170,29 +205,17 @@ def _stored(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.movedim(-1, -3)
 
 
-def transform_frames_reference(
-    products: list[Tensor],
-    frames: int,
-    to: int = 0,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    weight: Tensor | None = None,
-    silu: bool = True,
-    past: Tensor | None = None,
-    scales: list[float] | None = None,
-    keep_sum: bool = True,
-    sum_dtype: torch.dtype | None = None,
-    frames_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum up, normalize, transform, as `transform_frames` says, step by step."""
-    y = _sums(products, frames, bias, residual, scales)
-    given = products[0].dtype
-    sum_dtype, frames_dtype = sum_dtype or given, frames_dtype or given
-    total = _stored(y, sum_dtype) if keep_sum else y.new_empty(0, dtype=sum_dtype)
+def transform_frames_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum up, normalize, transform `FrameArguments`, as `transform_frames` says, step by step."""
+    given = FrameArguments(*arguments)
+    frames, to, past, weight = given.frames, given.to, given.past, given.weight
+    y = _sums(given)
+    sum_dtype, frames_dtype = given.dtype_of_sum, given.dtype_of_frames
+    total = _stored(y, sum_dtype) if given.keep_sum else y.new_empty(0, dtype=sum_dtype)
     if to == 0:
         return total, y.new_empty(0, dtype=frames_dtype), y.new_empty(0, dtype=frames_dtype)
     shape = y.shape[1:]
-    a = y if weight is None else normalized(y.flatten(0, 1), weight, silu).view(frames, *shape)
+    a = y if weight is None else normalized(y.flatten(0, 1), weight, given.silu).view(y.shape)
     before = y.new_zeros(2, *shape) if past is None else past.to(y.dtype)
     window = torch.cat([before, a])
     last = _stored(window[-2:], frames_dtype)
@@ -223,61 +246,45 @@ def _check_frames(argument: str, tensor: Tensor, dtype: torch.dtype, of: str, sh
         )
 
 
-def check_transform(
-    products: list[Tensor],
-    frames: int,
-    to: int = 0,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    weight: Tensor | None = None,
-    silu: bool = True,
-    past: Tensor | None = None,
-    scales: list[float] | None = None,
-    keep_sum: bool = True,
-    sum_dtype: torch.dtype | None = None,
-    frames_dtype: torch.dtype | None = None,
-) -> None:
-    """Raises RuntimeError unless the arguments of `transform_frames` fit each other."""
-    count = len(products)
+def check_transform(*arguments: Any) -> None:
+    """Raises RuntimeError unless `FrameArguments` fit each other."""
+    given = FrameArguments(*arguments)
+    frames, to, scales, count = given.frames, given.to, given.scales, len(given.products)
     torch._check(
         count in BLOCKS, lambda: f"{OP}: products must be 1, 3, 4 or 6 tensors, got {count}"
     )
     torch._check(to in TARGETS, lambda: f"{OP}: to must be 0, 1, 2 or 4, got {to}")
     torch._check(frames >= 1, lambda: f"{OP}: frames must be at least 1, got {frames}")
-    first = products[0]
+    first = given.first
     check_rank(OP, "products", first, 4, "[N, C, H, W]")
     check_dtype(OP, "products", first.dtype)
-    for each in products[1:]:
+    for each in given.products[1:]:
         _check_alike(each, first)
     torch._check(
         first.shape[1] >= 1,
         lambda: f"{OP}: products must have channels, got {list(first.shape)}",
     )
-    m = BLOCKS[count]
-    blocks = _blocks(frames, m)
     torch._check(
-        first.shape[0] % blocks == 0,
+        first.shape[0] % given.blocks == 0,
         lambda: (
-            f"{OP}: products must have N a multiple of {blocks}, for {frames} frames in blocks of "
-            f"{m}, got {list(first.shape)}"
+            f"{OP}: products must have N a multiple of {given.blocks}, for {frames} frames in "
+            f"blocks of {given.m}, got {list(first.shape)}"
         ),
     )
     torch._check(
         scales is None or len(scales) == count,
         lambda: f"{OP}: scales must be {count} numbers, got {len(scales or ())}",
     )
-    sum_dtype, frames_dtype = sum_dtype or first.dtype, frames_dtype or first.dtype
-    for argument, dtype in (("sum_dtype", sum_dtype), ("frames_dtype", frames_dtype)):
-        _check_target(argument, dtype, first)
-    check_channels(OP, "bias", bias, first, "products")
-    check_channels(OP, "weight", weight, first, "products")
-    image = [first.shape[0] // blocks, *first.shape[1:]]
-    if residual is not None:
-        _check_frames("residual", residual, sum_dtype, "sum_dtype", [frames, *image],
-                      "[frames, B, C, H, W]", first)  # fmt: skip
-    if past is not None:
-        _check_frames("past", past, frames_dtype, "frames_dtype", [2, *image],
-                      "[2, B, C, H, W]", first)  # fmt: skip
+    _check_target("sum_dtype", given.dtype_of_sum, first)
+    _check_target("frames_dtype", given.dtype_of_frames, first)
+    check_channels(OP, "bias", given.bias, first, "products")
+    check_channels(OP, "weight", given.weight, first, "products")
+    if given.residual is not None:
+        _check_frames("residual", given.residual, given.dtype_of_sum, "sum_dtype",
+                      [frames, *given.image], "[frames, B, C, H, W]", first)  # fmt: skip
+    if given.past is not None:
+        _check_frames("past", given.past, given.dtype_of_frames, "frames_dtype",
+                      [2, *given.image], "[2, B, C, H, W]", first)  # fmt: skip
 
 
 def _check_alike(each: Tensor, first: Tensor) -> None:
@@ -326,40 +333,25 @@ register(
 
 
 @torch.library.register_fake("cosmos3::transform_frames")
-def _(
-    products: list[Tensor],
-    frames: int,
-    to: int = 0,
-    bias: Tensor | None = None,
-    residual: Tensor | None = None,
-    weight: Tensor | None = None,
-    silu: bool = True,
-    past: Tensor | None = None,
-    scales: list[float] | None = None,
-    keep_sum: bool = True,
-    sum_dtype: torch.dtype | None = None,
-    frames_dtype: torch.dtype | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_transform(
-        *(products, frames, to, bias, residual, weight, silu, past, scales),
-        *(keep_sum, sum_dtype, frames_dtype),
-    )
-    first = products[0]
-    _, channels, height, width = first.shape
-    batch = first.shape[0] // _blocks(frames, BLOCKS[len(products)])
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_transform(*arguments)
+    given = FrameArguments(*arguments)
+    frames, to = given.frames, given.to
+    batch, channels, height, width = given.image
 
-    def images(dtype: torch.dtype | None, *leading: Any) -> Tensor:
-        x = first.new_empty(*leading, batch, height, width, channels, dtype=dtype or first.dtype)
+    def images(dtype: torch.dtype, *leading: int) -> Tensor:
+        x = given.first.new_empty(*leading, batch, height, width, channels, dtype=dtype)
         return x.movedim(-1, -3)
 
-    def nothing(dtype: torch.dtype | None) -> Tensor:
-        return first.new_empty(0, dtype=dtype or first.dtype)
+    def nothing(dtype: torch.dtype) -> Tensor:
+        return given.first.new_empty(0, dtype=dtype)
 
-    total = images(sum_dtype, frames) if keep_sum else nothing(sum_dtype)
+    of_sum, of_frames = given.dtype_of_sum, given.dtype_of_frames
+    total = images(of_sum, frames) if given.keep_sum else nothing(of_sum)
     if to == 0:
-        return total, nothing(frames_dtype), nothing(frames_dtype)
+        return total, nothing(of_frames), nothing(of_frames)
     leading = (frames + 2,) if to == 1 else (to + 2, _blocks(frames, to))
-    return total, images(frames_dtype, *leading), images(frames_dtype, 2)
+    return total, images(of_frames, *leading), images(of_frames, 2)
 
 
 # Where bias, residual, weight and past stand among the arguments.
@@ -404,4 +396,4 @@ def _backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
     return *given[:count], *of_others
 
 
-register_autograd(OP, _backward, _setup, transform_frames_reference)
+register_autograd(OP, _backward, _setup, transform_frames_reference, signature=FrameArguments)

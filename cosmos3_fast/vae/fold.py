@@ -145,7 +145,7 @@ class Fold:
             self.put(f"{target}.bias", self.read(f"{source}.bias"))
 
     def residual_block(self, source: str, target: str, has_shortcut: bool = False) -> None:
-        """To a `layers.ResidualBlock`; the bias of a shortcut goes into that of `conv2`."""
+        """What a `layers.ResidualBlock` takes; the bias of a shortcut goes into that of `conv2`."""
         gamma = self.norm(f"{source}.norm1", f"{target}.norm1")
         self.causal(f"{source}.conv1", f"{target}.conv1", gamma)
         self.put(f"{target}.conv1.bias", self.read(f"{source}.conv1.bias"))
@@ -158,7 +158,7 @@ class Fold:
         self.put(f"{target}.conv2.bias", bias)
 
     def attention(self, source: str, target: str) -> None:
-        """To a `layers.Attention`."""
+        """What a `layers.Attention` takes."""
         weight, bias = attention(
             self.read(f"{source}.norm.gamma"),
             self.read(f"{source}.to_qkv.weight"),
@@ -369,7 +369,7 @@ def _float16_exponents(
 
 
 def float64(values: tuple[float, ...]) -> Tensor:
-    """On the CPU, whatever the default device."""
+    """The values as a tensor on the CPU, whatever the default device."""
     return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,10 +15,12 @@ from torch import Tensor
 from cosmos3_fast.vae import ClipDecoder, ClipEncoder, FrameDecoder, FrameEncoder, synthetic
 from cosmos3_fast.vae.checkpoint.reading import open_checkpoint
 from cosmos3_fast.vae.fold import Taps
+from cosmos3_fast.vae.networks.base import FoldedNetwork
 from cosmos3_fast.vae.topology import EncoderTopology
 
 Encoder = FrameEncoder | ClipEncoder
 Decoder = FrameDecoder | ClipDecoder
+Network = TypeVar("Network", bound=FoldedNetwork)
 
 SYNTHETIC_SEED = 0
 """Seed of the weights where no VAE is given."""
@@ -93,13 +95,7 @@ class VaeSource:
                 raise ValueError("vae must be a ClipEncoder to encode clips, got a FrameEncoder")
             return self.vae
         kind: type[Encoder] = ClipEncoder if clips else FrameEncoder
-        if self.vae is None:
-            config = _synthetic_config()
-            tensors = synthetic.synthetic_state_dict(config, SYNTHETIC_SEED)
-            return kind.from_state_dict(tensors, config, dtype, device)
-        if self.checkpoint is not None:
-            return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)
-        return kind.from_vae(self.vae, dtype, device)
+        return self._network(kind, synthetic.synthetic_state_dict, dtype, device)
 
     def decoder(self, dtype: torch.dtype, device: torch.device, clips: bool = False) -> Decoder:
         """The network that shows latents.
@@ -113,9 +109,18 @@ class VaeSource:
         if isinstance(self.vae, (FrameEncoder, ClipEncoder)):
             raise ValueError(f"vae must have a decoder to show latents, got a {self}")
         kind: type[Decoder] = ClipDecoder if clips else FrameDecoder
+        return self._network(kind, synthetic.synthetic_decoder_state_dict, dtype, device)
+
+    def _network(
+        self,
+        kind: type[Network],
+        random_weights: Callable[[Any, int], dict[str, Tensor]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Network:
         if self.vae is None:
             config = _synthetic_config()
-            tensors = synthetic.synthetic_decoder_state_dict(config, SYNTHETIC_SEED)
+            tensors = random_weights(config, SYNTHETIC_SEED)
             return kind.from_state_dict(tensors, config, dtype, device)
         if self.checkpoint is not None:
             return kind.from_pretrained(self.checkpoint, dtype=dtype, device=device)

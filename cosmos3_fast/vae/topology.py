@@ -407,7 +407,7 @@ def residual_block_shapes(
 
 
 def attention_shapes(name: str, channels: int) -> Iterator[tuple[str, Shape]]:
-    """Of a norm and the 1x1 convolutions around single-head attention."""
+    """Names and shapes of a norm and the 1x1 convolutions around single-head attention."""
     yield f"{name}.norm.gamma", (channels, 1, 1)
     yield f"{name}.to_qkv.weight", (3 * channels, channels, 1, 1)
     yield f"{name}.to_qkv.bias", (3 * channels,)

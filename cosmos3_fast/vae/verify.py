@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cosmos3_fast.arguments import dtype_name
+
 FLOAT32_BOUND = 1e-5
 """Largest error over the VAE's largest value in float32: orders of summation differ over up to
 5760 products, which is about √5760 = 76 roundings of 6e-8, and layers add to it."""
@@ -105,7 +107,7 @@ def compare(ours: Tensor, vae: Tensor, exact: Tensor | None = None) -> Compariso
     Raises:
         ValueError: `exact` is missing in 16 bits, or shapes differ.
     """
-    name = str(ours.dtype).removeprefix("torch.")
+    name = dtype_name(ours.dtype)
     if ours.dtype not in (torch.bfloat16, torch.float16):
         error = relative_error(ours, vae)
         return Comparison(name, "max |fast-ref| / max |ref|", error, FLOAT32_BOUND)

@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 #include <vector>
 
 #include "../transform_frames.h"
@@ -272,13 +271,13 @@ Rows rows_of(const std::optional<Tensor>& x) {
 }
 
 template <typename Value>
-void transform_all(const FrameArguments& arguments, bool silu, const FrameResults& results) {
+void transform_all(const FrameArguments& arguments, const FrameResults& results) {
   const Tensor& first = arguments.first();
   const int64_t channels = first.size(1);
   Job<Value> job{};
   job.products = static_cast<int>(arguments.products.size());
   job.to = static_cast<int>(arguments.to);
-  job.silu = silu;
+  job.silu = arguments.silu;
   job.frames = arguments.frames;
   job.pixels = arguments.batch() * first.size(2) * first.size(3);
   job.channels = channels;
@@ -307,25 +306,17 @@ void transform_all(const FrameArguments& arguments, bool silu, const FrameResult
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor> transform_frames(
-    std::vector<Tensor> products, int64_t frames, int64_t to, std::optional<Tensor> bias,
-    std::optional<Tensor> residual, std::optional<Tensor> weight, bool silu,
-    std::optional<Tensor> past, std::optional<std::vector<double>> scales, bool keep_sum,
-    std::optional<ScalarType> sum_dtype, std::optional<ScalarType> frames_dtype) {
-  const char* op = "transform_frames";
-  const FrameArguments arguments{products, frames, to,     bias,      residual,
-                                 weight,   past,   scales, sum_dtype, frames_dtype};
-  check_transform(op, arguments);
-  return allocating(op, [&] {
-    const FrameResults results = empty_results(arguments, keep_sum);
-    if (products[0].numel() > 0) {
-      if (products[0].scalar_type() == ScalarType::Double) {
-        transform_all<double>(arguments, silu, results);
+FrameResults compute(const FrameArguments& arguments) {
+  return allocating(arguments.op, [&] {
+    const FrameResults results = empty_results(arguments);
+    if (arguments.first().numel() > 0) {
+      if (arguments.first().scalar_type() == ScalarType::Double) {
+        transform_all<double>(arguments, results);
       } else {
-        transform_all<float>(arguments, silu, results);
+        transform_all<float>(arguments, results);
       }
     }
-    return std::make_tuple(results.sum, results.transformed, results.last);
+    return results;
   });
 }
 
@@ -341,5 +332,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {
-  m.impl("transform_frames", TORCH_BOX(&cosmos3::transform_frames));
+  m.impl("transform_frames", TORCH_BOX(&cosmos3::transform_frames<cosmos3::compute>));
 }

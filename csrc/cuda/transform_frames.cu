@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -625,8 +624,7 @@ bool fits(const FrameArguments& arguments) {
 
 // Launches the kernel of vectors, if it takes these dtypes and channels.
 template <typename S>
-bool run_vectors(const char* op, const FrameArguments& arguments, Job<typename S::Value> job,
-                 cudaStream_t stream) {
+bool run_vectors(const FrameArguments& arguments, Job<typename S::Value> job, cudaStream_t stream) {
   if (!fits<S>(arguments) || job.channels % S::kLanes || job.channels > kMostThreads * S::kLanes) {
     return false;
   }
@@ -646,17 +644,16 @@ bool run_vectors(const char* op, const FrameArguments& arguments, Job<typename S
   }
   const int threads = job.group > kWarp ? job.group : kThreads;
   with_products(arguments.products.size(), [&](auto count) {
-    launch_blocks(op, transform_kernel<S, decltype(count)::value>,
+    launch_blocks(arguments.op, transform_kernel<S, decltype(count)::value>,
                   dim3(blocks_for(job.pixels, threads / job.group)), threads, stream, job);
   });
   return true;
 }
 
 template <typename Value>
-void run_elements(const char* op, const FrameArguments& arguments, const Job<Value>& job,
-                  cudaStream_t stream) {
+void run_elements(const FrameArguments& arguments, const Job<Value>& job, cudaStream_t stream) {
   with_products(arguments.products.size(), [&](auto count) {
-    launch_warps(op, transform_elements_kernel<Value, decltype(count)::value>,
+    launch_warps(arguments.op, transform_elements_kernel<Value, decltype(count)::value>,
                  dim3(blocks_for(job.pixels * job.blocks, kThreads / kWarp)), kThreads, stream,
                  job);
   });
@@ -675,11 +672,10 @@ std::optional<Tensor> contiguous(const std::optional<Tensor>& parameter) {
 }
 
 template <typename Value>
-void transform_all(const char* op, const FrameArguments& arguments, bool silu,
-                   const FrameResults& results) {
+void transform_all(const FrameArguments& arguments, const FrameResults& results) {
   const Tensor& first = arguments.first();
   if (first.size(1) > kMostChannels) {
-    fail(op, ": products must have at most ", kMostChannels, " channels on CUDA, got ",
+    fail(arguments.op, ": products must have at most ", kMostChannels, " channels on CUDA, got ",
          first.size(1));
   }
   Job<Value> job{};
@@ -704,46 +700,39 @@ void transform_all(const char* op, const FrameArguments& arguments, bool silu,
   job.channels = static_cast<int>(first.size(1));
   job.root = std::sqrt(static_cast<Value>(first.size(1)));
   job.to = static_cast<int>(arguments.to);
-  job.silu = silu;
+  job.silu = arguments.silu;
   const cudaStream_t stream = current_stream(first.get_device_index());
   bool done;
   if constexpr (std::is_same_v<Value, double>) {
-    done = run_vectors<Sizes<8, 8, 8>>(op, arguments, job, stream);
+    done = run_vectors<Sizes<8, 8, 8>>(arguments, job, stream);
   } else {
-    done = run_vectors<Sizes<2, 2, 2>>(op, arguments, job, stream) ||
-           run_vectors<Sizes<2, 4, 2>>(op, arguments, job, stream) ||
-           run_vectors<Sizes<4, 4, 2>>(op, arguments, job, stream) ||
-           run_vectors<Sizes<4, 4, 4>>(op, arguments, job, stream);
+    done = run_vectors<Sizes<2, 2, 2>>(arguments, job, stream) ||
+           run_vectors<Sizes<2, 4, 2>>(arguments, job, stream) ||
+           run_vectors<Sizes<4, 4, 2>>(arguments, job, stream) ||
+           run_vectors<Sizes<4, 4, 4>>(arguments, job, stream);
   }
   if (!done) {
-    run_elements(op, arguments, job, stream);
+    run_elements(arguments, job, stream);
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> transform_frames(
-    std::vector<Tensor> products, int64_t frames, int64_t to, std::optional<Tensor> bias,
-    std::optional<Tensor> residual, std::optional<Tensor> weight, bool silu,
-    std::optional<Tensor> past, std::optional<std::vector<double>> scales, bool keep_sum,
-    std::optional<ScalarType> sum_dtype, std::optional<ScalarType> frames_dtype) {
-  const char* op = "transform_frames";
-  const FrameArguments arguments{products, frames, to,     bias,      residual,
-                                 weight,   past,   scales, sum_dtype, frames_dtype};
-  check_transform(op, arguments);
-  const DeviceGuard guard(products[0].get_device_index());
-  const FrameResults results = allocating(op, [&] { return empty_results(arguments, keep_sum); });
-  if (products[0].numel() > 0 && (keep_sum || to)) {
-    if (products[0].scalar_type() == ScalarType::Double) {
-      transform_all<double>(op, arguments, silu, results);
+FrameResults compute(const FrameArguments& arguments) {
+  const Tensor& first = arguments.first();
+  const DeviceGuard guard(first.get_device_index());
+  const FrameResults results = allocating(arguments.op, [&] { return empty_results(arguments); });
+  if (first.numel() > 0 && (arguments.keep_sum || arguments.to)) {
+    if (first.scalar_type() == ScalarType::Double) {
+      transform_all<double>(arguments, results);
     } else {
-      transform_all<float>(op, arguments, silu, results);
+      transform_all<float>(arguments, results);
     }
   }
-  return {results.sum, results.transformed, results.last};
+  return results;
 }
 
 }  // namespace
 }  // namespace cosmos3
 
 COSMOS3_CUDA_KERNELS(m) {
-  m.impl("transform_frames", TORCH_BOX(&cosmos3::transform_frames));
+  m.impl("transform_frames", TORCH_BOX(&cosmos3::transform_frames<cosmos3::compute>));
 }

@@ -21,6 +21,7 @@ from benchmarks.gpu.device import Context, kernel_kind
 from benchmarks.gpu.pytest_lines import MOST
 from benchmarks.harness import ROOT
 from cosmos3_fast import ops
+from cosmos3_fast.ops.transform_frames import FrameArguments
 
 
 def numbers(value: Any) -> Iterator[float]:
@@ -196,7 +197,7 @@ def test_the_bytes_of_a_recorded_call_are_those_of_its_tensors(to: int):
     options["frames_dtype"] = BF16
     results = ops.transform_frames(products, 7, **options)
     tensors = [*products, residual, *results, *([past] if to else [])]
-    assert clips.bytes_of(products, 7, options) == sum(x.nbytes for x in tensors)
+    assert clips.bytes_of(FrameArguments(products, 7, **options)) == sum(x.nbytes for x in tensors)
 
 
 def test_what_a_run_tells_of_clips_is_drawn_up():

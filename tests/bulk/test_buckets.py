@@ -43,7 +43,7 @@ def test_buckets_have_both_orientations(factor: int):
 
 @pytest.mark.parametrize("text", ["", "1G", "-1M", "1M,,2M", "M"])
 def test_areas_that_are_none(text: str):
-    with pytest.raises(argparse.ArgumentTypeError, match="want areas such as"):
+    with pytest.raises(argparse.ArgumentTypeError, match="must be areas such as"):
         areas_option(text)
 
 

@@ -79,7 +79,7 @@ def test_strict_is_an_exit_status(run: Run, tmp_path: Path):
     [
         (("--size", "15x24"), "height must be a positive multiple of the VAE's spatial factor 4"),
         (("--size", "16x24", "--bucket", "1M"), "not allowed with argument --size"),
-        (("--bucket", "big"), "want areas such as 0.25M,1M, got 'big'"),
+        (("--bucket", "big"), "must be areas such as 0.25M,1M, got 'big'"),
         (("--clips", "3"), "clips must be 1 + 4k frames, got 3"),
         (("--preview", "0"), "preview must be a positive integer, got 0"),
     ],

@@ -43,16 +43,14 @@ def cases() -> dict[str, tuple[Any, dict[str, str], dict[str, Any]]]:
     """Name → (kernel, types of its arguments, constants), as a bf16 run specialises them."""
     latents = {"latents": "*bf16", "velocity_mask": "*bf16", "cond": "*bf16", "noise": "*bf16"}
     return {
-        "prepare_latents": (
-            prepare_latents.prepare_latents_kernel,
-            {**latents, **INTEGERS, **FRAMES},
-            {"DENSE": True, "VECTOR": 8, "BLOCK": prepare_latents.BLOCK},
-        ),
-        "write_frames": (
-            prepare_latents.write_frames_kernel,
-            {**latents, **INTEGERS, **FRAMES},
-            {"DENSE": True, "VECTOR": 8, "BLOCK": prepare_latents.BLOCK},
-        ),
+        **{
+            name: (
+                prepare_latents.prepare_latents_kernel,
+                {**latents, **INTEGERS, **FRAMES},
+                {"IN_PLACE": in_place, "DENSE": True, "VECTOR": 8, "BLOCK": prepare_latents.BLOCK},
+            )
+            for name, in_place in (("prepare_latents", False), ("prepare_latents_", True))
+        },
         "blend": (
             prepare_latents.blend_kernel,
             {

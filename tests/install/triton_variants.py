@@ -56,18 +56,18 @@ def integers(types: Types) -> Iterator[tuple[str, Types, dict[str, Any]]]:
             yield f"{name} = 1", {k: v for k, v in types.items() if k != name}, {name: 1}
 
 
-def frame_variants(kernel: Any) -> Iterator[Variant]:
+def frame_variants(kernel: Any, in_place: bool) -> Iterator[Variant]:
     for cond, noise in itertools.product(SIZES, SIZES):
         for vectorized in (True, False):
             types = {**latents(cond, noise), **INTEGERS, **FRAMES}
             if not vectorized:  # a word that fits 32 bits comes as one
                 types |= {"bits_low": "i32", "bits_high": "i32"}
-            yield f"{cond} {noise} {vectorized}", kernel, types, access(vectorized, cond, noise)
+            constants = {**access(vectorized, cond, noise), "IN_PLACE": in_place}
+            yield f"{cond} {noise} {vectorized}", kernel, types, constants
     types = {**latents("fp32", "bf16"), **INTEGERS, **FRAMES, "bits_low": "i32"}
     for index, (text, kinds, ones) in enumerate(integers(types)):
-        if set(ones) <= set(kernel.arg_names):
-            constants = access(index % 2 == 0, "fp32", "bf16")
-            yield text, kernel, kinds, {**constants, **ones}
+        constants = {**access(index % 2 == 0, "fp32", "bf16"), "IN_PLACE": in_place}
+        yield text, kernel, kinds, {**constants, **ones}
 
 
 def blend_variants(kernel: Any) -> Iterator[Variant]:
@@ -143,8 +143,8 @@ def unpack_variants(kernel: Any) -> Iterator[Variant]:
 def variants() -> dict[str, list[Variant]]:
     module = prepare_latents
     return {
-        "prepare_latents": [*frame_variants(module.prepare_latents_kernel)],
-        "write_frames": [*frame_variants(module.write_frames_kernel)],
+        "prepare_latents": [*frame_variants(module.prepare_latents_kernel, in_place=False)],
+        "prepare_latents_": [*frame_variants(module.prepare_latents_kernel, in_place=True)],
         "blend": [*blend_variants(module.blend_kernel)],
         "rms_norm_silu": [*norm_variants(rms_norm_silu.rms_norm_silu_kernel)],
         "pack_pixels": [*pack_variants(pack_pixels.pack_pixels_kernel)],

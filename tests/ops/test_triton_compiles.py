@@ -46,7 +46,7 @@ def test_every_variant_compiles(compiled: list[dict[str, Any]]):
         counts[key] = counts.get(key, 0) + 1
     kernels = {
         "prepare_latents",
-        "write_frames",
+        "prepare_latents_",
         "blend",
         "rms_norm_silu",
         "pack_pixels",
@@ -54,14 +54,14 @@ def test_every_variant_compiles(compiled: list[dict[str, Any]]):
     }
     architectures = {"sm_80", "sm_90", "sm_100", "sm_120"}
     assert set(counts) == {(k, a) for k in kernels for a in architectures}
-    pairs = {"prepare_latents": 32, "write_frames": 32, "blend": 32, "rms_norm_silu": 20}
+    pairs = {"prepare_latents": 32, "prepare_latents_": 32, "blend": 32, "rms_norm_silu": 20}
     assert all(counts[kernel, "sm_90"] > least for kernel, least in pairs.items())
 
 
 def test_frame_words_are_shifted_as_64_bits(compiled: list[dict[str, Any]]):
     """Shifting 32 bits by up to 63 is undefined, and words that fit 32 bits arrive as such."""
     for row in compiled:
-        if row["kernel"] in ("prepare_latents", "write_frames"):
+        if row["kernel"] in ("prepare_latents", "prepare_latents_"):
             # One frame per launch leaves nothing to shift by.
             wanted = [] if row["variant"] == "launch_frames = 1" else [64]
             assert row["shifts"] == wanted, row
@@ -191,7 +191,7 @@ def test_one_launch_per_op(monkeypatch: pytest.MonkeyPatch, frames: tuple[int, .
             launches.append(self.kernel)
             return self.kernel[grid]
 
-    for name in ("prepare_latents_kernel", "write_frames_kernel", "blend_kernel"):
+    for name in ("prepare_latents_kernel", "blend_kernel"):
         monkeypatch.setattr(module, name, Counted(getattr(module, name)))
     cond, noise = latent((1, 2, 1, 3, 4)), latent((1, 2, 48, 3, 4))
     for call in (

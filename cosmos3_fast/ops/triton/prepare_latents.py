@@ -59,7 +59,7 @@ def _tile(tiles, plane, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 @triton.jit(do_not_specialize=["bits_low", "bits_high", "first_frame"])
 def prepare_latents_kernel(
-    latents,  # [B, C, T, H, W], contiguous
+    latents,  # [B, C, T, H, W], contiguous; IN_PLACE: not used
     velocity_mask,  # [T]
     cond,
     noise,
@@ -74,47 +74,7 @@ def prepare_latents_kernel(
     W,
     cond_b, cond_c, cond_t, cond_h, cond_w,
     noise_b, noise_c, noise_t, noise_h, noise_w,
-    DENSE: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    row, tile, i, inside = _tile(tiles, plane, BLOCK, VECTOR)
-    local_t = row % launch_frames
-    t = first_frame + local_t
-    c = row // launch_frames % C
-    b = row // launch_frames // C
-    is_condition = _is_condition(local_t, bits_low, bits_high)
-    dtype = latents.dtype.element_ty
-    # Only the operand that is taken is read. The pointers' types differ where the dtypes do, so
-    # that one name cannot hold both.
-    if is_condition:
-        cond_at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
-        taken = tl.load(cond_at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
-        value = _cast(taken, dtype)
-    else:
-        noise_at = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
-        value = tl.load(noise_at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
-    to = latents + ((b * C + c) * T + t) * plane * VECTOR
-    tl.store(to + i, value, mask=inside)
-    if (b == 0) & (c == 0) & (tile == 0):
-        tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
-
-
-@triton.jit(do_not_specialize=["bits_low", "bits_high", "first_frame"])
-def write_frames_kernel(
-    noise,  # [B, C, T, H, W], written in place
-    velocity_mask,  # [T]
-    cond,
-    bits_low,
-    bits_high,
-    first_frame,
-    launch_frames,
-    tiles,  # of BLOCK elements in a plane
-    C,
-    plane,  # H * W, in vectors
-    W,
-    cond_b, cond_c, cond_t, cond_h, cond_w,
-    noise_b, noise_c, noise_t, noise_h, noise_w,
+    IN_PLACE: tl.constexpr,  # conditioned frames are written into the noise, others left alone
     DENSE: tl.constexpr,
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -126,11 +86,21 @@ def write_frames_kernel(
     b = row // launch_frames // C
     is_condition = _is_condition(local_t, bits_low, bits_high)
     dtype = noise.dtype.element_ty
+    # Only the operand that is taken is read. The pointers' types differ where the dtypes do, so
+    # that one name cannot hold both.
     if is_condition:
-        at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
-        value = tl.load(at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
-        to = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
-        tl.store(to + _plane(i, W, noise_h, noise_w, DENSE), _cast(value, dtype), mask=inside)
+        cond_at = cond + _row(b, c, t, cond_b, cond_c, cond_t, VECTOR)
+        taken = tl.load(cond_at + _plane(i, W, cond_h, cond_w, DENSE), mask=inside)
+        value = _cast(taken, dtype)
+        if IN_PLACE:
+            to = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+            tl.store(to + _plane(i, W, noise_h, noise_w, DENSE), value, mask=inside)
+    elif not IN_PLACE:
+        noise_at = noise + _row(b, c, t, noise_b, noise_c, noise_t, VECTOR)
+        value = tl.load(noise_at + _plane(i, W, noise_h, noise_w, DENSE), mask=inside)
+    if not IN_PLACE:
+        to = latents + ((b * C + c) * T + t) * plane * VECTOR
+        tl.store(to + i, value, mask=inside)
     if (b == 0) & (c == 0) & (tile == 0):
         tl.store(velocity_mask + t, (1 - is_condition).to(tl.float32).to(dtype))
 
@@ -230,7 +200,7 @@ def prepare_latents(
     for low, high, first, count in _launches(condition_frames, frames):
         prepare_latents_kernel[(batch * channels * count * tiles,)](
             latents, velocity_mask, cond_latent, noise, low, high, first, count, tiles,
-            channels, frames, plane, width, *strides, **constants, BLOCK=BLOCK,
+            channels, frames, plane, width, *strides, **constants, IN_PLACE=False, BLOCK=BLOCK,
         )  # fmt: skip
     return latents, velocity_mask
 
@@ -246,10 +216,10 @@ def prepare_latents_(
     cond_latent = apart(cond_latent, noise)
     plane, strides, constants = _access(cond_latent, noise)
     for low, high, first, count in _launches(condition_frames, frames):
-        write_frames_kernel[(max(planes, 1) * count * tiles,)](
-            noise, velocity_mask, cond_latent, low, high, first, count, tiles,
-            max(channels, 1), plane if planes else 0, max(width, 1), *strides, **constants,
-            BLOCK=BLOCK,
+        prepare_latents_kernel[(max(planes, 1) * count * tiles,)](
+            noise, velocity_mask, cond_latent, noise, low, high, first, count, tiles,
+            max(channels, 1), frames, plane if planes else 0, max(width, 1), *strides, **constants,
+            IN_PLACE=True, BLOCK=BLOCK,
         )  # fmt: skip
     return velocity_mask
 

@@ -241,7 +241,11 @@ def test_compiled_encoders(pipe: Any, compile_part: Any, caplog: Any) -> None:
             accelerate(pipe, mode)
             ours = generate(pipe, inputs)
             generate(pipe, inputs)
-        assert ours.same_as(plain)
+        assert torch.equal(ours.start, plain.start)
+        if mode == "exact":
+            assert ours.same_as(plain)
+        else:  # a folded network decodes the video
+            assert (ours.video - plain.video).abs().max() < 1 / 255
         told = "vae.encode was replaced" if compile_part is compile_encode else "compiled"
         assert told in caplog.text
         if compile_part is not compile_encode:
