@@ -20,13 +20,15 @@ from cosmos3_fast.vae.synthetic import (
 logger = logging.getLogger(__name__)
 
 MODE_VARIABLE = "COSMOS3_FAST"
+_OPTIONS = {"clips", "graphs"}
 
 
 def choice_from_environment() -> Choice:
     """What the environment variable COSMOS3_FAST asks for: exact (if it is unset), fast or off.
 
-    "fast,clips": clips too go through folded networks. The engines have fused ones of their own,
-    so that nobody gets ours who does not ask for them.
+    "fast" may have options after it. "clips": clips too go through folded networks; the engines
+    have fused ones of their own, so that nobody gets ours who does not ask for them. "graphs":
+    calls of one frame are replayed as CUDA graphs.
 
     Raises:
         ValueError: the variable holds something else.
@@ -34,9 +36,13 @@ def choice_from_environment() -> Choice:
     value = os.environ.get(MODE_VARIABLE, "").strip().lower() or "exact"
     mode, *options = (part.strip() for part in value.split(","))
     checked = check_mode(mode, MODE_VARIABLE)
-    if options and (checked, options) != ("fast", ["clips"]):
-        raise ValueError(f"{MODE_VARIABLE} must be exact, fast, 'fast,clips' or off, got {value!r}")
-    return Choice(checked, clips=bool(options))
+    known = len(_OPTIONS.intersection(options)) == len(options)
+    if options and (checked != "fast" or not known):
+        raise ValueError(
+            f"{MODE_VARIABLE} must be exact, fast, 'fast,clips', 'fast,graphs', "
+            f"'fast,clips,graphs' or off, got {value!r}"
+        )
+    return Choice(checked, clips="clips" in options, graphs="graphs" in options)
 
 
 def guarded(wanted: Callable[..., int | None], *args: Any) -> int | None:

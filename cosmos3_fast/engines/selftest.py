@@ -97,7 +97,9 @@ def _compare(
     rounding = FLOAT32_BOUND + 2.0**-8 if dtype == torch.float32 else _HALF_BOUND
     own = [_counted(case, vae) for case in cases]
     pixels = _decoded(vae, dtype) if choice.mode == "fast" and choice.clips else None
-    accelerate(vae, choice.mode, engine, clips=choice.clips, products=choice.products)
+    accelerate(
+        vae, choice.mode, engine, clips=choice.clips, products=choice.products, graphs=choice.graphs
+    )
     try:
         if pixels is not None:
             # The networks for clips are made at the first, by comparison with the VAE's own code.

@@ -12,6 +12,7 @@ variable COSMOS3_FAST chooses the mode:
   folded from it instead; clips stay exact, and are decoded by SGLang's own fused kernels.
 - `fast,clips`: clips too go through folded networks. Where SGLang writes a video while it is being
   decoded, they hand their frames on as they come, as its own decoder does.
+- `fast,graphs`, or `fast,clips,graphs`: on a GPU, calls of one frame are replayed as CUDA graphs.
 - `off`: nothing is hooked.
 
 How: the stage's VAE is accelerated (`cosmos3_fast.vae.live`) when the stage is made, and
@@ -246,7 +247,8 @@ class _StageHooks:
             if not self._gate.opens(lambda: _self_test(stage, self._choice)):
                 return False
             if not seam.is_accelerated(vae):
-                seam.accelerate(vae, self._choice.mode, _engine(), clips=self._choice.clips)
+                asked = self._choice
+                seam.accelerate(vae, asked.mode, _engine(), clips=asked.clips, graphs=asked.graphs)
             epoch = _weights_epoch() if self._plugins else 0
             if epoch != self._epochs.setdefault(vae, epoch):
                 self._epochs[vae] = epoch

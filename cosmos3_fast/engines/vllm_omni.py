@@ -10,6 +10,7 @@ process. The environment variable COSMOS3_FAST chooses the mode:
 - `fast`: single frames go through networks folded from the VAE; clips stay the engine's, which has
   fused kernels for them.
 - `fast,clips`: clips too go through folded networks.
+- `fast,graphs`, or `fast,clips,graphs`: on a GPU, calls of one frame are replayed as CUDA graphs.
 - `off`: nothing is changed.
 
 How: the VAE of the pipeline is accelerated (`cosmos3_fast.vae.live`) after the engine has
@@ -128,7 +129,7 @@ def _adopt(pipeline: Any, choice: Choice) -> None:
             # Loaders write through `.data`, which leaves no trace.
             seam.refresh(vae)
         else:
-            seam.accelerate(vae, choice.mode, ENGINE, clips=choice.clips)
+            seam.accelerate(vae, choice.mode, ENGINE, clips=choice.clips, graphs=choice.graphs)
     except Exception as error:  # the engine serves without us
         seam.restore(vae)
         logger.warning("cosmos3_fast leaves the VAE to vLLM-Omni: %s", error)

@@ -16,6 +16,8 @@ from cosmos3_fast.vae.live.paths import Choice
         (" Fast ", Choice("fast", clips=False)),
         ("fast, clips", Choice("fast", clips=True)),
         ("FAST,CLIPS", Choice("fast", clips=True)),
+        ("fast,graphs", Choice("fast", clips=False, graphs=True)),
+        ("fast,graphs,clips", Choice("fast", clips=True, graphs=True)),
         ("off", Choice("off", clips=False)),
     ],
 )
@@ -26,7 +28,9 @@ def test_choices(monkeypatch: pytest.MonkeyPatch, value: str | None, choice: Cho
     assert choice_from_environment() == choice
 
 
-@pytest.mark.parametrize("value", ["quick", "clips", "exact,clips", "fast,", "fast,clips,clips"])
+@pytest.mark.parametrize(
+    "value", ["quick", "clips", "exact,clips", "fast,", "fast,clips,clips", "fast,graph"]
+)
 def test_others_are_refused(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv(MODE_VARIABLE, value)
     with pytest.raises(ValueError, match=f"{MODE_VARIABLE} must be"):

@@ -161,8 +161,10 @@ class _Announcing(EnginePipeline):
         _prepare_latents_i2v = hooked(adapter._announcing)(EnginePipeline._prepare_latents_i2v)
 
 
-def make_fast(vae: Any, dtype: torch.dtype | None = None, clips: bool = False) -> Any:
+def make_fast(
+    vae: Any, dtype: torch.dtype | None = None, clips: bool = False, graphs: bool = False
+) -> Any:
     """A pipeline whose VAE was accelerated where the engine loaded it."""
     pipeline = make_pipeline(_Announcing, vae, dtype)
-    adapter._adopt(pipeline, Choice("fast", clips))
+    adapter._adopt(pipeline, Choice("fast", clips, graphs=graphs))
     return pipeline

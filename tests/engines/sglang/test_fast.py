@@ -342,6 +342,17 @@ def test_clips_are_decoded_by_the_folded_decoder_where_that_is_asked_for(mode):
     assert (ours - theirs).abs().max() <= FLOAT32_BOUND * theirs.abs().max()
 
 
+@pytest.mark.parametrize("mode", ["fast", "fast,graphs", "fast,clips,graphs"])
+def test_graphs_where_they_are_asked_for(mode):
+    vae = make_vae()
+    with patched(mode):
+        stage = make_stage(vae)
+        choice = seam.choice_of(vae)
+        assert (choice.clips, choice.graphs) == ("clips" in mode, "graphs" in mode)
+        run(stage)
+        assert seam.last_encoding(vae).path == "fast"
+
+
 def test_clips_are_encoded_by_the_folded_encoder_where_that_is_asked_for(stage):
     plain = run(stage, make_batch(video=CLIP)).latents[:, :, :2]
     with patched("fast,clips"):

@@ -171,6 +171,15 @@ def test_video_without_batch_dimension(vae: Any) -> None:
     assert_within_bound(video_latent(fast, clip(1)[0]), video_latent(engine, clip(1)[0]))
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_graphs_where_they_are_asked_for(vae: Any, graphs: bool) -> None:
+    fast = make_fast(copy.deepcopy(vae), graphs=graphs)
+    choice = seam.choice_of(fast.vae)
+    assert choice is not None
+    assert choice.graphs == graphs
+    assert_within_bound(video_latent(fast, clip(1)), video_latent(both(vae)[0], clip(1)))
+
+
 def test_strided_pixels(vae: Any) -> None:
     _, fast = both(vae)
     pixels = clip(1)
