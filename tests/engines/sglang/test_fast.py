@@ -349,7 +349,7 @@ def test_graphs_where_they_are_asked_for(mode):
         stage = make_stage(vae)
         choice = seam.choice_of(vae)
         assert (choice.clips, choice.graphs) == ("clips" in mode, "graphs" in mode)
-        run(stage)
+        run(stage, make_batch(IMAGE))
         assert seam.last_encoding(vae).path == "fast"
 
 
