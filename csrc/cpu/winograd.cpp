@@ -14,6 +14,7 @@
 
 #include "../channels_last.h"
 #include "../checks.h"
+#include "huge_pages.h"
 #include "simd.h"
 
 namespace cosmos3 {
@@ -342,6 +343,7 @@ Tensor pack(const Tensor& weight) {
   const Tensor dense = torch::stable::contiguous(weight);
   const int64_t panels = weight.size(0) / kPanel, in = weight.size(1);
   Tensor packed = torch::stable::new_empty(weight, {kPoints, panels, in, kPanel});
+  prefer_huge_pages(packed);
   const float* g = static_cast<const float*>(dense.const_data_ptr());
   float* to = static_cast<float*>(packed.mutable_data_ptr());
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
@@ -373,6 +375,7 @@ Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optiona
   if (out.numel() == 0) {
     return out;
   }
+  prefer_huge_pages(out);
   auto data = [](const Tensor& tensor) {
     return static_cast<const float*>(tensor.const_data_ptr());
   };

@@ -115,7 +115,7 @@ class _Decoder(FoldedNetwork):
         frames = terms.total()
         assert self._temporal is not None
         # A CPU is filled by one block where images are large, on the last two levels.
-        on_cpu = 1 if level + 3 > len(self.stages) else 2
+        on_cpu = 1 if level + 3 >= len(self.stages) else 2
         pixels = batch * frames.shape[2] * frames.shape[3]
         block = max(2, self._temporal.block)
         size = batch * frames_at_once(pixels, frames.device, block, on_cpu)
