@@ -318,8 +318,8 @@ class Upsample(WinogradConv):
     Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
     (`phase_kernels`): 16 products instead of 36. Each phase is computed and written where it
     belongs, so that no more than one is held beside the result. The kernels are made at each
-    call, in seven launches, or once for a clip: kept, they would be 16 weights for 9, 75 MB for
-    Cosmos3 in bfloat16.
+    call, in seven launches, or on a GPU once for a clip: kept, they would be 16 weights for 9,
+    75 MB for Cosmos3 in bfloat16.
 
     Where Winograd's convolution pays, it takes the up-sampled image: 9 products.
     """
@@ -357,7 +357,9 @@ class Upsample(WinogradConv):
             ]
 
         def once(make: Callable[[], Any]) -> Any:
-            return make() if memory is None else memory.once(self, make)
+            # A CPU makes them each time: quickly, and they are not held at the peak.
+            on_cpu = x.device.type == "cpu"
+            return make() if memory is None or on_cpu else memory.once(self, make)
 
         weight, bias = self.weight, self.bias
         # By one frame, so that all frames of a clip go one way, and one form of kernels is held.
