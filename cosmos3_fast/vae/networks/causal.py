@@ -242,11 +242,13 @@ class WinogradConv(nn.Conv2d):
         # A copy of the weights and what was packed from that copy, which no thread sees apart.
         self._packed: tuple[Tensor, Tensor] | None = None
 
-    def _takes_winograd(self, x: Tensor, kernel: Tensor, scale: int = 1) -> bool:
+    def _takes_winograd(
+        self, x: Tensor, kernel: Tensor, scale: int = 1, min_tiles: int | None = None
+    ) -> bool:
         return (
             self.winograd
             and x.dtype == torch.float32  # by itself, for the sake of the others
-            and takes_winograd(x, kernel, self._min_tiles, scale)
+            and takes_winograd(x, kernel, min_tiles or self._min_tiles, scale)
         )
 
     def _packed_weight(self, keep: bool) -> Tensor:
@@ -444,7 +446,7 @@ class CausalConv(WinogradConv):
             kernel = self.earlier[index * width : (index + 1) * width]
         # Packed each time: kept, the packed kernels would be four times the network.
         tiles = max(_TILES_WORTH_PACKING, self._min_tiles or 0)
-        if self.winograd and takes_winograd(x, kernel, tiles):
+        if self._takes_winograd(x, kernel, min_tiles=tiles):
             return winograd_conv3x3(x, winograd_pack(kernel.detach()))
         return F.conv2d(x, kernel, padding=1)
 

@@ -111,15 +111,19 @@ class _Decoder(FoldedNetwork):
         if memory is None or memory.first or stage.upsample is None:
             yield from self._rest(level + 1, terms, as_bytes, memory)
             return
-        batch = memory.batch
-        frames = terms.total()
+        assert isinstance(terms, Sum)
         assert self._temporal is not None
+        batch, x = memory.batch, terms.x
         # A CPU is filled by one block where images are large, on the last two levels.
-        on_cpu = 1 if level + 3 >= len(self.stages) else 2
-        pixels = batch * frames.shape[2] * frames.shape[3]
+        on_cpu = 1 if level + 3 >= len(stages) else 2
         block = max(2, self._temporal.block)
-        size = batch * frames_at_once(pixels, frames.device, block, on_cpu)
-        del terms
+        size = batch * frames_at_once(batch * x.shape[2] * x.shape[3], x.device, block, on_cpu)
+        if x.shape[0] <= size:
+            del x
+            yield from self._rest(level + 1, terms, as_bytes, memory)
+            return
+        frames = terms.total()
+        del terms, x
         for part in frames.split(size):
             yield from self._rest(level + 1, Sum(part), as_bytes, memory)
 

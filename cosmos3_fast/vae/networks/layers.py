@@ -304,9 +304,10 @@ def in_chunks(
     """
     layers = list(layers)
     if memory is not None and not memory.first:
-        frames = terms.total()
-        size = memory.batch * frames_at_once(memory.batch * pixels, frames.device)
-        if frames.shape[0] > size:
+        assert isinstance(terms, Sum)
+        size = memory.batch * frames_at_once(memory.batch * pixels, terms.x.device)
+        if terms.x.shape[0] > size:
+            frames = terms.total()
             made = [run(layers, Sum(x), memory).total() for x in frames.split(size)]
             return Sum(torch.cat(made))
     return run(layers, terms, memory)
@@ -355,18 +356,12 @@ class Upsample(WinogradConv):
                 [duplicated_phase(shortcut, self.out_channels, factor_t, t, p) for t in times]
                 for p in range(4)
             ]
-
-        def once(make: Callable[[], Any]) -> Any:
-            # A CPU makes them each time: quickly, and they are not held at the peak.
-            on_cpu = x.device.type == "cpu"
-            return make() if memory is None or on_cpu else memory.once(self, make)
-
         weight, bias = self.weight, self.bias
-        # By one frame, so that all frames of a clip go one way, and one form of kernels is held.
+        # By one frame, so that all frames of a clip go one way.
         frame = x if memory is None else x[:batch]
         if self._takes_winograd(frame, weight, scale=2):
             image = F.interpolate(x, scale_factor=2.0)
-            packed = once(lambda: self._packed_weight(keep=memory is None))
+            packed = self._packed_weight(keep=memory is None)
             out = winograd_conv3x3(image, packed, bias)
             for phase, copies_of_phase in enumerate(copies):
                 row, column = divmod(phase, 2)
@@ -382,7 +377,12 @@ class Upsample(WinogradConv):
             memory_format=torch.channels_last,
         )
         defers = defers_bias(x)
-        kernels = once(lambda: phase_kernels(weight))
+        if (
+            memory is None or not x.is_cuda
+        ):  # a CPU makes them quickly, and has them not at the peak
+            kernels = phase_kernels(weight)
+        else:
+            kernels = memory.once(self, lambda: phase_kernels(weight))
         for phase, kernel in enumerate(kernels):
             row, column = divmod(phase, 2)
             if defers:  # there a pad is a copy of its own, and a row and a column more are not
