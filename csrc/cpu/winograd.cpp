@@ -16,6 +16,7 @@
 #include "../checks.h"
 #include "huge_pages.h"
 #include "simd.h"
+#include "streaming.h"
 
 namespace cosmos3 {
 namespace {
@@ -129,6 +130,7 @@ COSMOS3_INLINE void output_transform(const Vec* x, Vec* out, int stride) {
 struct Conv {
   int64_t batch, height, width, in_channels, out_channels;
   int64_t tiles_high, tiles_wide;
+  bool streamed;  // the result, see `is_streamed`
 
   int64_t tiles() const {
     return batch * tiles_high * tiles_wide;
@@ -204,7 +206,11 @@ COSMOS3_CLONES void transform_outputs(float* out, const float* m, const float* b
           if (residual) {
             value += load<Vec>(residual + offset);
           }
-          store(out + offset, value);
+          if (conv.streamed) {
+            stream(out + offset, reinterpret_cast<const float*>(&value), kVectorLanes);
+          } else {
+            store(out + offset, value);
+          }
         }
       }
     }
@@ -279,26 +285,44 @@ Multiply best_multiply() {
   return multiply_base;
 }
 
-struct Free {
-  void operator()(float* pointer) const {
-    std::free(pointer);
+// What a thread works in. It is kept from call to call: memory that malloc gives back to the system
+// has its 4 KB pages made and cleared again at each call, a tenth of a clip's encode.
+class Workspace {
+ public:
+  float* of(int64_t floats) {
+    if (floats > size_) {
+      pointer_.reset();
+      size_ = 0;
+      const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+      pointer_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (pointer_ == nullptr) {
+        throw std::bad_alloc();
+      }
+      size_ = floats;
+    }
+    return pointer_.get();
   }
-};
-using Buffer = std::unique_ptr<float[], Free>;
 
-Buffer allocate(int64_t floats) {
-  const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-  auto* pointer = static_cast<float*>(std::aligned_alloc(64, bytes));
-  if (pointer == nullptr) {
-    throw std::bad_alloc();
-  }
-  return Buffer(pointer);
-}
+ private:
+  struct Free {
+    void operator()(float* pointer) const {
+      std::free(pointer);
+    }
+  };
+  std::unique_ptr<float[], Free> pointer_;
+  int64_t size_ = 0;
+};
+
+// [Cout, Cin, 3, 3] in memory.
+struct Kernels {
+  const float* data;
+  int64_t strides[4];
+};
 
 // G g G^T of the kernels of some panels. By the panel, so that what is written lies side by side.
 COSMOS3_CLONES
-void pack_panels(float* to, const float* g, int64_t panels, int64_t in, int64_t begin,
-                 int64_t end) {
+void pack_panels(float* to, const Kernels& g, int64_t panels, int64_t in, bool streamed,
+                 int64_t begin, int64_t end) {
   constexpr double a2 = kA * kA, b2 = kB * kB;
   constexpr double at_zero = a2 * b2, at_a = 2 * a2 * (a2 - b2), at_b = 2 * b2 * (b2 - a2);
   constexpr double transform[kPatch][3] = {{1 / at_zero, 0, 0},
@@ -311,9 +335,9 @@ void pack_panels(float* to, const float* g, int64_t panels, int64_t in, int64_t 
     for (int64_t i = 0; i < in; ++i) {
       double taps[3][3][kPanel], half[kPatch][3][kPanel];
       for (int64_t lane = 0; lane < kPanel; ++lane) {
-        const float* kernel = g + ((panel * kPanel + lane) * in + i) * 9;
+        const float* kernel = g.data + (panel * kPanel + lane) * g.strides[0] + i * g.strides[1];
         for (int tap = 0; tap < 9; ++tap) {
-          taps[tap / 3][tap % 3][lane] = kernel[tap];
+          taps[tap / 3][tap % 3][lane] = kernel[tap / 3 * g.strides[2] + tap % 3 * g.strides[3]];
         }
       }
       for (int p = 0; p < kPatch; ++p) {
@@ -329,10 +353,16 @@ void pack_panels(float* to, const float* g, int64_t panels, int64_t in, int64_t 
         const auto& values = half[point / kPatch];
         const double* column = transform[point % kPatch];
         float* place = to + ((point * panels + panel) * in + i) * kPanel;
+        float made[kPanel];
         for (int64_t lane = 0; lane < kPanel; ++lane) {
-          place[lane] =
+          made[lane] =
               static_cast<float>(values[0][lane] * column[0] + values[1][lane] * column[1] +
                                  values[2][lane] * column[2]);
+        }
+        if (streamed) {
+          stream(place, made, kPanel);
+        } else {
+          std::memcpy(place, made, sizeof(made));
         }
       }
     }
@@ -340,27 +370,30 @@ void pack_panels(float* to, const float* g, int64_t panels, int64_t in, int64_t 
 }
 
 Tensor pack(const Tensor& weight) {
-  const Tensor dense = torch::stable::contiguous(weight);
   const int64_t panels = weight.size(0) / kPanel, in = weight.size(1);
   Tensor packed = torch::stable::new_empty(weight, {kPoints, panels, in, kPanel});
   prefer_huge_pages(packed);
-  const float* g = static_cast<const float*>(dense.const_data_ptr());
+  const Kernels g{static_cast<const float*>(weight.const_data_ptr()),
+                  {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
   float* to = static_cast<float*>(packed.mutable_data_ptr());
+  const bool streamed = is_streamed(to, kPanel * sizeof(float), packed.numel() * sizeof(float));
   torch::stable::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    pack_panels(to, g, panels, in, begin, end);
+    pack_panels(to, g, panels, in, streamed, begin, end);
+    end_streaming();
   });
   return packed;
 }
 
 Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optional<Tensor>& bias,
                 const std::optional<Tensor>& residual) {
-  const Conv conv{x.size(0),
-                  x.size(2),
-                  x.size(3),
-                  x.size(1),
-                  packed_weight.size(1) * kPanel,
-                  (x.size(2) + kTile - 1) / kTile,
-                  (x.size(3) + kTile - 1) / kTile};
+  Conv conv{x.size(0),
+            x.size(2),
+            x.size(3),
+            x.size(1),
+            packed_weight.size(1) * kPanel,
+            (x.size(2) + kTile - 1) / kTile,
+            (x.size(3) + kTile - 1) / kTile,
+            false};
   const Tensor input = channels_last(x);
   const Tensor weight = torch::stable::contiguous(packed_weight);
   std::optional<Tensor> dense_bias, dense_residual;
@@ -384,6 +417,7 @@ Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optiona
   const float* bias_data = dense_bias ? data(*dense_bias) : nullptr;
   const float* residual_data = dense_residual ? data(*dense_residual) : nullptr;
   float* to = static_cast<float*>(out.mutable_data_ptr());
+  conv.streamed = is_streamed(to, conv.out_channels * sizeof(float), out.numel() * sizeof(float));
   static const Multiply multiply = best_multiply();
 
   // Threads share the tiles in units of one register block; each walks its share in blocks.
@@ -394,27 +428,28 @@ Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optiona
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kRows, tiles);
     const int64_t held = std::min(block, (end - begin) * kRows);
-    const Buffer v = allocate(kPoints * held * conv.in_channels);
-    const Buffer m = allocate(kPoints * held * conv.out_channels);
+    thread_local Workspace workspace;
+    float* v = workspace.of(kPoints * held * (conv.in_channels + conv.out_channels));
+    float* m = v + kPoints * held * conv.in_channels;
     for (int64_t first = begin * kRows; first < last; first += block) {
       const int64_t count = std::min(block, last - first);
       // Rows past the last tile are multiplied too and never read.
       const int64_t padded = (count + kRows - 1) / kRows * kRows;
       if (padded != count) {
         for (int point = 0; point < kPoints; ++point) {
-          std::fill_n(v.get() + (point * padded + count) * conv.in_channels,
+          std::fill_n(v + (point * padded + count) * conv.in_channels,
                       (padded - count) * conv.in_channels, 0.0f);
         }
       }
-      transform_inputs(v.get(), in, conv, first, count, padded);
+      transform_inputs(v, in, conv, first, count, padded);
       for (int point = 0; point < kPoints; ++point) {
-        multiply(m.get() + point * padded * conv.out_channels,
-                 v.get() + point * padded * conv.in_channels,
+        multiply(m + point * padded * conv.out_channels, v + point * padded * conv.in_channels,
                  u + point * conv.in_channels * conv.out_channels, padded, conv.in_channels,
                  conv.out_channels);
       }
-      transform_outputs(to, m.get(), bias_data, residual_data, conv, first, count, padded);
+      transform_outputs(to, m, bias_data, residual_data, conv, first, count, padded);
     }
+    end_streaming();
   });
   return out;
 }

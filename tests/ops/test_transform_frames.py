@@ -61,6 +61,17 @@ def test_results_are_right_to_rounding(
         assert_right(call, ops.transform_frames(*call.positional, **call.named, backend=backend))
 
 
+@pytest.mark.parametrize("image", [(2, 7, 30, 41), (1, 96, 9, 11), (1, 5000, 1, 3)], ids=str)
+@pytest.mark.parametrize(("count", "to"), FORMS)
+def test_many_pixels(
+    count: int, to: int, image: tuple[int, int, int, int], backend: str, device: str, poison: None
+):
+    """More than a kernel takes together, by numbers that do not divide them."""
+    for dtypes in DTYPES:
+        call = make_call(count, to, 5, image, dtypes, device=device)
+        assert_right(call, ops.transform_frames(*call.positional, **call.named, backend=backend))
+
+
 @pytest.mark.parametrize(("count", "to"), FORMS)
 def test_each_argument_may_be_absent(count: int, to: int, backend: str, device: str, poison: None):
     names = ("bias", "residual", "weight", "past", "scales")

@@ -35,6 +35,7 @@ CONVOLUTIONS = [
     (1, 160, 160, 13, 21),
 ]
 LARGEST = (1, 640, 640, 30, 52)  # the encoder's own, as the encoder lays it out
+STREAMED = (1, 16, 96, 150, 153)  # a result of more than 8 MB, tiles cut off
 
 
 def convolution(
@@ -54,7 +55,11 @@ def convolution(
 
 @pytest.mark.parametrize(
     ("shape", "layout"),
-    [*itertools.product(CONVOLUTIONS, IMAGE_LAYOUTS), (LARGEST, "channels_last")],
+    [
+        *itertools.product(CONVOLUTIONS, IMAGE_LAYOUTS),
+        (LARGEST, "channels_last"),
+        (STREAMED, "channels_last"),
+    ],
 )
 def test_winograd_equals_convolution(
     shape: tuple[int, int, int, int, int], layout: str, backend: str, device: str, poison: None
@@ -90,6 +95,9 @@ def test_winograd_pack_equals_its_reference(device: str):
     torch.testing.assert_close(OPS.winograd_pack(weight), winograd_pack_reference(weight))
     strided = weight.flip(3)[:, :, :, ::1].transpose(2, 3)
     torch.testing.assert_close(OPS.winograd_pack(strided), winograd_pack_reference(strided))
+    # More than 8 MB, as a network has its kernels: some of a larger, channels-last tensor.
+    large = image(320, 272, 3, 3, layout="channels_last", device=device)[32:]
+    torch.testing.assert_close(OPS.winograd_pack(large), winograd_pack_reference(large))
 
 
 def test_winograd_opcheck_and_empty(device: str):

@@ -5,7 +5,8 @@ of frames before the first. Of the first frame only the last tap W2 acts: one 2-
 that a network for single frames has. The frames after it are taken in blocks of m by Winograd's
 F(m, 3) *along time*: `y = A^T [(G W) * (B^T x)]`, m + 2 convolutions where 3m taps act
 (`ops.cook_toom` has the matrices and their source), so six give four frames. The last row of G is
-W2 itself. With m = 1 the taps are three convolutions.
+W2 itself. With m = 1 the taps are three convolutions; or one of three frames side by side, where
+that is less to read and write.
 
 Between two such convolutions one kernel does the rest (`ops.transform_frames`): from the products
 to the frames, bias, residual, RMS norm, SiLU, and the next transformed frames.
@@ -202,6 +203,22 @@ def deferred(conv: nn.Conv2d, x: Tensor, residual: Tensor | None = None) -> Sum:
     return Sum(conv(x), None, residual)
 
 
+def side_by_side(frames: Tensor, step: int) -> Tensor:
+    """Windows of three frames as one frame of three times the channels.
+
+    Args:
+        frames: [T, B, C, H, W], channels last in memory.
+        step: frames from one window to the next.
+
+    Returns:
+        [n·B, 3·C, H, W] with n = 1 + (T - 3) // step, channels-last.
+    """
+    count = 1 + (frames.shape[0] - TAPS) // step
+    last = frames.movedim(2, -1)
+    taps = [last[tap : tap + step * (count - 1) + 1 : step] for tap in range(TAPS)]
+    return torch.cat(taps, -1).flatten(0, 1).movedim(-1, 1)
+
+
 class NormSiLU(nn.Module):
     """RMS norm over channels, then SiLU: [N, C, H, W] → the same."""
 
@@ -302,6 +319,8 @@ class CausalConv(WinogradConv):
         in_channels, out_channels: widths.
         min_tiles: see `takes_winograd`.
         temporal: how frames after the first are taken; None: there are none.
+        in_windows: with direct taps, one convolution of three frames side by side instead of three,
+            which is less to read and write where `in_channels` are few.
 
     Attributes:
         weight: [Cout, Cin, 3, 3], the last tap, which is the last kernel too.
@@ -316,9 +335,11 @@ class CausalConv(WinogradConv):
         out_channels: int,
         min_tiles: int | None = None,
         temporal: Temporal | None = None,
+        in_windows: bool = False,
     ) -> None:
         super().__init__(in_channels, out_channels, min_tiles)
         self.temporal = temporal
+        self._in_windows = in_windows
         self._exponents: list[int] = []
         if temporal is not None:
             shape = ((temporal.kernels - 1) * out_channels, in_channels, 3, 3)
@@ -416,7 +437,7 @@ class CausalConv(WinogradConv):
         memory: Memory,
         residual: Tensor | None,
         keep_sum: bool,
-    ) -> tuple[Tensor, Products]:
+    ) -> tuple[Tensor, Terms]:
         """`after` for frames that look back on others."""
         temporal = self.temporal
         assert temporal is not None
@@ -426,6 +447,8 @@ class CausalConv(WinogradConv):
             temporal.block, weight, memory.past(self), temporal.dtype, keep_sum
         )
         memory.keep(self, past)
+        if self._in_windows:
+            return total, self._of_windows(side_by_side(frames, step=1), memory, residual)
         if temporal.block == 1:
             flat, size = frames.flatten(0, 1), given.frames * memory.batch
             inputs = [flat[tap * memory.batch :][:size] for tap in range(TAPS)]
@@ -437,6 +460,19 @@ class CausalConv(WinogradConv):
             parts, given.frames, memory.batch, self.weight.dtype, scales, self.bias, residual
         )
         return total, made
+
+    def _of_windows(self, x: Tensor, memory: Memory, residual: Tensor | None) -> Sum:
+        """The three taps at once, of [frames·B, 3·Cin, H, W]."""
+
+        def kernel() -> Tensor:
+            return torch.cat([*self.earlier.chunk(TAPS - 1), self._last_kernel()], 1)
+
+        weight: Tensor = memory.once(self, kernel)
+        if self._takes_winograd(x, weight, min_tiles=_TILES_WORTH_PACKING):
+            return Sum(winograd_conv3x3(x, winograd_pack(weight.detach()), self.bias, residual))
+        if defers_bias(x):
+            return Sum(F.conv2d(x, weight, None, padding=1), self.bias, residual)
+        return Sum(F.conv2d(x, weight, self.bias, padding=1), None, residual)
 
     def _product(self, x: Tensor, index: int) -> Tensor:
         if index == len(self._exponents) - 1:

@@ -58,7 +58,7 @@ class _Encoder(FoldedNetwork):
         of_lowest = None if temporal is None else temporal.of_small_images
         with torch.device(torch.get_default_device() if device is None else device):
             width = topology.stages[0].in_channels
-            self.conv_in = CausalConv(topology.packed_channels, width, NO_TILES, of_stream)
+            self.conv_in = CausalConv(topology.packed_channels, width, NO_TILES, of_stream, True)
             lowest = len(topology.stages) - 1
             self.stages = nn.ModuleList(
                 EncoderStage(stage, topology.residual, of_lowest if i == lowest else temporal)

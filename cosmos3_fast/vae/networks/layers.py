@@ -27,6 +27,7 @@ from cosmos3_fast.vae.networks.causal import (
     WinogradConv,
     deferred,
     defers_bias,
+    side_by_side,
 )
 from cosmos3_fast.vae.topology import Stage, UpStage
 
@@ -188,22 +189,6 @@ def add_pair_average(y: Tensor, first: Tensor, second: Tensor, factor_s: int) ->
     cells = [F.pixel_unshuffle(x, factor_s).unflatten(1, (channels, -1)) for x in (first, second)]
     listed = torch.stack(cells, 2).flatten(1, 3)
     return y + listed.unflatten(1, (y.shape[1], -1)).mean(2)
-
-
-def side_by_side(frames: Tensor, step: int) -> Tensor:
-    """Windows of three frames as one frame of three times the channels.
-
-    Args:
-        frames: [T, B, C, H, W], channels last in memory.
-        step: frames from one window to the next.
-
-    Returns:
-        [n·B, 3·C, H, W] with n = 1 + (T - 3) // step, channels-last.
-    """
-    count = 1 + (frames.shape[0] - TAPS) // step
-    last = frames.movedim(2, -1)
-    taps = [last[tap : tap + step * (count - 1) + 1 : step] for tap in range(TAPS)]
-    return torch.cat(taps, -1).flatten(0, 1).movedim(-1, 1)
 
 
 class EncoderStage(nn.Module):
