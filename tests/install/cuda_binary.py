@@ -64,6 +64,12 @@ def _short(mangled: str) -> str:
     return f"{name.group(1) if name else mangled}<{suffix}>"
 
 
+def _declared(shared: int, architecture: str) -> int:
+    """Without the kilobyte that CUDA reserves of each block's, which is reported from sm_90 on."""
+    reserved = 1024 if shared and int(re.sub(r"\D", "", architecture)) >= 90 else 0
+    return shared - reserved
+
+
 def kernels(library: Path) -> list[Kernel]:
     """Every kernel in `library`, once per architecture; empty if it was built without CUDA."""
     usage: dict[tuple[str, str], dict[str, int]] = {}
@@ -90,7 +96,7 @@ def kernels(library: Path) -> list[Kernel]:
             _short(function),
             numbers["REG"],
             numbers["STACK"] + numbers.get("LOCAL", 0),
-            numbers["SHARED"],
+            _declared(numbers["SHARED"], architecture),
             "\n".join(sass.get((architecture, function), [])),
         )
         for (architecture, function), numbers in usage.items()
