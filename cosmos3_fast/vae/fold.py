@@ -1,7 +1,9 @@
 """The algebra that turns a 3-D VAE into networks of 2-D convolutions.
 
-`fold` makes the state dict of any of them. Everything is computed in float64 on the CPU and rounded
-once, to the target dtype; tensors that only move keep their bits.
+`fold` makes the state dict of any of them. Everything is computed in float64 and rounded once, to
+the target dtype; tensors that only move keep their bits. It is computed on the CPU, but for the
+kernels along time of a network for clips, most of what there is to compute: on a GPU if the network
+will be there.
 """
 
 from __future__ import annotations
@@ -32,11 +34,15 @@ class Taps:
     Args:
         tensors: tensors, or slices of an open safetensors file, by name.
         topology: of the part.
+        device: of the taps of convolutions along time.
     """
 
-    def __init__(self, tensors: Mapping[str, Any], topology: Topology) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Any], topology: Topology, device: torch.device | str = "cpu"
+    ) -> None:
         self._tensors = tensors
         self._topology = topology
+        self._device = device
 
     def last(self, name: str) -> Tensor:
         """What acts on a single frame, on the CPU.
@@ -51,14 +57,14 @@ class Taps:
         return self._finite(name, part[rows])
 
     def all(self, name: str) -> Tensor:
-        """All temporal taps of a 3-D convolution, [Cout, Cin, kT, kH, kW], on the CPU."""
-        return self._finite(name, self._tensors[name][:])
+        """All temporal taps of a 3-D convolution, [Cout, Cin, kT, kH, kW]."""
+        return self._finite(name, self._tensors[name][:], self._device)
 
     def _rank(self, part: Any) -> int:
         return part.dim() if isinstance(part, Tensor) else len(part.get_shape())
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach().cpu()
+    def _finite(self, name: str, tensor: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        tensor = tensor.detach().to(device)
         if not is_finite(tensor):
             raise UnsupportedVAEError(f"{name} must be finite, got NaN or infinite values")
         return tensor
@@ -130,7 +136,8 @@ class Fold:
             self.put(f"{target}.weight", change(self.read(f"{source}.weight")))
         else:
             taps = self._taps.all(f"{source}.weight")
-            self.put(f"{target}.weight", change(taps[:, :, -1]))
+            # On the CPU, as a network for single frames has it.
+            self.put(f"{target}.weight", change(taps[:, :, -1].cpu()))
             try:
                 earlier, exponents = fitted(change(taps), conv.temporal, gamma, self._dtype)
             except UnsupportedVAEError as error:
@@ -176,18 +183,25 @@ class Fold:
         self.residual_block(f"{part}.mid_block.resnets.1", "middle.2")
 
 
-def fold(network: Any, tensors: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of an encoder or decoder, on the CPU.
+def fold(
+    network: Any, tensors: Mapping[str, Any], device: torch.device | str | int = "cpu"
+) -> dict[str, Tensor]:
+    """The state dict of an encoder or decoder.
 
     Args:
         network: has a `topology` and a `folded_dtype`; may be on the meta device.
         tensors: see `Taps`.
+        device: where the network will be. The result is on the CPU; what is computed on a GPU
+            stays there.
 
     Raises:
         UnsupportedVAEError: a tensor is not finite, as it is or once folded.
     """
     topology = network.topology
-    made = Fold(network, Taps(tensors, topology), network.folded_dtype)
+    place = torch.device(device)
+    if place.type != "cuda":
+        place = torch.device("cpu")
+    made = Fold(network, Taps(tensors, topology, place), network.folded_dtype)
     with torch.device("cpu"):  # whatever the default device is
         if isinstance(topology, EncoderTopology):
             _fold_encoder(made, topology)
@@ -299,19 +313,22 @@ def fitted(
                 )
             held, exponents = dtype, [0] * count
     # As it lies in memory: the channels of the input are last.
-    earlier = torch.empty(count - 1, out_channels, 9, in_channels, dtype=held)
+    shape = count - 1, out_channels, 9, in_channels
+    earlier = torch.empty(shape, dtype=held, device=taps.device)
     if temporal.block == 1:
         earlier.copy_(taps[:, :, :-1].flatten(3).permute(2, 0, 3, 1))
     else:
-        scales = float64(tuple(2.0**e for e in exponents)).view(-1, 1, 1, 1)
+        scales = float64(tuple(2.0**e for e in exponents), taps.device).view(-1, 1, 1, 1)
         for rows, kernels in _transformed(taps, temporal.block):
             earlier[:, rows].copy_(kernels[:-1].mul_(scales[:-1]))
-    shape = ((count - 1) * out_channels, 3, 3, in_channels)
-    return earlier.view(shape).permute(0, 3, 1, 2), torch.tensor(exponents, dtype=torch.int64)
+    earlier = earlier.view((count - 1) * out_channels, 3, 3, in_channels)
+    return earlier.permute(0, 3, 1, 2), torch.tensor(exponents, dtype=torch.int64)
 
 
 # Taps that are transformed at a time, for each of torch's threads: few enough to stay in a cache.
 _TAPS_AT_ONCE = 1 << 17
+# On a GPU: 100 MB in all.
+_TAPS_AT_ONCE_ON_GPU = 1 << 22
 
 
 def _transformed(taps: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
@@ -322,11 +339,14 @@ def _transformed(taps: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
         ones overwrite. The last kernel is the last tap.
     """
     out_channels, in_channels = taps.shape[:2]
-    most = torch.get_num_threads() * _TAPS_AT_ONCE // (TAPS * 9 * in_channels)
-    size = min(max(1, most), out_channels)
-    _, matrix, _ = cook_toom_tensors(block, torch.empty(0, device="cpu"))
-    source = torch.empty(TAPS * size * 9 * in_channels, dtype=torch.float64)
-    result = torch.empty(len(matrix) * size * 9 * in_channels, dtype=torch.float64)
+    device = taps.device
+    at_once = torch.get_num_threads() * _TAPS_AT_ONCE
+    if device.type != "cpu":
+        at_once = _TAPS_AT_ONCE_ON_GPU
+    size = min(max(1, at_once // (TAPS * 9 * in_channels)), out_channels)
+    _, matrix, _ = cook_toom_tensors(block, taps)
+    source = torch.empty(TAPS * size * 9 * in_channels, dtype=torch.float64, device=device)
+    result = torch.empty(len(matrix) * size * 9 * in_channels, dtype=torch.float64, device=device)
     for start in range(0, out_channels, size):
         rows = slice(start, min(start + size, out_channels))
         shape = (rows.stop - start, 9, in_channels)
@@ -342,7 +362,7 @@ def _float16_exponents(
     taps: Tensor, block: int, gamma: Tensor, dtype: torch.dtype
 ) -> tuple[list[int], bool]:
     """The exponents of `fitted` in float16, and whether it then holds kernels and frames."""
-    _, _, inputs = cook_toom_tensors(block, torch.empty(0, device="cpu"))
+    _, _, inputs = cook_toom_tensors(block, gamma)
     longest = gamma.numel() ** 0.5 * gamma.double().abs().max().item()
     frames = [row.abs().sum().item() * longest for row in inputs]
     if max(frames) > FLOAT16_MOST:
@@ -355,22 +375,22 @@ def _float16_exponents(
     ]
     if dtype == torch.float16:
         exponents[-1] = min(exponents[-1], 0)  # its last tap is held unscaled
-    scales = float64(tuple(2.0**e for e in exponents))
+    scales = float64(tuple(2.0**e for e in exponents), taps.device)
     scaled = lengths.flatten(1) * scales[:, None]
     # No rounding of a normal number loses that much, and one of a subnormal at most 2^-25.
     rms = scaled.norm(dim=1) * (taps[:, :, 0].numel() ** -0.5)
     if bool((rms >= 2.0**-14).all()) and bool((scaled.amax(1) <= FLOAT16_MOST).all()):
         return exponents, True
-    lost = torch.zeros(len(scales), dtype=torch.float64)
+    lost = torch.zeros_like(scales)
     for _, kernels in _transformed(taps, block):
         kernels.mul_(scales.view(-1, 1, 1, 1))
         lost += (kernels - kernels.half().double()).flatten(1).norm(dim=1) ** 2
     return exponents, not bool((lost.sqrt() > FLOAT16_LOSS * scaled.norm(dim=1)).any())
 
 
-def float64(values: tuple[float, ...]) -> Tensor:
-    """The values as a tensor on the CPU, whatever the default device."""
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
+def float64(values: tuple[float, ...], device: torch.device | str = "cpu") -> Tensor:
+    """The values as a tensor, whatever the default device."""
+    return torch.tensor(values, dtype=torch.float64, device=device)
 
 
 def unshuffle_order(weight: Tensor, patch_size: int) -> Tensor:
@@ -464,7 +484,7 @@ def head_weight(taps: Tensor, quant_weight: Tensor, std: tuple[float, ...]) -> T
     """
     quant = quant_weight[: len(std)].double().flatten(1)
     scale = quant / float64(std)[:, None]
-    return torch.einsum("zk,k...->z...", scale, taps.double())
+    return torch.einsum("zk,k...->z...", scale.to(taps.device), taps.double())
 
 
 def side_by_side(weight: Tensor) -> Tensor:

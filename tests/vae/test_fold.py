@@ -15,7 +15,7 @@ from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.vae import ClipDecoder, ClipEncoder, FrameDecoder, FrameEncoder
 from cosmos3_fast.vae import fold as fold_module
 from cosmos3_fast.vae.config import UnsupportedVAEError
-from cosmos3_fast.vae.fold import FLOAT16_LOSS, FLOAT16_MOST, fitted, fold, is_finite
+from cosmos3_fast.vae.fold import FLOAT16_LOSS, FLOAT16_MOST, Fold, Taps, fitted, fold, is_finite
 from cosmos3_fast.vae.networks.causal import Temporal
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_state_dict
 
@@ -174,3 +174,43 @@ def test_reads_what_it_folds(network: Any) -> None:
             values = 0
         assert read <= values * (2 if name.startswith("post_quant") else 1), name
         assert read > 0 or values == 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("network", [ClipEncoder, ClipDecoder])
+def test_kernels_along_time_are_made_on_one_device(
+    network: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With "meta" as the GPU: no operation takes a tensor from there and one from the CPU."""
+    topology = network.topology_type.from_config(WAN22)
+    encodes = topology.part == "encoder"
+    tensors = (synthetic_state_dict if encodes else synthetic_decoder_state_dict)(WAN22)
+    monkeypatch.setattr(fold_module, "is_finite", lambda tensor: True)
+    monkeypatch.setattr(fold_module, "_float16_exponents", lambda *given: ([1] * 6, True))
+    here = Tensor.cpu
+    monkeypatch.setattr(
+        Tensor, "cpu", lambda x: torch.zeros(x.shape, dtype=x.dtype) if x.is_meta else here(x)
+    )
+    made = Fold(network(topology, dtype, device="meta"), Taps(tensors, topology, "meta"), dtype)
+    (fold_module._fold_encoder if encodes else fold_module._fold_decoder)(made, topology)
+    along_time = {n for n in made.tensors if n.endswith(("earlier", "time_conv.weight"))}
+    assert {name for name, x in made.tensors.items() if x.is_meta} == along_time
+    assert any(name.startswith("conv_out") for name in along_time)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("network", [ClipEncoder, ClipDecoder])
+def test_a_gpu_folds_as_the_cpu(network: Any, dtype: torch.dtype) -> None:
+    encodes = network.topology_type.part == "encoder"
+    tensors = (synthetic_state_dict if encodes else synthetic_decoder_state_dict)(WAN22)
+    here = network.from_state_dict(tensors, WAN22, dtype).state_dict()
+    on_gpu = {name: x.cuda() for name, x in tensors.items()}
+    there = network.from_state_dict(on_gpu, WAN22, dtype).state_dict()
+    for name, x in here.items():
+        assert there[name].device.type == "cuda"
+        if name.endswith("earlier"):  # sums of three in another order, rounded once
+            error = (there[name].cpu().double() - x.double()).abs()
+            assert (error <= torch.finfo(x.dtype).eps * x.double().abs()).all(), name
+        else:
+            assert torch.equal(there[name].cpu(), x), name

@@ -358,7 +358,7 @@ class FoldedNetwork(nn.Module):
         for module in network.modules():
             if isinstance(module, WinogradConv):
                 module.winograd = winograd
-        network.load_state_dict(fold(network, tensors), assign=True)
+        network.load_state_dict(fold(network, tensors, device), assign=True)
         network.requires_grad_(False)
         return network.to(device)
 
