@@ -38,6 +38,15 @@ def sides(size: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def seeded_clip(
+    channels: int, frames: int, size: str, factor: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Noise [1, C, frames, H/factor, W/factor] for videos of a "HEIGHTxWIDTH"."""
+    height, width = (side // factor for side in sides(size))
+    generator = torch.Generator().manual_seed(SEED)
+    return torch.randn(1, channels, frames, height, width, generator=generator).to(dtype)
+
+
 def vae_config(base_dim: int | None) -> dict[str, Any]:
     """Cosmos3's VAE, in another width where one is given."""
     widths = {} if base_dim is None else {"base_dim": base_dim, "decoder_base_dim": base_dim}

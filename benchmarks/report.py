@@ -188,12 +188,14 @@ def engine_lines(figures: Figures) -> list[str]:
         if "skipped" in of:
             skipped.append(f"{engine}: skipped, {of['skipped']}.")
             continue
-        where = f"{of['height']}×{of['width']}, {of['num_frames']} frames"
-        name = f"{engine.replace('_', '-')} {of['version']}, {where}"
+        name = f"{engine.replace('_', '-')} {of['version']}"
+        size = f"{of['height']}×{of['width']}, {of['num_frames']} frames"
         for row in of["rows"]:
+            decodes = row["request"].startswith("decode")  # of a size that it names
+            what = row["request"] if decodes else f"{size}, {row['request']}"
             frames, tflop = str(row["pixel_frames_encoded"]), f"{row['tflop']:.2f}"
             shown = (row["mode"], frames, tflop, seconds(row["median_s"]), ratio(row["ratio"]))
-            rows.append((f"{name}, {row['request']}", *shown))
+            rows.append((f"{name}, {what}", *shown))
     header = ("engine's own stage", "mode", "pixel frames encoded", "TFLOP", "median", "speed")
     shown_rows = table(header, rows) if rows else []
     return [*shown_rows, *([""] if rows and skipped else []), *skipped]

@@ -5,20 +5,23 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.harness import GateError, Row, count_flops, machine, measure
+from benchmarks.cases import seeded_clip
+from benchmarks.harness import GateError, Row, count_flops, gate_error, machine, measure
 from benchmarks.report import engine_lines
-from cosmos3_fast.vae import FrameEncoder
+from cosmos3_fast.engines.selftest import frames_through
+from cosmos3_fast.frames import latent_frames
 
 UNPATCHED = "unpatched"
+DECODED_FRAMES = 9
 
 
 def arguments(description: str | None) -> argparse.Namespace:
@@ -38,7 +41,7 @@ def arguments(description: str | None) -> argparse.Namespace:
 def compare(
     request: str,
     paths: Mapping[str, Callable[[], Any]],
-    vae: Any,
+    vaes: Mapping[str, Any],
     gate: Callable[[str, str, Any, Any], None],
     rounds: int,
 ) -> list[Row]:
@@ -47,7 +50,7 @@ def compare(
     Args:
         request: its name.
         paths: mode to call, `UNPATCHED` first.
-        vae: the engine's, whose encoder is watched.
+        vaes: the engine's, by mode.
         gate: called with a name, a mode and the results of that mode and of the unpatched engine;
             aborts where they differ by more than the mode allows.
         rounds: timed calls of each mode.
@@ -55,11 +58,22 @@ def compare(
     print(f"{request}: correctness gate ...", file=sys.stderr)
     results, frames, tflop = {}, {}, {}
     for mode, run in paths.items():
-        with encoded_frames(vae) as (own, folded):
+        vae, folds = vaes[mode], mode.startswith("fast")
+        if folds:
+            run()  # the first call folds, and tries both on something tiny
+        with (
+            frames_through(vae.encoder.conv_in) as encoded,
+            frames_through(vae.decoder.conv_in) as decoded,
+            Folded() as folded,
+        ):
             results[mode], operations = count_flops(run)
-        if mode == UNPATCHED and folded:
-            raise GateError(f"{request}: the unpatched engine's VAE is accelerated")
-        frames[mode], tflop[mode] = sum(own + folded), operations / 1e12
+        by_own, by_folded = sum(encoded + decoded), folded.encoded + folded.decoded
+        if (by_own or not by_folded) if folds else by_folded:
+            raise GateError(
+                f"{request}, {mode}: {by_own} frames went through the VAE's own networks, "
+                f"{by_folded} through folded ones"
+            )
+        frames[mode], tflop[mode] = sum(encoded) + folded.encoded, operations / 1e12
         if mode != UNPATCHED:
             gate(f"{request}, {mode}", mode, results[mode], results[UNPATCHED])
     timings = measure(paths, rounds=rounds, warmup=0, progress=True)  # the gate was a warm-up
@@ -77,24 +91,48 @@ def compare(
     ]
 
 
-@contextmanager
-def encoded_frames(vae: Any) -> Iterator[tuple[list[int], list[int]]]:
-    """The pixel frames that go through the VAE's own and the folded encoder inside the block."""
-    own: list[int] = []
-    folded: list[int] = []
+def compare_decodes(
+    vaes: Mapping[str, Any], decode: Callable[[Any, Tensor], Tensor], args: argparse.Namespace
+) -> list[Row]:
+    """Rows of the decode of a few frames, half as high and as wide as the encoded ones.
 
-    # A hook of torch's, for all modules: a VAE with one of its own would run its own code.
-    def called(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if isinstance(module, FrameEncoder):
-            folded.append(1)
-        elif isinstance(module, type(vae.encoder)):
-            own.append(args[0].shape[2])
+    Args:
+        vaes: the engine's VAE by mode, `UNPATCHED` first.
+        decode: what the engine calls: a VAE and unnormalised latents → pixels.
+        args: of the command line.
+    """
+    height, width = (side // 32 * 16 for side in (args.height, args.width))
+    size = f"{height}x{width}"
+    latents = seeded_clip(48, latent_frames(DECODED_FRAMES), size, 16)
 
-    handle = register_module_forward_pre_hook(called)
-    try:
-        yield own, folded
-    finally:
-        handle.remove()
+    def run(mode: str) -> Tensor:
+        with torch.inference_mode():
+            return decode(vaes[mode], latents)
+
+    def gate(name: str, mode: str, ours: Tensor, reference: Tensor) -> None:
+        gate_error(name, ours, reference)
+
+    paths = {mode: lambda mode=mode: run(mode) for mode in vaes}
+    request = f"decode {DECODED_FRAMES} frames of {size.replace('x', '×')}"
+    return compare(request, paths, vaes, gate, args.rounds)
+
+
+class Folded(TorchDispatchMode):
+    """Counts the pixel frames that folded networks encode, and the latent ones they decode.
+
+    Without hooks: with one, a VAE would run its own code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoded, self.decoded = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.cosmos3.pack_pixels.default:
+            self.encoded += args[0].shape[0]
+        elif func is torch.ops.cosmos3.unpack_pixels.default:
+            self.decoded += args[0].shape[0]
+        return func(*args, **(kwargs or {}))
 
 
 def report(package: str, rows: list[Row], args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""SGLang's Cosmos3 latent preparation before and after: the real stage, on a CPU.
+"""SGLang's Cosmos3 latent preparation and decode before and after: the real stage, on a CPU.
 
 The VAE has Cosmos3's topology and full width with seeded random weights. SGLang's conditioning
 cache is off: it is active only inside the engine's executor, which is not run here. Needs the
@@ -16,12 +16,23 @@ import sglang_engine
 import torch
 from torch import Tensor
 
-from benchmarks.engines.compare import UNPATCHED, Row, arguments, compare, report
+from benchmarks.cases import vae_config
+from benchmarks.engines.compare import (
+    UNPATCHED,
+    Row,
+    arguments,
+    compare,
+    compare_decodes,
+    report,
+)
 from benchmarks.harness import gate_equal, gate_error
 from cosmos3_fast.vae.verify import FLOAT32_BOUND
 
 # The stage rounds its latents to bfloat16: half an ulp each, and what float32 adds.
 FAST_BOUND = 2**-8 + FLOAT32_BOUND
+
+# Its own decode serves clips unless this is asked for.
+CLIPS = "fast,clips"
 
 Forward = Callable[..., Any]
 
@@ -44,8 +55,9 @@ def main() -> int:
     }
 
     rows: list[Row] = []
+    of_stages = {mode: stage.vae for mode, stage in stages.items()}
     for kind, request in requests.items():
-        # Clips are exact in fast mode too.
+        # Clips are exact in fast mode too, unless they are asked for.
         modes = list(forwards) if kind == "I2V" else [UNPATCHED, "exact"]
 
         def prepare(mode: str, request: dict[str, Tensor] = request) -> Any:
@@ -56,7 +68,15 @@ def main() -> int:
         for mode in modes:
             prepare(mode)  # the first request accelerates the VAE
         paths = {mode: lambda mode=mode, prepare=prepare: prepare(mode) for mode in modes}
-        rows += compare(kind, paths, vae, gate, args.rounds)
+        rows += compare(kind, paths, of_stages, gate, args.rounds)
+    widths = vae_config(args.base_dim)
+    whole = sglang_engine.make_vae(
+        torch.float32, widths["base_dim"], decoder_base_dim=widths["decoder_base_dim"]
+    )
+    vaes = {UNPATCHED: whole, CLIPS: copy.deepcopy(whole)}
+    with sglang_engine.patched(CLIPS):
+        sglang_engine.make_stage(vaes[CLIPS])
+        rows += compare_decodes(vaes, lambda vae, latents: vae.decode(latents), args)
     report("sglang", rows, args)
     return 0
 

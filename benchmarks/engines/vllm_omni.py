@@ -1,4 +1,4 @@
-"""vLLM-Omni's Cosmos3 latent preparation before and after: the real pipeline method, on a CPU.
+"""vLLM-Omni's Cosmos3 latent preparation and decode before and after: its own code, on a CPU.
 
 The VAE has Cosmos3's topology and full width with seeded random weights. vLLM-Omni encodes no
 more frames than it needs by itself, so that exact mode is the unpatched engine. Needs the
@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import omni_pipeline
 import torch
 from torch import Tensor
 
 from benchmarks.cases import vae_config
-from benchmarks.engines.compare import UNPATCHED, arguments, compare, report
+from benchmarks.engines.compare import (
+    UNPATCHED,
+    arguments,
+    compare,
+    compare_decodes,
+    report,
+)
 from benchmarks.harness import gate_equal, gate_error
 
 
@@ -35,9 +42,19 @@ def main() -> int:
             return pipelines[mode]._prepare_latents_i2v(image, *size, generator)
 
     paths = {mode: lambda mode=mode: prepare(mode) for mode in pipelines}
-    rows = compare("I2V", paths, vae, gate, args.rounds)
+    vaes = {mode: pipeline.vae for mode, pipeline in pipelines.items()}
+    rows = compare("I2V", paths, vaes, gate, args.rounds)
+    whole = omni_pipeline.make_vae(config=vae_config(args.base_dim), decoder_base_dim=None)
+    vaes = {UNPATCHED: whole, "fast,clips": copy.deepcopy(whole)}
+    omni_pipeline.make_fast(vaes["fast,clips"], clips=True)
+    rows += compare_decodes(vaes, decode, args)
     report("vllm-omni", rows, args)
     return 0
+
+
+def decode(vae: Any, latents: Tensor) -> Tensor:
+    (pixels,) = vae.decode(latents, return_dict=False)
+    return pixels
 
 
 def gate(name: str, mode: str, ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:

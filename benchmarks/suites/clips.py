@@ -13,7 +13,7 @@ from importlib import util
 import torch
 from torch import Tensor
 
-from benchmarks.cases import DTYPES, OURS, SEED, TINY_DIM, channels_last, sides, vae_config
+from benchmarks.cases import DTYPES, OURS, TINY_DIM, channels_last, seeded_clip, vae_config
 from benchmarks.harness import Row, Suite, gate_paths, say, timed_rows
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae import ClipDecoder, ClipEncoder, synthetic
@@ -21,15 +21,6 @@ from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
 
 CHANNELS_LAST = "the VAE, channels_last_3d"
 DIRECT = "direct taps"
-
-
-def seeded_clip(
-    channels: int, frames: int, size: str, factor: int, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Noise [1, C, frames, H/factor, W/factor] for videos of a "HEIGHTxWIDTH"."""
-    height, width = (side // factor for side in sides(size))
-    generator = torch.Generator().manual_seed(SEED)
-    return torch.randn(1, channels, frames, height, width, generator=generator).to(dtype)
 
 
 @torch.inference_mode()

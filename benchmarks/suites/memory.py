@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from benchmarks.cases import DTYPES, TINY_DIM, sides, vae_config
+from benchmarks.cases import DTYPES, TINY_DIM, seeded_clip, sides, vae_config
 from benchmarks.harness import ROOT, Call, Figures, Suite, say
 from benchmarks.suites.bulk import NEEDED
-from benchmarks.suites.clips import seeded_clip
 from cosmos3_fast.bulk import encode
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae import ClipDecoder, FrameDecoder, FrameEncoder, synthetic

@@ -21,6 +21,7 @@ from benchmarks import cases, demo, goals, harness, report, run
 from benchmarks.cases import OURS
 from benchmarks.suites import SUITES, engines
 from benchmarks.suites import op as op_suite
+from cosmos3_fast.ops._torch import has_hooks_of_all_modules
 
 RESULTS = sorted(path.parent.name for path in report.RESULTS.glob("*/result.json"))
 
@@ -171,6 +172,14 @@ def test_a_clock_is_asked_when_all_calls_of_a_round_are_enqueued():
     assert [timing.seconds for timing in timings.values()] == [(6.0,), (8.0,)]
     assert harness.Timing((3.0, 1.0, 2.0)).median == 2.0
     assert harness.Timing((3.0, 1.0, 2.0)).quantile(0.25) == 1.5
+
+
+def test_operations_are_counted_without_hooks() -> None:
+    """With one on all modules an accelerated VAE runs its own code, and a gate compares nothing."""
+    layer, x = torch.nn.Linear(3, 5), torch.zeros(2, 3)
+    seen, operations = harness.count_flops(lambda: (layer(x), has_hooks_of_all_modules())[1])
+    assert not seen
+    assert operations == 2 * 2 * 3 * 5
 
 
 @pytest.mark.parametrize("out_dtype", [None, torch.float32])

@@ -31,10 +31,14 @@ VAE_CONFIG = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": 16})
 
 
 def make_vae(
-    dtype: torch.dtype = torch.float32, seed: int = 0, config: Mapping[str, Any] = VAE_CONFIG
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    config: Mapping[str, Any] = VAE_CONFIG,
+    decoder_base_dim: int | None = 4,
 ) -> DistributedAutoencoderKLWan:
-    """The engine's VAE class in Cosmos3's topology, narrow by default, with seeded weights."""
-    source = synthetic_vae(config, seed, decoder_base_dim=4)
+    """The engine's VAE class in Cosmos3's topology, narrow by default, with seeded weights; the
+    decoder is as wide as `config` has it where no other width is given."""
+    source = synthetic_vae(config, seed, decoder_base_dim)
     with torch.device("meta"):
         vae = DistributedAutoencoderKLWan.from_config(source.config)
     vae.load_state_dict(source.state_dict(), assign=True)

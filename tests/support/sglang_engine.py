@@ -48,6 +48,7 @@ from cosmos3_fast.vae.live import seam  # noqa: E402
 from cosmos3_fast.vae.synthetic import (  # noqa: E402
     COSMOS3_VAE_CONFIG,
     synthetic_config,
+    synthetic_decoder_state_dict,
     synthetic_state_dict,
 )
 
@@ -84,6 +85,7 @@ def make_vae(
     base_dim: int = 16,
     seed: int = 0,
     arch: dict[str, Any] | None = None,
+    decoder_base_dim: int | None = None,
     **settings: Any,
 ) -> AutoencoderKLWan:
     """SGLang's VAE in Cosmos3's topology with seeded random weights.
@@ -91,15 +93,20 @@ def make_vae(
     Args:
         base_dim: width of the encoder; Cosmos3 has 160.
         arch: what of the topology is not Cosmos3's.
+        decoder_base_dim: width of the decoder, Cosmos3's 256; None: a narrow one, all zeros.
         settings: of `WanVAEConfig`, such as `use_feature_cache`.
     """
     config = synthetic_config({**COSMOS3_VAE_CONFIG, "base_dim": base_dim, **(arch or {})}, seed)
     names = set(WanVAEArchConfig.__dataclass_fields__)
     values = {name: value for name, value in config.items() if name in names}
-    values["decoder_base_dim"] = 8
+    values["decoder_base_dim"] = decoder_base_dim or 8
     with torch.device("meta"):
         vae = AutoencoderKLWan(WanVAEConfig(arch_config=WanVAEArchConfig(**values), **settings))
     state = synthetic_state_dict(config, seed)
+    if decoder_base_dim is not None:
+        state |= synthetic_decoder_state_dict(
+            {**config, "decoder_base_dim": decoder_base_dim}, seed
+        )
     for name, tensor in vae.state_dict().items():
         if name not in state:
             state[name] = torch.zeros(tensor.shape)
