@@ -62,7 +62,7 @@ $(VENV)/bench.stamp: $(VENV)/demo.stamp
 bench: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run --out out/bench
 
-## make bench-full    every size, more rounds, and the documents' tables from it (45 minutes)
+## make bench-full    every size, more rounds, and the documents' tables from it (90 minutes)
 bench-full: $(VENV)/bench.stamp
 	$(BIN)/python -m benchmarks.run --full --out benchmarks/results/cpu
 	$(BIN)/python -m benchmarks.report

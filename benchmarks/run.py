@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     suites = list(SUITES)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     setting = parser.add_mutually_exclusive_group()
-    setting.add_argument("--full", action="store_true", help="every size, more rounds (45 minutes)")
+    setting.add_argument("--full", action="store_true", help="every size, more rounds (90 minutes)")
     setting.add_argument(
         "--tiny", action="store_true", help="seconds for each suite: tries them, measures nothing"
     )

@@ -1,23 +1,32 @@
 """A clip to pixels and to latents: the 3-D VAE, the same channels-last, direct taps, and blocks.
 
-Where the package fastvae is installed, its decoder is a row too.
+Where the package fastvae is installed, its decoder is a row too. `clips_kept` are the VAE and ours
+alone in a process whose malloc keeps its memory, as docs/clips.md says.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from importlib import util
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, OURS, TINY_DIM, channels_last, seeded_clip, vae_config
-from benchmarks.harness import Row, Suite, gate_paths, say, timed_rows
+from benchmarks.harness import ROOT, Row, Suite, gate_paths, say, timed_rows
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae import ClipDecoder, ClipEncoder, synthetic
 from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
+
+# What lets glibc's malloc keep memory instead of mapping it anew at each call, in large pages.
+KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.hugetlb=1"
 
 CHANNELS_LAST = "the VAE, channels_last_3d"
 DIRECT = "direct taps"
@@ -87,3 +96,19 @@ SUITE = Suite(
         "full": {"size": "256x448", "frames": 17, "rounds": 3},
     },
 )
+
+
+def kept(**setting: Any) -> Iterator[Row]:
+    """`clips` of the VAE and ours in a new process that keeps its memory."""
+    command = [sys.executable, "-m", "benchmarks.suites.clips", json.dumps(setting)]
+    environment = {**os.environ, "GLIBC_TUNABLES": KEEPING}
+    printed = subprocess.check_output(command, cwd=ROOT, text=True, env=environment)
+    yield from json.loads(printed)
+
+
+KEPT = Suite(kept, SUITE.settings)
+
+
+if __name__ == "__main__":
+    made = clips(**json.loads(sys.argv[1]), others=False)
+    print(json.dumps([{**row, "suite": "clips_kept"} for row in made]))
