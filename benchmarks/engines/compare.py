@@ -19,6 +19,7 @@ from benchmarks.harness import GateError, Row, count_flops, gate_error, machine,
 from benchmarks.report import engine_lines
 from cosmos3_fast.engines.selftest import frames_through
 from cosmos3_fast.frames import latent_frames
+from cosmos3_fast.vae.live.exact import decode_sample
 
 UNPATCHED = "unpatched"
 DECODED_FRAMES = 9
@@ -91,14 +92,11 @@ def compare(
     ]
 
 
-def compare_decodes(
-    vaes: Mapping[str, Any], decode: Callable[[Any, Tensor], Tensor], args: argparse.Namespace
-) -> list[Row]:
+def compare_decodes(vaes: Mapping[str, Any], args: argparse.Namespace) -> list[Row]:
     """Rows of the decode of a few frames, half as high and as wide as the encoded ones.
 
     Args:
         vaes: the engine's VAE by mode, `UNPATCHED` first.
-        decode: what the engine calls: a VAE and unnormalised latents → pixels.
         args: of the command line.
     """
     height, width = (side // 32 * 16 for side in (args.height, args.width))
@@ -107,7 +105,7 @@ def compare_decodes(
 
     def run(mode: str) -> Tensor:
         with torch.inference_mode():
-            return decode(vaes[mode], latents)
+            return decode_sample(vaes[mode], latents)
 
     def gate(name: str, mode: str, ours: Tensor, reference: Tensor) -> None:
         gate_error(name, ours, reference)
@@ -118,7 +116,7 @@ def compare_decodes(
 
 
 class Folded(TorchDispatchMode):
-    """Counts the pixel frames that folded networks encode, and the latent ones they decode.
+    """Counts the pixel frames that folded networks encode, and those that they decode.
 
     Without hooks: with one, a VAE would run its own code.
     """

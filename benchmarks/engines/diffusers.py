@@ -66,14 +66,9 @@ def main() -> int:
     whole = synthetic_vae(vae_config(args.base_dim), 0, None)
     vaes = {UNPATCHED: whole, "fast": copy.deepcopy(whole)}
     accelerate(vaes["fast"], "fast")
-    rows += compare_decodes(vaes, decode, args)
+    rows += compare_decodes(vaes, args)
     report("diffusers", rows, args)
     return 0
-
-
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    (pixels,) = vae.decode(latents, return_dict=False)
-    return pixels
 
 
 def gate(name: str, mode: str, ours: tuple[Any, ...], reference: tuple[Any, ...]) -> None:

@@ -76,7 +76,7 @@ def main() -> int:
     vaes = {UNPATCHED: whole, CLIPS: copy.deepcopy(whole)}
     with sglang_engine.patched(CLIPS):
         sglang_engine.make_stage(vaes[CLIPS])
-        rows += compare_decodes(vaes, lambda vae, latents: vae.decode(latents), args)
+        rows += compare_decodes(vaes, args)
     report("sglang", rows, args)
     return 0
 

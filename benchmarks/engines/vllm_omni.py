@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from typing import Any
 
 import omni_pipeline
 import torch
@@ -47,14 +46,9 @@ def main() -> int:
     whole = omni_pipeline.make_vae(config=vae_config(args.base_dim), decoder_base_dim=None)
     vaes = {UNPATCHED: whole, "fast,clips": copy.deepcopy(whole)}
     omni_pipeline.make_fast(vaes["fast,clips"], clips=True)
-    rows += compare_decodes(vaes, decode, args)
+    rows += compare_decodes(vaes, args)
     report("vllm-omni", rows, args)
     return 0
-
-
-def decode(vae: Any, latents: Tensor) -> Tensor:
-    (pixels,) = vae.decode(latents, return_dict=False)
-    return pixels
 
 
 def gate(name: str, mode: str, ours: tuple[Tensor, ...], reference: tuple[Tensor, ...]) -> None:

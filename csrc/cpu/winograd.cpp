@@ -285,8 +285,8 @@ Multiply best_multiply() {
   return multiply_base;
 }
 
-// What a thread works in. It is kept from call to call: memory that malloc gives back to the system
-// has its 4 KB pages made and cleared again at each call, a tenth of a clip's encode.
+// What a thread works in, some 10 MB. It is kept from call to call and goes with the thread: memory
+// that malloc gives back to the system has its 4 KB pages made and cleared again at each call.
 class Workspace {
  public:
   float* of(int64_t floats) {
