@@ -259,15 +259,16 @@ struct FrameResults {
   Tensor sum, transformed, last;
 };
 
-inline FrameResults empty_results(const FrameArguments& arguments) {
+// `empty` gives a contiguous tensor of some sizes and a dtype.
+template <typename Empty>
+FrameResults empty_results(const FrameArguments& arguments, Empty&& empty) {
   const Tensor& first = arguments.first();
   const int64_t frames = arguments.frames, to = arguments.to;
   auto make = [&](std::vector<int64_t> leading, ScalarType dtype) {
     for (int64_t size : {arguments.batch(), first.size(2), first.size(3), first.size(1)}) {
       leading.push_back(size);
     }
-    return channels_before_image(
-        torch::stable::empty(leading, dtype, std::nullopt, first.device()));
+    return channels_before_image(empty(leading, dtype));
   };
   auto nothing = [&](ScalarType dtype) {
     return torch::stable::empty({0}, dtype, std::nullopt, first.device());

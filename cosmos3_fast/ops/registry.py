@@ -107,6 +107,19 @@ def _library_serves(op: str, device: str) -> bool:
     return LIBRARY_ERROR is None and REGISTERED[op].has_kernel_for_dispatch_key(device.upper())
 
 
+def _define_keep_memory() -> Kernel:
+    """Gives the op that `unobserved` calls; one that does nothing where the library has none."""
+    schema = "keep_memory(bool keep) -> ()"
+    SCHEMAS.append(schema)
+    if not _is_defined("keep_memory"):
+        _definitions.define(schema)
+        _definitions.impl("keep_memory", lambda keep: None, "CompositeExplicitAutograd")
+    return _torch.callable_of(_overload("keep_memory"))
+
+
+_keep_memory = _define_keep_memory()
+
+
 def register(
     schema: str,
     check: Kernel,
@@ -226,14 +239,25 @@ class unobserved:
     Who enters it has seen that they are plain tensors, that none is differentiated, that nothing is
     compiled, no mode and no transform is on (`_torch.is_watched`), and that no code of a user's
     runs inside.
+
+    Args:
+        device: of the network. On a CPU, results of the library's kernels lie where earlier ones
+            lay that are gone, until the outermost such context is left (`csrc/cpu/results.cpp`).
     """
+
+    def __init__(self, device: torch.device) -> None:
+        self._keeps_memory = device.type == "cpu"
 
     def __enter__(self) -> None:
         self._before, _thread.unobserved = _thread.unobserved, True
         self._below = _torch.below_autograd()
         self._below.__enter__()
+        if self._keeps_memory:
+            _keep_memory(True)
 
     def __exit__(self, *error: object) -> None:
+        if self._keeps_memory:
+            _keep_memory(False)
         self._below.__exit__(*error)
         _thread.unobserved = self._before
 

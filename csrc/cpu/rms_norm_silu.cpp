@@ -11,8 +11,8 @@
 #include "../addends.h"
 #include "../channels_last.h"
 #include "../dtypes.h"
-#include "huge_pages.h"
 #include "norms.h"
+#include "results.h"
 #include "simd.h"
 
 namespace cosmos3 {
@@ -189,10 +189,7 @@ void add_and_normalize(const Tensor& x, const std::optional<Tensor>& weight, boo
 }
 
 Tensor empty_like_image(const Tensor& x, int64_t pad = 0) {
-  Tensor out = empty_channels_last(x, x.size(0), x.size(1), x.size(2) + pad, x.size(3) + pad,
-                                   x.scalar_type());
-  prefer_huge_pages(out);
-  return out;
+  return new_image(x.size(0), x.size(1), x.size(2) + pad, x.size(3) + pad, x.scalar_type());
 }
 
 Tensor rms_norm_silu(Tensor x, std::optional<Tensor> weight, bool silu, std::optional<Tensor> bias,

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "../transform_frames.h"
-#include "huge_pages.h"
 #include "norms.h"
+#include "results.h"
 #include "simd.h"
 
 namespace cosmos3 {
@@ -326,10 +326,7 @@ void transform_all(const FrameArguments& arguments, const FrameResults& results)
 
 FrameResults compute(const FrameArguments& arguments) {
   return allocating(arguments.op, [&] {
-    const FrameResults results = empty_results(arguments);
-    for (const Tensor* each : {&results.sum, &results.transformed, &results.last}) {
-      prefer_huge_pages(*each);
-    }
+    const FrameResults results = empty_results(arguments, new_result);
     if (arguments.first().numel() > 0) {
       if (arguments.first().scalar_type() == ScalarType::Double) {
         transform_all<double>(arguments, results);

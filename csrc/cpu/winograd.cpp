@@ -14,7 +14,7 @@
 
 #include "../channels_last.h"
 #include "../checks.h"
-#include "huge_pages.h"
+#include "results.h"
 #include "simd.h"
 #include "streaming.h"
 
@@ -371,8 +371,7 @@ void pack_panels(float* to, const Kernels& g, int64_t panels, int64_t in, bool s
 
 Tensor pack(const Tensor& weight) {
   const int64_t panels = weight.size(0) / kPanel, in = weight.size(1);
-  Tensor packed = torch::stable::new_empty(weight, {kPoints, panels, in, kPanel});
-  prefer_huge_pages(packed);
+  Tensor packed = new_result({kPoints, panels, in, kPanel}, ScalarType::Float);
   const Kernels g{static_cast<const float*>(weight.const_data_ptr()),
                   {weight.stride(0), weight.stride(1), weight.stride(2), weight.stride(3)}};
   float* to = static_cast<float*>(packed.mutable_data_ptr());
@@ -403,12 +402,10 @@ Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optiona
   if (residual.has_value()) {
     dense_residual = channels_last(*residual);
   }
-  Tensor out = empty_channels_last(x, conv.batch, conv.out_channels, conv.height, conv.width,
-                                   ScalarType::Float);
+  Tensor out = new_image(conv.batch, conv.out_channels, conv.height, conv.width, ScalarType::Float);
   if (out.numel() == 0) {
     return out;
   }
-  prefer_huge_pages(out);
   auto data = [](const Tensor& tensor) {
     return static_cast<const float*>(tensor.const_data_ptr());
   };

@@ -719,7 +719,11 @@ void transform_all(const FrameArguments& arguments, const FrameResults& results)
 FrameResults compute(const FrameArguments& arguments) {
   const Tensor& first = arguments.first();
   const DeviceGuard guard(first.get_device_index());
-  const FrameResults results = allocating(arguments.op, [&] { return empty_results(arguments); });
+  const FrameResults results = allocating(arguments.op, [&] {
+    return empty_results(arguments, [&](const std::vector<int64_t>& sizes, ScalarType dtype) {
+      return torch::stable::empty(sizes, dtype, std::nullopt, first.device());
+    });
+  });
   if (first.numel() > 0 && (arguments.keep_sum || arguments.to)) {
     if (first.scalar_type() == ScalarType::Double) {
       transform_all<double>(arguments, results);

@@ -165,7 +165,7 @@ class FoldedNetwork(nn.Module):
         """A context in which ops are called without a question, where nothing observes a call."""
         if torch.compiler.is_compiling() or self._read(given) is None:
             return nullcontext()
-        return unobserved()
+        return unobserved(given.device)
 
     @property
     def _weight(self) -> Tensor:

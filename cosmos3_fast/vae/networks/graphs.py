@@ -206,7 +206,7 @@ class Captures(FoldedNetwork):
         tensors = None if torch.compiler.is_compiling() else self._read(given)
         if tensors is None:
             return run(given)
-        with unobserved():
+        with unobserved(given.device):
             if self._graphs is None:
                 return run(given)
             name = type(self).__name__
