@@ -79,8 +79,11 @@ constexpr int kPatch = 6;       // inputs along each edge
 constexpr int64_t kPanel = 32;  // output channels packed side by side
 constexpr int64_t kRows = 12;   // tiles that one register block takes
 constexpr int64_t kVectorLanes = 16;
+constexpr int64_t kSummed = 64;  // products that are summed in a register
 // Transformed inputs of one block of tiles: what stays in the last-level cache beside its outputs.
 constexpr int64_t kBlockBytes = 4 << 20;
+// But at least so many times kRows, among which the kernels' way from memory is shared.
+constexpr int64_t kLeastRows = 8;
 
 constexpr double kA = 0.75, kB = 1.5;
 constexpr float kAf = kA, kBf = kB;
@@ -137,6 +140,25 @@ struct Conv {
   }
 };
 
+// A thread's transformed tiles or products, [point][tile][channel]. Rows and points do not lie a
+// power of two apart, where they would all fall into the same few sets of a cache.
+struct Tiles {
+  Tiles(float* to, int64_t rows, int64_t channels)
+      : data(to),
+        pitch(channels + kLine),
+        point(rows * pitch + (rows * pitch / kLine % 2 ? 0 : kLine)) {}
+  static int64_t size(int64_t rows, int64_t channels) {
+    return kPoints * (rows * (channels + kLine) + kLine);
+  }
+  float* at(int64_t of_point, int64_t row) const {
+    return data + of_point * point + row * pitch;
+  }
+
+  static constexpr int64_t kLine = 16;  // floats of a cache line
+  float* data;
+  int64_t pitch, point;
+};
+
 struct TileOrigin {
   int64_t b, y, x;  // of the tile's first output
 };
@@ -147,9 +169,9 @@ COSMOS3_INLINE TileOrigin origin_of(const Conv& conv, int64_t tile) {
   return {tile / conv.tiles_wide / conv.tiles_high, ty * kTile, tx * kTile};
 }
 
-// V[point][tile - first][channel] for tiles [first, first + count).
-COSMOS3_CLONES void transform_inputs(float* v, const float* in, const Conv& conv, int64_t first,
-                                     int64_t count, int64_t padded) {
+// Tiles [first, first + count).
+COSMOS3_CLONES void transform_inputs(const Tiles& v, const float* in, const Conv& conv,
+                                     int64_t first, int64_t count) {
   for (int64_t local = 0; local < count; ++local) {
     const TileOrigin at = origin_of(conv, first + local);
     for (int64_t c = 0; c < conv.in_channels; c += kVectorLanes) {
@@ -172,16 +194,16 @@ COSMOS3_CLONES void transform_inputs(float* v, const float* in, const Conv& conv
         Vec row[kPatch];
         input_transform(columns + y * kPatch, row, 1);
         for (int x = 0; x < kPatch; ++x) {
-          store(v + ((y * kPatch + x) * padded + local) * conv.in_channels + c, row[x]);
+          store(v.at(y * kPatch + x, local) + c, row[x]);
         }
       }
     }
   }
 }
 
-COSMOS3_CLONES void transform_outputs(float* out, const float* m, const float* bias,
+COSMOS3_CLONES void transform_outputs(float* out, const Tiles& m, const float* bias,
                                       const float* residual, const Conv& conv, int64_t first,
-                                      int64_t count, int64_t padded) {
+                                      int64_t count) {
   for (int64_t local = 0; local < count; ++local) {
     const TileOrigin at = origin_of(conv, first + local);
     for (int64_t c = 0; c < conv.out_channels; c += kVectorLanes) {
@@ -189,7 +211,7 @@ COSMOS3_CLONES void transform_outputs(float* out, const float* m, const float* b
       for (int x = 0; x < kPatch; ++x) {
         Vec points[kPatch];
         for (int y = 0; y < kPatch; ++y) {
-          points[y] = load<Vec>(m + ((y * kPatch + x) * padded + local) * conv.out_channels + c);
+          points[y] = load<Vec>(m.at(y * kPatch + x, local) + c);
         }
         output_transform(points, columns + x, kPatch);
       }
@@ -217,60 +239,78 @@ COSMOS3_CLONES void transform_outputs(float* out, const float* m, const float* b
   }
 }
 
-// m[kRows][kPanel] = v[kRows][depth] * u[depth][kPanel], held in registers over the whole depth.
+// m[Rows][kPanel] = v[Rows][depth] * u[depth][kPanel]. Products are summed in registers, kSummed at
+// a time, and those sums in m: a sum of a thousand products, one after the other, would round more
+// than both transforms. On the way it fetches `lines` cache lines from `ahead`, at most one for
+// each of the depth.
 template <typename V, int Rows>
-COSMOS3_INLINE void multiply_block(float* m, int64_t m_stride, const float* v, const float* u,
-                                   int64_t depth) {
+COSMOS3_INLINE void multiply_block(float* m, int64_t m_pitch, const float* v, int64_t v_pitch,
+                                   const float* u, int64_t depth, const float* ahead,
+                                   int64_t lines) {
   constexpr int kLanes = sizeof(V) / sizeof(float);
   constexpr int kVectors = kPanel / kLanes;
-  V sums[Rows][kVectors] = {};
-  for (int64_t k = 0; k < depth; ++k) {
-    V right[kVectors];
-    for (int j = 0; j < kVectors; ++j) {
-      right[j] = load<V>(u + k * kPanel + j * kLanes);
+  for (int64_t begin = 0; begin < depth; begin += kSummed) {
+    const int64_t end = std::min(begin + kSummed, depth);
+    V sums[Rows][kVectors] = {};
+    for (int64_t k = begin; k < end; ++k) {
+      if (k < lines) {
+        __builtin_prefetch(ahead + k * Tiles::kLine, 0, 2);
+      }
+      V right[kVectors];
+      for (int j = 0; j < kVectors; ++j) {
+        right[j] = load<V>(u + k * kPanel + j * kLanes);
+      }
+      for (int i = 0; i < Rows; ++i) {
+        const float left = v[i * v_pitch + k];
+        for (int j = 0; j < kVectors; ++j) {
+          sums[i][j] += left * right[j];
+        }
+      }
     }
     for (int i = 0; i < Rows; ++i) {
-      const float left = v[i * depth + k];
       for (int j = 0; j < kVectors; ++j) {
-        sums[i][j] += left * right[j];
+        float* to = m + i * m_pitch + j * kLanes;
+        store(to, begin == 0 ? sums[i][j] : load<V>(to) + sums[i][j]);
       }
     }
   }
-  for (int i = 0; i < Rows; ++i) {
-    for (int j = 0; j < kVectors; ++j) {
-      store(m + i * m_stride + j * kLanes, sums[i][j]);
-    }
-  }
 }
 
-// The product of one point: m[padded][out] = v[padded][in] * u, `u` packed in panels.
+// The product of one point: m[rows][out] = v[rows][in] * u, `u` packed in panels. A panel comes
+// from beyond the second-level cache, slower than it is multiplied; so while one is, the next one,
+// which lies behind it, is fetched there, a part beside each block of rows.
 template <typename V, int Rows>
-COSMOS3_INLINE void multiply_point(float* m, const float* v, const float* u, int64_t padded,
-                                   int64_t in, int64_t out) {
-  for (int64_t panel = 0; panel < out / kPanel; ++panel) {
-    for (int64_t row = 0; row < padded; row += Rows) {
-      multiply_block<V, Rows>(m + row * out + panel * kPanel, out, v + row * in,
-                              u + panel * in * kPanel, in);
+COSMOS3_INLINE void multiply_point(const Tiles& m, const Tiles& v, const float* u, int point,
+                                   int64_t rows, int64_t in, int64_t out) {
+  const int64_t lines = in * kPanel / Tiles::kLine, blocks = rows / Rows;
+  const int64_t each = std::min(in, (lines + blocks - 1) / blocks);
+  for (int64_t panel = 0; panel < out / kPanel; ++panel, u += in * kPanel) {
+    const float* ahead = u + in * kPanel;
+    for (int64_t row = 0; row < rows; row += Rows, ahead += each * Tiles::kLine) {
+      multiply_block<V, Rows>(m.at(point, row) + panel * kPanel, m.pitch, v.at(point, row), v.pitch,
+                              u, in, ahead, each);
     }
   }
 }
 
-using Multiply = void (*)(float*, const float*, const float*, int64_t, int64_t, int64_t);
+using Multiply = void (*)(const Tiles&, const Tiles&, const float*, int, int64_t, int64_t, int64_t);
 
 // Rows x vectors fill the register file of each set: 32 of 64 bytes, 16 of 32, 16 of 16.
 #if defined(__x86_64__)
 __attribute__((target("avx512f,fma"), optimize("fp-contract=fast"))) void multiply_avx512(
-    float* m, const float* v, const float* u, int64_t padded, int64_t in, int64_t out) {
-  multiply_point<Vec, 12>(m, v, u, padded, in, out);
+    const Tiles& m, const Tiles& v, const float* u, int point, int64_t rows, int64_t in,
+    int64_t out) {
+  multiply_point<Vec, 12>(m, v, u, point, rows, in, out);
 }
 __attribute__((target("avx2,fma"), optimize("fp-contract=fast"))) void multiply_avx2(
-    float* m, const float* v, const float* u, int64_t padded, int64_t in, int64_t out) {
-  multiply_point<Vec8, 3>(m, v, u, padded, in, out);
+    const Tiles& m, const Tiles& v, const float* u, int point, int64_t rows, int64_t in,
+    int64_t out) {
+  multiply_point<Vec8, 3>(m, v, u, point, rows, in, out);
 }
 #endif
-void multiply_base(float* m, const float* v, const float* u, int64_t padded, int64_t in,
-                   int64_t out) {
-  multiply_point<Vec8, 1>(m, v, u, padded, in, out);
+void multiply_base(const Tiles& m, const Tiles& v, const float* u, int point, int64_t rows,
+                   int64_t in, int64_t out) {
+  multiply_point<Vec8, 1>(m, v, u, point, rows, in, out);
 }
 
 Multiply best_multiply() {
@@ -421,30 +461,30 @@ Tensor convolve(const Tensor& x, const Tensor& packed_weight, const std::optiona
   const int64_t tiles = conv.tiles();
   const int64_t units = (tiles + kRows - 1) / kRows;
   const int64_t row_bytes = kPoints * conv.in_channels * sizeof(float);
-  const int64_t block = std::max<int64_t>(4, kBlockBytes / row_bytes / kRows) * kRows;
+  const int64_t block = std::max(kLeastRows, kBlockBytes / row_bytes / kRows) * kRows;
   torch::stable::parallel_for(0, units, 1, [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kRows, tiles);
     const int64_t held = std::min(block, (end - begin) * kRows);
     thread_local Workspace workspace;
-    float* v = workspace.of(kPoints * held * (conv.in_channels + conv.out_channels));
-    float* m = v + kPoints * held * conv.in_channels;
+    float* memory =
+        workspace.of(Tiles::size(held, conv.in_channels) + Tiles::size(held, conv.out_channels));
+    const Tiles v(memory, held, conv.in_channels);
+    const Tiles m(memory + Tiles::size(held, conv.in_channels), held, conv.out_channels);
     for (int64_t first = begin * kRows; first < last; first += block) {
       const int64_t count = std::min(block, last - first);
       // Rows past the last tile are multiplied too and never read.
-      const int64_t padded = (count + kRows - 1) / kRows * kRows;
-      if (padded != count) {
-        for (int point = 0; point < kPoints; ++point) {
-          std::fill_n(v + (point * padded + count) * conv.in_channels,
-                      (padded - count) * conv.in_channels, 0.0f);
+      const int64_t rows = (count + kRows - 1) / kRows * kRows;
+      for (int point = 0; point < kPoints; ++point) {
+        for (int64_t row = count; row < rows; ++row) {
+          std::fill_n(v.at(point, row), conv.in_channels, 0.0f);
         }
       }
-      transform_inputs(v, in, conv, first, count, padded);
+      transform_inputs(v, in, conv, first, count);
       for (int point = 0; point < kPoints; ++point) {
-        multiply(m + point * padded * conv.out_channels, v + point * padded * conv.in_channels,
-                 u + point * conv.in_channels * conv.out_channels, padded, conv.in_channels,
-                 conv.out_channels);
+        multiply(m, v, u + point * conv.in_channels * conv.out_channels, point, rows,
+                 conv.in_channels, conv.out_channels);
       }
-      transform_outputs(to, m, bias_data, residual_data, conv, first, count, padded);
+      transform_outputs(to, m, bias_data, residual_data, conv, first, count);
     }
     end_streaming();
   });

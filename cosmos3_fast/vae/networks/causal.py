@@ -41,7 +41,7 @@ from cosmos3_fast.ops.winograd import same_bits
 
 TAPS = 3
 # From here a product in space saves more than it takes to pack its kernel for it.
-_TILES_WORTH_PACKING = 128
+TILES_WORTH_PACKING = 48
 
 
 class Memory:
@@ -468,7 +468,7 @@ class CausalConv(WinogradConv):
             return torch.cat([*self.earlier.chunk(TAPS - 1), self._last_kernel()], 1)
 
         weight: Tensor = memory.once(self, kernel)
-        if self._takes_winograd(x, weight, min_tiles=_TILES_WORTH_PACKING):
+        if self._takes_winograd(x, weight, min_tiles=TILES_WORTH_PACKING):
             return Sum(winograd_conv3x3(x, winograd_pack(weight.detach()), self.bias, residual))
         if defers_bias(x):
             return Sum(F.conv2d(x, weight, None, padding=1), self.bias, residual)
@@ -481,7 +481,7 @@ class CausalConv(WinogradConv):
             width = self.out_channels
             kernel = self.earlier[index * width : (index + 1) * width]
         # Packed each time: kept, the packed kernels would be four times the network.
-        tiles = max(_TILES_WORTH_PACKING, self._min_tiles or 0)
+        tiles = max(TILES_WORTH_PACKING, self._min_tiles or 0)
         if self._takes_winograd(x, kernel, min_tiles=tiles):
             return winograd_conv3x3(x, winograd_pack(kernel.detach()))
         return F.conv2d(x, kernel, padding=1)
