@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from cosmos3_fast.ops.cook_toom import cook_toom_tensors
 from cosmos3_fast.vae.config import UnsupportedVAEError
 from cosmos3_fast.vae.networks.causal import TAPS, CausalConv, Temporal
+from cosmos3_fast.vae.networks.layers import phase_kernels
 from cosmos3_fast.vae.topology import DecoderTopology, EncoderTopology, Topology
 
 FLOAT16_MOST = 64000.0
@@ -145,6 +146,15 @@ class Fold:
             self.tensors[f"{target}.earlier"] = earlier
             self.tensors[f"{target}.exponents"] = exponents
 
+    def upsample(self, source: str, target: str) -> None:
+        """What a `layers.Upsample` takes."""
+        weight = self.read(f"{source}.weight")
+        if self._modules[target].weight is None:
+            self.put(f"{target}.phases", torch.cat(phase_kernels(weight.double())))
+        else:
+            self.put(f"{target}.weight", weight)
+        self.put(f"{target}.bias", self.read(f"{source}.bias"))
+
     def time_conv(self, source: str, target: str) -> None:
         """A convolution along time alone, as one on three frames side by side."""
         if target in self._modules:
@@ -261,7 +271,7 @@ def _fold_decoder(fold: Fold, topology: DecoderTopology) -> None:
         for j, source in enumerate(blocks):
             fold.residual_block(source, f"stages.{i}.blocks.{j}", j == 0 and changes_width)
         if upsampler is not None:
-            fold.conv(f"{upsampler}.resample.1", f"stages.{i}.upsample")
+            fold.upsample(f"{upsampler}.resample.1", f"stages.{i}.upsample")
             fold.time_conv(f"{upsampler}.time_conv", f"stages.{i}.time_conv")
     gamma = fold.norm("decoder.norm_out", "norm_out")
     fold.causal(

@@ -7,7 +7,7 @@ of what came before; layers without a view of other frames ignore it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from cosmos3_fast.ops import winograd_conv3x3
 from cosmos3_fast.ops.registry import is_differentiated, is_unobserved
 from cosmos3_fast.vae.networks.causal import (
     TAPS,
+    TILES_WORTH_PACKING,
     CausalConv,
     Memory,
     NormSiLU,
@@ -303,12 +304,38 @@ class Upsample(WinogradConv):
 
     Both are four convolutions of 2x2 on the small image, one per row and column of an output cell
     (`phase_kernels`): 16 products instead of 36. Each phase is computed and written where it
-    belongs, so that no more than one is held beside the result. The kernels are made at each
-    call, in seven launches, or on a GPU once for a clip: kept, they would be 16 weights for 9,
-    75 MB for Cosmos3 in bfloat16.
+    belongs, so that no more than one is held beside the result.
 
-    Where Winograd's convolution pays, it takes the up-sampled image: 9 products.
+    Where Winograd's convolution pays, it takes the up-sampled image: 9 products. That is in
+    float32, in which it therefore holds the 3x3 kernels, and makes those of the phases at each
+    call, or on a GPU once for a clip. In other dtypes it holds those of the phases: 16 weights for
+    9, 33 MB more for Cosmos3 in bfloat16, and none to make.
+
+    Attributes:
+        weight: [C', C, 3, 3] in float32, else None.
+        phases: None in float32, else [4·C', C, 2, 2], `phase_kernels` one after the other.
     """
+
+    def __init__(self, in_channels: int, out_channels: int, min_tiles: int | None = None) -> None:
+        super().__init__(in_channels, out_channels, min_tiles)
+        self.register_parameter("phases", None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Upsample:
+        weight: Tensor | None = self.weight
+        if weight is not None:
+            dtype = fn(torch.empty(0, dtype=weight.dtype, device=weight.device)).dtype
+            if dtype != torch.float32:
+                phases = torch.cat(phase_kernels(weight.detach().double())).to(dtype)
+                self.phases = nn.Parameter(phases, requires_grad=weight.requires_grad)
+                self.register_parameter("weight", None)
+        super()._apply(fn, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if self.weight is None and f"{prefix}weight" in state_dict:  # of a float32 network
+            kernels = phase_kernels(state_dict.pop(f"{prefix}weight").double())
+            state_dict[f"{prefix}phases"] = torch.cat(kernels).to(self.phases.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(  # type: ignore[override]
         self,
@@ -341,10 +368,10 @@ class Upsample(WinogradConv):
                 [duplicated_phase(shortcut, self.out_channels, factor_t, t, p) for t in times]
                 for p in range(4)
             ]
-        weight, bias = self.weight, self.bias
-        # By one frame, so that all frames of a clip go one way.
-        frame = x if memory is None else x[:batch]
-        if self._takes_winograd(frame, weight, scale=2):
+        bias = self.bias
+        # A clip's kernels are packed when they are used, not kept.
+        tiles = None if memory is None or memory.first else TILES_WORTH_PACKING
+        if self.phases is None and self._takes_winograd(x, self.weight, 2, tiles):
             image = F.interpolate(x, scale_factor=2.0)
             packed = self._packed_weight(keep=memory is None)
             out = winograd_conv3x3(image, packed, bias)
@@ -362,13 +389,7 @@ class Upsample(WinogradConv):
             memory_format=torch.channels_last,
         )
         defers = defers_bias(x)
-        if (
-            memory is None or not x.is_cuda
-        ):  # a CPU makes them quickly, and has them not at the peak
-            kernels = phase_kernels(weight)
-        else:
-            kernels = memory.once(self, lambda: phase_kernels(weight))
-        for phase, kernel in enumerate(kernels):
+        for phase, kernel in enumerate(self._kernels(memory)):
             row, column = divmod(phase, 2)
             if defers:  # there a pad is a copy of its own, and a row and a column more are not
                 y = F.conv2d(x, kernel, padding=1)
@@ -383,6 +404,15 @@ class Upsample(WinogradConv):
             for i, copy in enumerate(copies[phase]):
                 write_sum(places[:, i], parts[:, i], copy.unflatten(0, (-1, batch)))
         return Sum(out, bias if defers else None)
+
+    def _kernels(self, memory: Memory | None) -> Sequence[Tensor]:
+        """Those of the phases."""
+        if self.phases is not None:
+            return self.phases.chunk(4)
+        if memory is None or not self.weight.is_cuda:
+            return phase_kernels(self.weight)  # quick on a CPU, which has them not at the peak
+        kernels: list[Tensor] = memory.once(self, lambda: phase_kernels(self.weight))
+        return kernels
 
 
 def write_sum(to: Tensor, x: Tensor, y: Tensor | None) -> None:

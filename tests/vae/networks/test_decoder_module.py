@@ -40,7 +40,7 @@ def test_attributes_at_cosmos3_topology() -> None:
     assert (decoder.z_dim, decoder.spatial_factor) == (48, 16)
     assert (decoder.dtype, decoder.device.type) == (torch.bfloat16, "meta")
     resident = sum(p.numel() * p.element_size() for p in decoder.parameters())
-    assert resident < 400e6
+    assert resident < 430e6
 
 
 @pytest.mark.parametrize("config", [synthetic_config(COSMOS3_VAE_CONFIG), *FAMILIES.values()])
@@ -194,7 +194,7 @@ def test_to_changes_dtype_and_keeps_the_layout() -> None:
     latents = latent_frame(WAN22, 0, 1, 2, 3, torch.float32)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved(latents), direct(latents))
-    for weight in (moved.stages[0].upsample.weight, direct.stages[0].blocks[0].conv1.weight):
+    for weight in (moved.stages[0].upsample.phases, direct.stages[0].blocks[0].conv1.weight):
         assert weight.is_contiguous(memory_format=torch.channels_last)
 
 
