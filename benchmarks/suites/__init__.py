@@ -24,7 +24,6 @@ SUITES: dict[str, Suite] = {
     "encoder": encoder.SUITE,
     "decoder": decoder.SUITE,
     "clips": clips.SUITE,
-    "clips_kept": clips.KEPT,
     "growth": growth.SUITE,
     "pixels": pixels.SUITE,
     "stage": stage.SUITE,

@@ -1,32 +1,23 @@
 """A clip to pixels and to latents: the 3-D VAE, the same channels-last, direct taps, and blocks.
 
-Where the package fastvae is installed, its decoder is a row too. `clips_kept` are the VAE and ours
-alone in a process whose malloc keeps its memory, as docs/clips.md says.
+Where the package fastvae is installed, its decoder is a row too.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from importlib import util
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.cases import DTYPES, OURS, TINY_DIM, channels_last, seeded_clip, vae_config
-from benchmarks.harness import ROOT, Row, Suite, gate_paths, say, timed_rows
+from benchmarks.harness import Row, Suite, gate_paths, say, timed_rows
 from cosmos3_fast.frames import latent_frames
 from cosmos3_fast.vae import ClipDecoder, ClipEncoder, synthetic
 from cosmos3_fast.vae.live.exact import decode_sample, encode_exact
-
-# What lets glibc's malloc keep memory instead of mapping it anew at each call, in large pages.
-KEEPING = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=8589934592:glibc.malloc.hugetlb=1"
 
 CHANNELS_LAST = "the VAE, channels_last_3d"
 DIRECT = "direct taps"
@@ -40,20 +31,18 @@ def clips(
     dtypes: tuple[str, ...] = ("float32",),
     base_dim: int | None = None,
     only: tuple[str, ...] = ("decode", "encode"),
-    others: bool = True,
 ) -> Iterator[Row]:
-    """Rows of the VAE and ours and, with `others`, of what lies between."""
     config = synthetic.synthetic_config(vae_config(base_dim), 0)
     for dtype in dtypes:
         torch_dtype = DTYPES[dtype]
         vae = torch.nn.Module.to(synthetic.synthetic_vae(config, 0, None), torch_dtype)
-        last = channels_last(vae) if others else None
+        last = channels_last(vae)
         for what in only:
             paths: dict[str, Callable[[], Tensor]]
             baseline = f"vae.{what} of {frames} frames"
             if what == "decode":
                 decoder = ClipDecoder.from_vae(vae)
-                taps = ClipDecoder.from_vae(vae, direct=True) if others else None
+                taps = ClipDecoder.from_vae(vae, direct=True)
                 count = latent_frames(frames)
                 z = seeded_clip(config["z_dim"], count, size, 16, torch_dtype)
                 paths = {
@@ -73,8 +62,6 @@ def clips(
                     CHANNELS_LAST: lambda v=last, x=x: encode_exact(v, x),
                     OURS: lambda e=encoder, x=x: e(x),
                 }
-            if not others:
-                paths = {path: paths[path] for path in (baseline, OURS)}
             name = f"{what} {size}, {frames} frames"
             say(f"clips: {name} {dtype}: correctness gate ...")
             exact = None
@@ -96,19 +83,3 @@ SUITE = Suite(
         "full": {"size": "256x448", "frames": 17, "rounds": 3},
     },
 )
-
-
-def kept(**setting: Any) -> Iterator[Row]:
-    """`clips` of the VAE and ours in a new process that keeps its memory."""
-    command = [sys.executable, "-m", "benchmarks.suites.clips", json.dumps(setting)]
-    environment = {**os.environ, "GLIBC_TUNABLES": KEEPING}
-    printed = subprocess.check_output(command, cwd=ROOT, text=True, env=environment)
-    yield from json.loads(printed)
-
-
-KEPT = Suite(kept, SUITE.settings)
-
-
-if __name__ == "__main__":
-    made = clips(**json.loads(sys.argv[1]), others=False)
-    print(json.dumps([{**row, "suite": "clips_kept"} for row in made]))

@@ -78,6 +78,19 @@ def test_winograd_equals_convolution(
         assert (got.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("channels", [160, 640, 1024])
+def test_rounding_does_not_grow_with_the_channels(channels: int):
+    """Products are summed in parts; one sum of 1024 of them rounds four times as much (45 eps)."""
+    if error := registry.backend_error("cpp", "cpu", "winograd_conv3x3"):
+        pytest.skip(error)
+    x, weight, _, _ = convolution(1, channels, 64, 24, 28)
+    x = F.silu(x)
+    got = ops.winograd_conv3x3(x, ops.winograd_pack(weight))
+    wanted = F.conv2d(x.double(), weight.double(), padding=1)
+    eps = torch.finfo(torch.float32).eps
+    assert (got.double() - wanted).abs().max() <= 18 * eps * wanted.abs().max()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(1, 3), st.sampled_from([16, 48]), st.sampled_from([32, 64]),

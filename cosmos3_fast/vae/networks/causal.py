@@ -44,6 +44,11 @@ TAPS = 3
 TILES_WORTH_PACKING = 48
 
 
+def is_writable(x: Tensor) -> bool:
+    """Whether `x` may be written to in any mode, and no gradient needs its values."""
+    return not (x.requires_grad or x.is_inference())
+
+
 class Memory:
     """What the layers of a network remember of a clip while it goes through them.
 
@@ -55,11 +60,13 @@ class Memory:
     Attributes:
         batch: as given.
         first: the frame under way is the clip's first.
+        in_place: what is kept replaces the values of what was, which a CUDA graph has the place of.
     """
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
         self.first = True
+        self.in_place = False
         self._past: dict[nn.Module, Tensor] = {}
         self._made: dict[nn.Module, Any] = {}
 
@@ -68,7 +75,16 @@ class Memory:
         return self._past.get(layer)
 
     def keep(self, layer: nn.Module, frames: Tensor) -> None:
-        self._past[layer] = frames
+        held = self._past.get(layer)
+        if self.in_place and held is not None and is_writable(held):
+            held.copy_(frames)
+        else:
+            self._past[layer] = frames
+
+    @property
+    def kept(self) -> list[Tensor]:
+        """All that is."""
+        return [*self._past.values()]
 
     def once(self, layer: nn.Module, make: Callable[[], Any]) -> Any:
         """What `make` gives for `layer`, made at the first call."""

@@ -8,12 +8,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cosmos3_fast.arguments import positive_int
 from cosmos3_fast.frames import pixel_frames
 from cosmos3_fast.ops import unpack_pixels
 from cosmos3_fast.vae.compatibility import probe_decoder
 from cosmos3_fast.vae.networks.base import FoldedNetwork, temporal_form, without_autocast
-from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Sum, Temporal, Terms
-from cosmos3_fast.vae.networks.graphs import Captures
+from cosmos3_fast.vae.networks.causal import (
+    CausalConv,
+    Memory,
+    NormSiLU,
+    Sum,
+    Temporal,
+    Terms,
+    is_writable,
+)
+from cosmos3_fast.vae.networks.graphs import Captures, Graphs
 from cosmos3_fast.vae.networks.layers import (
     Attention,
     DecoderStage,
@@ -170,9 +179,10 @@ class FrameDecoder(Captures, _Decoder):
     Parameters do not require gradients; gradients to the latents flow. On a GPU, `capture()` has
     calls replayed as CUDA graphs.
 
-    Memory, for the VAE of Cosmos3: 197 M parameters (395 MB in bfloat16, 790 MB in float32), where
-    the VAE's decoder has 555 M. In float32 on the CPU, large images add transformed weights of 4
-    times the size of their kernels and a copy of these (`causal.WinogradConv`): 1.6 GB at 256x448.
+    Memory, for the VAE of Cosmos3: 197 M parameters in float32 (790 MB) and 214 M otherwise (427 MB
+    in bfloat16; `layers.Upsample` says why), where the VAE's decoder has 555 M. In float32 on the
+    CPU, large images add transformed weights of 4 times the size of their kernels and a copy of
+    these (`causal.WinogradConv`): 1.6 GB at 256x448.
 
     Args:
         topology: the structure.
@@ -258,8 +268,8 @@ class ClipDecoder(_Decoder):
     scaled so that none can overflow (`cosmos3_fast.vae.fold.fitted`); frames between layers are
     bfloat16. The error against float64 of the same weights is then no larger than the VAE's own.
 
-    Memory, for the VAE of Cosmos3: 1.1 G parameters, of which 197 M are the last taps that
-    `FrameDecoder` has too (2.1 GB in bfloat16; 0.6 G in float32, 2.5 GB); with `direct` 555 M.
+    Memory, for the VAE of Cosmos3: 1.1 G parameters, of which 214 M are those of a `FrameDecoder`
+    (2.2 GB in bfloat16; 0.6 G in float32, 2.5 GB); with `direct` 571 M.
 
     Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
     initial weights, to receive a `state_dict()` of the same topology. Parameters do not require
@@ -348,16 +358,22 @@ class ClipDecoder(_Decoder):
             yield part
             del part
 
-    def stream(self, output: str = "float") -> ClipStream:
+    def stream(self, output: str = "float", capture: int | None = None) -> ClipStream:
         """A decoder of one clip whose latent frames come one after the other.
 
         Args:
             output: "float" or "uint8".
+            capture: on a GPU, replay steps as CUDA graphs, from the third on, which takes the host
+                out of their time: graphs held at most, the least recently used dropped first. The
+                stream then holds the activations of a step. Latents that require gradients, and
+                whatever else `FrameDecoder.capture` names, go without. None: no graphs.
 
         Raises:
-            ValueError: unknown output.
+            ValueError: unknown output, or `capture` is no positive integer.
         """
-        return ClipStream(self, self._check_output(output))
+        as_bytes = self._check_output(output)
+        graphs = None if capture is None else Graphs(positive_int("capture", capture))
+        return ClipStream(self, as_bytes, graphs)
 
     def _decode(self, entry: nn.Conv2d, latents: Tensor, output: str) -> Tensor:
         as_bytes = self._check_output(output)
@@ -424,12 +440,15 @@ class ClipStream:
     Args:
         decoder: that decodes.
         as_bytes: "uint8" output.
+        graphs: of its steps, of which there are none yet; None: each is launched.
     """
 
-    def __init__(self, decoder: ClipDecoder, as_bytes: bool) -> None:
+    def __init__(self, decoder: ClipDecoder, as_bytes: bool, graphs: Graphs | None = None) -> None:
         self._decoder = decoder
         self._as_bytes = as_bytes
+        self._graphs = graphs
         self._memory: Memory | None = None
+        self._steps = 0
         self._ended = False
 
     def push(self, latents: Tensor) -> Tensor:
@@ -467,12 +486,37 @@ class ClipStream:
             with without_autocast(clip.device), decoder._undisturbed(clip):
                 for piece in pieces:
                     if piece.shape[2]:
-                        parts += decoder._next(decoder.denormalize, piece, self._as_bytes, memory)
-                return torch.cat(parts, time)
+                        parts.append(self._step(piece, memory))
+                return parts[0] if len(parts) == 1 else torch.cat(parts, time)
         except BaseException:
             self.close()
             raise
 
+    def _step(self, latents: Tensor, memory: Memory) -> Tensor:
+        """The pixels of up to `_LATENT_FRAMES`, of the clip's first frame alone."""
+        decoder, as_bytes = self._decoder, self._as_bytes
+
+        def run(latents: Tensor) -> Tensor:
+            parts = decoder._next(decoder.denormalize, latents, as_bytes, memory)
+            return torch.cat([*parts], 1 if as_bytes else 2)
+
+        tensors = None
+        if self._graphs is not None and not torch.compiler.is_compiling():
+            tensors = decoder._read(latents)
+        memory.in_place = tensors is not None
+        self._steps += 1
+        if self._graphs is None or tensors is None:
+            return run(latents)
+        # What is kept is written to whatever mode a later step comes in.
+        with torch.inference_mode(False), torch.no_grad():
+            # Two steps make all that is kept: the first frame, and those that look back on it.
+            name, state = type(self).__name__, memory.kept
+            if self._steps <= 2 or not all(map(is_writable, state)):
+                return run(latents)
+            latents = latents.contiguous()  # a part of a longer push is as one that came alone
+            made: Tensor = self._graphs.call(name, run, latents, tensors, as_bytes, state=state)
+            return made
+
     def close(self) -> None:
         """Drop what is held; the stream is at its end."""
-        self._ended, self._memory = True, None
+        self._ended, self._memory, self._graphs = True, None, None

@@ -1,4 +1,4 @@
-"""CUDA graphs that a network keeps of its own calls (`Captures.capture`).
+"""CUDA graphs that a network keeps of its calls, and a stream of a clip of its steps.
 
 One frame through an encoder is 61 launches, which take the host longer than the device. A graph is
 one. It reads the addresses that were captured, so what a call depends on is its key; and cuDNN's
@@ -11,7 +11,8 @@ import ctypes
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -43,22 +44,35 @@ def _own_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
+@contextmanager
+def unchanged(state: Sequence[Tensor]) -> Iterator[None]:
+    """On the way out, `state` has the values that it had, also after an error."""
+    before = [each.clone() for each in state]
+    try:
+        yield
+    finally:
+        for each, values in zip(state, before, strict=True):
+            each.copy_(values)
+
+
 class CudaGraph:
     """A graph of `run(given)`, replayed on the current stream of any thread, one after the other.
 
     Args:
         run: what is captured, after one call that is not.
         given: its argument; another one must have the same shape, strides, dtype and device.
+        state: what `run` writes besides, and a replay too.
     """
 
-    def __init__(self, run: Call, given: Tensor) -> None:
+    def __init__(self, run: Call, given: Tensor, state: Sequence[Tensor] = ()) -> None:
         # Outside of inference mode: to its tensors only inference mode may write.
         with _capturing, torch.cuda.device(given.device), torch.inference_mode(False):
             self._given = given.clone()  # which gives this thread the context for what follows
             current, own = torch.cuda.current_stream(), _own_stream(given.device)
             own.wait_stream(current)
             with torch.cuda.stream(own), torch.no_grad():
-                run(self._given)
+                with unchanged(state):
+                    run(self._given)
                 self._graph = torch.cuda.CUDAGraph()
                 self._graph.capture_begin(capture_error_mode="thread_local")
                 try:
@@ -112,7 +126,13 @@ class Graphs:
             self._entries.clear()
 
     def call(
-        self, name: str, run: Call, given: Tensor, tensors: list[Tensor], *options: Any
+        self,
+        name: str,
+        run: Call,
+        given: Tensor,
+        tensors: list[Tensor],
+        *options: Any,
+        state: Sequence[Tensor] = (),
     ) -> Any:
         """`run(given)`, replayed where it can be.
 
@@ -122,11 +142,14 @@ class Graphs:
             given: its argument.
             tensors: all others that it reads.
             options: what else it depends on.
+            state: what it reads and writes in place.
         """
         if not self._graph.serves(given):
             return run(given)
         weights = _versions(tensors)
-        key = options, given.shape, given.stride(), given.dtype, given.device, _settings()
+        places = tuple(each.data_ptr() for each in state)
+        layout = given.shape, given.stride(), given.dtype, given.device
+        key = options, layout, places, _settings()
         with self._lock:
             if weights != self._weights:
                 self._entries.clear()
@@ -139,7 +162,7 @@ class Graphs:
         with entry.lock:
             if entry.graph is None:
                 try:
-                    entry.graph = self._graph(run, given)
+                    entry.graph = self._graph(run, given, state)
                 except RuntimeError as error:  # out of memory, or of what cannot be captured
                     entry.graph = False
                     warnings.warn(

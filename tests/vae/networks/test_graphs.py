@@ -10,19 +10,21 @@ import pickle
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 from decoder_cases import TINY as TINY_DECODER
+from decoder_cases import TINY_CLIP
 from encoder_cases import TINY, image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cosmos3_fast.latents import LatentPreparation
-from cosmos3_fast.vae import FrameDecoder, FrameEncoder
+from cosmos3_fast.vae import ClipDecoder, FrameDecoder, FrameEncoder
+from cosmos3_fast.vae.networks import decoder as decoder_module
 from cosmos3_fast.vae.networks import graphs
 from cosmos3_fast.vae.networks.graphs import Graphs
 from cosmos3_fast.vae.synthetic import synthetic_decoder_state_dict, synthetic_state_dict
@@ -37,12 +39,15 @@ class Recorded:
     replayed = 0
     fails = False
 
-    def __init__(self, run: Callable[[Tensor], Tensor], given: Tensor) -> None:
-        if Recorded.fails:
-            raise torch.OutOfMemoryError("out of memory")
+    def __init__(
+        self, run: Callable[[Tensor], Tensor], given: Tensor, state: Sequence[Tensor] = ()
+    ) -> None:
+        with graphs.unchanged(state):
+            run(given)
+            if Recorded.fails:
+                raise torch.OutOfMemoryError("out of memory")
         Recorded.captured += 1
         self._run, self.shape, self.at_work = run, given.shape, threading.Lock()
-        run(given)
 
     @staticmethod
     def serves(given: Tensor) -> bool:
@@ -248,6 +253,107 @@ def test_capture_and_release(encoder: FrameEncoder) -> None:
         encoder.capture(0)
 
 
+@pytest.fixture
+def clip_decoder(monkeypatch: pytest.MonkeyPatch) -> ClipDecoder:
+    monkeypatch.setattr(decoder_module, "Graphs", lambda keep: Graphs(keep, Recorded))
+    Recorded.captured, Recorded.replayed, Recorded.fails = 0, 0, False
+    state = synthetic_decoder_state_dict(TINY_CLIP)
+    return ClipDecoder.from_state_dict(state, TINY_CLIP, torch.float32)
+
+
+def pushes(decoder: ClipDecoder, sizes: tuple[int, ...]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, decoder.z_dim, size, 3, 2) for size in sizes]
+    return [torch.randn(shape, generator=generator) for shape in shapes]
+
+
+@pytest.mark.parametrize("output", ["float", "uint8"])
+def test_a_stream_replays_its_steps(clip_decoder: ClipDecoder, output: str) -> None:
+    given = pushes(clip_decoder, (1, 1, 1, 2, 1, 2, 1))
+    eager, captured = clip_decoder.stream(output), clip_decoder.stream(output, capture=2)
+    for i, latents in enumerate(given):
+        # What is kept may be made in one mode and written to in another.
+        with torch.inference_mode(i % 2 == 0):
+            assert torch.equal(captured.push(latents), eager.push(latents))
+    assert counts() == (2, 5)
+
+
+def test_a_stream_begins_with_more_than_a_frame(clip_decoder: ClipDecoder) -> None:
+    given = pushes(clip_decoder, (4, 17, 1))
+    eager, captured = clip_decoder.stream(), clip_decoder.stream(capture=1)
+    for latents in given:
+        assert torch.equal(captured.push(latents), eager.push(latents))
+    # 1 and 3; 16 and 1; 1: one graph at a time.
+    assert counts() == (2, 3)
+
+
+def test_streams_share_nothing(clip_decoder: ClipDecoder) -> None:
+    given = [pushes(clip_decoder, (1, 1, 1, 1)), pushes(clip_decoder, (1, 1, 1, 1))[::-1]]
+    streams = [clip_decoder.stream(capture=1) for _ in given]
+    got = [[], []]
+    for step in range(4):
+        for i, stream in enumerate(streams):
+            got[i].append(stream.push(given[i][step]))
+    for latents, frames in zip(given, got, strict=True):
+        alone = clip_decoder.stream()
+        assert all(torch.equal(alone.push(x), y) for x, y in zip(latents, frames, strict=True))
+    assert counts() == (2, 4)
+
+
+def test_a_stream_whose_capture_fails(clip_decoder: ClipDecoder) -> None:
+    """What the attempt wrote is undone."""
+    given = pushes(clip_decoder, (1, 1, 1, 1))
+    eager, captured = clip_decoder.stream(), clip_decoder.stream(capture=1)
+    Recorded.fails = True
+    assert all(torch.equal(captured.push(x), eager.push(x)) for x in given[:2])
+    with pytest.warns(UserWarning, match="ClipStream: calls with .* are not captured"):
+        got = captured.push(given[2])
+    assert torch.equal(got, eager.push(given[2]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it was said
+        assert torch.equal(captured.push(given[3]), eager.push(given[3]))
+
+
+def test_a_stream_notices_changed_weights(clip_decoder: ClipDecoder) -> None:
+    given = pushes(clip_decoder, (1, 1, 1, 1, 1))
+    eager, captured = clip_decoder.stream(), clip_decoder.stream(capture=1)
+    for i, latents in enumerate(given):
+        if i == 3:
+            clip_decoder.conv_out.bias.add_(0.25)
+        assert torch.equal(captured.push(latents), eager.push(latents))
+    assert counts() == (2, 3)
+
+
+def test_a_stream_with_gradients(clip_decoder: ClipDecoder) -> None:
+    given = pushes(clip_decoder, (1, 1, 1, 1, 1, 1))
+    eager, captured = clip_decoder.stream(), clip_decoder.stream(capture=1)
+    for i, latents in enumerate(given):
+        frames = []
+        for stream in (captured, eager):
+            leaf = latents.clone().requires_grad_(i in (1, 3))
+            frames.append(stream.push(leaf))
+            if leaf.requires_grad:
+                frames[-1].square().sum().backward(retain_graph=True)
+                frames.append(leaf.grad)
+        half = len(frames) // 2
+        # Frames that look back on such as were differentiated are so too, without graphs.
+        assert all(
+            torch.allclose(*pair, atol=1e-6)
+            for pair in zip(frames[:half], frames[half:], strict=True)
+        )
+    assert Recorded.captured >= 1
+
+
+def test_capture_of_a_stream_is_checked(clip_decoder: ClipDecoder) -> None:
+    for wrong in (0, -1, True, 1.5):
+        with pytest.raises(ValueError, match="capture must be a positive integer, got"):
+            clip_decoder.stream(capture=wrong)
+    stream = clip_decoder.stream(capture=1)
+    stream.push(pushes(clip_decoder, (3,))[0])
+    stream.close()
+    assert stream._graphs is None
+
+
 class NoDevice:
     """What `CudaGraph` asks of torch.cuda, written down; a replay does what was captured."""
 
@@ -380,3 +486,21 @@ def test_the_stage_takes_one() -> None:
         for each in (on_gpu(), on_gpu().capture())
     ]
     assert alike(results[1], results[0])
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stream_replays_on_a_gpu(dtype: torch.dtype) -> None:
+    state = synthetic_decoder_state_dict(TINY_CLIP)
+    decoder = ClipDecoder.from_state_dict(state, TINY_CLIP, dtype, "cuda")
+    eager, captured = decoder.stream(), decoder.stream(capture=2)
+    for i, latents in enumerate(pushes(decoder, (1, 1, 1, 2, 1, 2, 1, 1))):
+        stream = torch.cuda.Stream() if i % 3 == 2 else torch.cuda.current_stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream), torch.inference_mode(i % 2 == 0):
+            got, wanted = captured.push(latents.cuda()), eager.push(latents.cuda())
+        torch.cuda.synchronize()
+        assert alike(got, wanted)
+    assert len(captured._graphs._entries) == 2
+    assert all(entry.graph for entry in captured._graphs._entries.values())

@@ -14,7 +14,7 @@ from torch import Tensor
 from cosmos3_fast.ops import registry
 from cosmos3_fast.vae.networks import layers
 from cosmos3_fast.vae.networks.causal import CausalConv
-from cosmos3_fast.vae.networks.layers import Upsample, duplicated_phase
+from cosmos3_fast.vae.networks.layers import Upsample, duplicated_phase, phase_kernels
 
 
 @pytest.fixture
@@ -108,6 +108,34 @@ def test_upsample(route: str, factor_t: int | None, monkeypatch: pytest.MonkeyPa
         differentiable = layer(x.clone().requires_grad_(), shortcut, factor_t or 1).total()
         torch.testing.assert_close(differentiable.detach(), got, rtol=1e-5, atol=1e-5)
         assert differentiable.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_upsample_in_another_dtype_holds_the_phases(dtype: torch.dtype):
+    torch.manual_seed(2)
+    layer = Upsample(16, 32).requires_grad_(False).to(memory_format=torch.channels_last)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    kernels = torch.cat(phase_kernels(layer.weight.double())).to(dtype)
+    moved = copy.deepcopy(layer).to(dtype)
+    assert moved.weight is None
+    assert torch.equal(moved.phases, kernels)  # rounded once
+    assert moved.phases.is_contiguous(memory_format=torch.channels_last)
+    assert not moved.phases.requires_grad
+    # A state of a float32 layer is taken, and left as it was.
+    loaded = Upsample(16, 32).to(dtype)
+    given = dict(state)
+    loaded.load_state_dict(given)
+    assert torch.equal(loaded.phases, kernels)
+    assert given.keys() == state.keys()
+    x = image(2, 16, 5, 7, layout="channels_last").to(dtype)
+    for each in (moved, loaded, copy.deepcopy(moved).to(torch.float64).to(dtype)):
+        assert torch.equal(each(x).total(), moved(x).total())
+    up = F.interpolate(x.double(), scale_factor=2.0)
+    wanted = F.conv2d(up, layer.weight.double(), layer.bias.double(), padding=1)
+    # Of the kernels, the frames and the result; in float64 of the sums too.
+    eps = max(4 * torch.finfo(dtype).eps, 1e-14)
+    assert (moved(x).total().double() - wanted).abs().max() <= eps * wanted.abs().max()
+    assert moved.to("meta").phases.is_meta
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -213,3 +213,31 @@ def test_copies_and_pickles_look_for_themselves(encoder: FrameEncoder) -> None:
     for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder)), copy.copy(encoder)):
         assert other._parts is None
         assert torch.equal(other(pixels()), wanted)
+
+
+def test_memory_that_is_used_again_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames that are held while later ones are made, of images large enough for it."""
+    state = synthetic_decoder_state_dict(TINY_CLIP)
+    decoder = ClipDecoder.from_state_dict(state, TINY_CLIP, torch.float32)
+    latents = torch.randn(1, decoder.z_dim, 4, 40, 64)
+    lent: list[bool] = []
+    kernel = registry._DIRECT["transform_frames"]
+
+    def recorded(*args: Any) -> Any:
+        results = kernel(*args)
+        lent.extend(not x.untyped_storage().resizable() for x in results)
+        return results
+
+    monkeypatch.setitem(registry._DIRECT, "transform_frames", recorded)
+    frames, stream = [*decoder.frames(latents)], decoder.stream()
+    whole, pushed = decoder(latents), [stream.push(latents[:, :, i : i + 1]) for i in range(4)]
+    if torch.__version__ >= (2, 11) and ("transform_frames", "cpu") in registry.LIBRARY_KERNELS:
+        assert any(lent)
+    lent.clear()
+    monkeypatch.setattr(registry, "_keep_memory", lambda keep: None)
+    again, stream = [*decoder.frames(latents)], decoder.stream()
+    assert torch.equal(whole, decoder(latents))
+    assert all(map(torch.equal, frames, again))
+    more = [stream.push(latents[:, :, i : i + 1]) for i in range(4)]
+    assert all(map(torch.equal, pushed, more))
+    assert not any(lent)
