@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -79,21 +80,23 @@ class Pool {
       lent_ += chunk.bytes;
       return chunk;
     }
-    // Those that lie idle go, the longest idle first, until all are no more than were once lent at
-    // the same time: keeping them does not raise the peak.
+    // Those that lie idle go, the longest idle first, until all that there are come to no more than
+    // was once lent at the same time, and an eighth: with less, many were made again and again.
     const size_t whole = (bytes + 63) / 64 * 64;
     most_ = std::max(most_, lent_ + whole);
-    auto end = free_.begin();
-    for (; end != free_.end() && lent_ + idle_ + whole > most_ + most_ / 8; ++end) {
-      idle_ -= end->bytes;
-      std::free(end->data);
-    }
-    free_.erase(free_.begin(), end);
+    const size_t most_idle = most_ + most_ / 8 - lent_ - whole;
+    drop_idle(most_idle);
+    free_.reserve(count_ + 1);  // giving back must not need memory
     void* data = std::aligned_alloc(64, whole);
+    if (data == nullptr) {
+      drop_idle(0);
+      data = std::aligned_alloc(64, whole);
+    }
     if (data == nullptr) {
       throw std::bad_alloc();
     }
     prefer_huge_pages(data, whole);
+    ++count_;
     lent_ += whole;
     return {data, whole};
   }
@@ -103,7 +106,7 @@ class Pool {
     lent_ -= chunk.bytes;
     if (open_) {
       idle_ += chunk.bytes;
-      free_.push_back(chunk);
+      free_.push_back(chunk);  // whose place take() has seen to
     } else {
       std::free(chunk.data);
     }
@@ -112,17 +115,25 @@ class Pool {
   void close() {
     const std::lock_guard<std::mutex> lock(mutex_);
     open_ = false;
-    for (const Chunk& each : free_) {
-      std::free(each.data);
-    }
-    free_.clear();
-    idle_ = 0;
+    drop_idle(0);
   }
 
  private:
+  // The longest idle first, until no more than `most` bytes are.
+  void drop_idle(size_t most) {
+    auto end = free_.begin();
+    for (; end != free_.end() && idle_ > most; ++end) {
+      idle_ -= end->bytes;
+      --count_;
+      std::free(end->data);
+    }
+    free_.erase(free_.begin(), end);
+  }
+
   std::mutex mutex_;
   bool open_ = true;
   size_t lent_ = 0, idle_ = 0, most_ = 0;  // bytes; the most that were lent
+  size_t count_ = 0;                       // chunks, lent and idle
   std::vector<Chunk> free_;
 };
 
@@ -148,6 +159,9 @@ size_t bytes_of(const std::vector<int64_t>& sizes, ScalarType dtype) {
     if (size <= 0 || __builtin_mul_overflow(bytes, static_cast<size_t>(size), &bytes)) {
       return 0;
     }
+  }
+  if (bytes > std::numeric_limits<size_t>::max() / 2) {
+    return 0;
   }
   return bytes;
 }
