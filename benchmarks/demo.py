@@ -98,9 +98,7 @@ def compare_decoders(rounds: int) -> int:
 
 def compare_clips(rounds: int) -> int:
     """Print the table of a clip to pixels; abort where the sides disagree."""
-    rows = list(
-        clips(CLIP, CLIP_FRAMES, rounds, base_dim=CLIP_WIDTH, only=("decode",))
-    )
+    rows = list(clips(CLIP, CLIP_FRAMES, rounds, base_dim=CLIP_WIDTH, only=("decode",)))
     print(
         f"\nTwo latent frames to {CLIP_FRAMES} frames of a clip, {size(CLIP)}, by a VAE with a "
         f"quarter of Cosmos3's channels, {rounds} interleaved rounds\n"
