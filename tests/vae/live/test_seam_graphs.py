@@ -24,7 +24,7 @@ class Recorded:
 
     replayed = 0
 
-    def __init__(self, run: Callable[[Tensor], Tensor], given: Tensor) -> None:
+    def __init__(self, run: Callable[[Tensor], Tensor], given: Tensor, state: object) -> None:
         self._run = run
 
     @staticmethod
