@@ -32,6 +32,7 @@ def clips(
     base_dim: int | None = None,
     only: tuple[str, ...] = ("decode", "encode"),
 ) -> Iterator[Row]:
+    """Rows of each path, for a decode and an encode."""
     config = synthetic.synthetic_config(vae_config(base_dim), 0)
     for dtype in dtypes:
         torch_dtype = DTYPES[dtype]

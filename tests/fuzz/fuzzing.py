@@ -166,8 +166,8 @@ def fuzz_winograd(rng: np.random.Generator) -> None:
     given = guarded(x, rng)
     got = ops.winograd_conv3x3(given.tensor, ops.winograd_pack(torch.from_numpy(weight))).numpy()
     given.check()
-    # 37 eps at 640 channels, as the tests of the op measure it; with few channels fewer add up.
-    assert np.abs(got - wanted).max() <= 37 * np.finfo(np.float32).eps * np.abs(wanted).max()
+    # As the op's tests have it for more channels, of which no more are summed at a time.
+    assert np.abs(got - wanted).max() <= 18 * np.finfo(np.float32).eps * np.abs(wanted).max()
 
 
 def fuzz_resize_crop(rng: np.random.Generator) -> None:

@@ -73,9 +73,8 @@ def test_winograd_equals_convolution(
         wanted = wanted if r is None else wanted + r.double()
         assert got.is_contiguous(memory_format=torch.channels_last)
         # Inputs and outputs pass through transforms whose entries reach 27/8 and whose rows sum
-        # to up to 7.3, on top of the 9 Cin products' own float32 rounding: 1e-5 of the largest
-        # output was measured at 640 channels.
-        assert (got.double() - wanted).abs().max() <= 2e-5 * wanted.abs().max()
+        # to up to 7.3, on top of the 9 Cin products' own float32 rounding.
+        assert (got.double() - wanted).abs().max() <= 6e-6 * wanted.abs().max()
 
 
 @pytest.mark.parametrize("channels", [160, 640, 1024])

@@ -501,7 +501,7 @@ class ClipStream:
             return torch.cat([*parts], 1 if as_bytes else 2)
 
         tensors = None
-        if self._graphs is not None and not torch.compiler.is_compiling():
+        if self._graphs is not None and latents.shape[0] and not torch.compiler.is_compiling():
             tensors = decoder._read(latents)
         memory.in_place = tensors is not None
         self._steps += 1

@@ -287,6 +287,13 @@ def test_a_stream_begins_with_more_than_a_frame(clip_decoder: ClipDecoder) -> No
     assert counts() == (2, 3)
 
 
+def test_a_stream_of_no_video_has_no_graphs(clip_decoder: ClipDecoder) -> None:
+    stream = clip_decoder.stream(capture=1)
+    shapes = [list(stream.push(x[:0]).shape) for x in pushes(clip_decoder, (1, 1, 1))]
+    assert [shape[:3] for shape in shapes] == [[0, 3, 1], [0, 3, 4], [0, 3, 4]]
+    assert counts() == (0, 0)
+
+
 def test_streams_share_nothing(clip_decoder: ClipDecoder) -> None:
     given = [pushes(clip_decoder, (1, 1, 1, 1)), pushes(clip_decoder, (1, 1, 1, 1))[::-1]]
     streams = [clip_decoder.stream(capture=1) for _ in given]
