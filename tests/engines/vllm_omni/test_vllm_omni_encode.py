@@ -127,24 +127,25 @@ def test_other_modes_bit_for_bit(mode: str, name: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_error_is_no_larger_than_the_engines(dtype: torch.dtype) -> None:
-    """RMS of one image for each VAE, and of 16 images together; a largest error is one element."""
-    squares = [0.0, 0.0]
-    for seed in range(16):
-        vae = make_vae(dtype, seed % 4)
-        pixels = clip(1, seed).to(dtype)
+    """RMS over four images of each VAE: that of one image of 576 latents varies by 5 % with the
+    CPU's order of sums."""
+    for seed in range(4):
+        vae = make_vae(dtype, seed)
         engine, fast = both(vae)
         in_fp64 = make_pipeline(EnginePipeline, copy.deepcopy(vae).double())
         in_fp64.sampling_dtype = torch.float64
-        truth = image_latent(in_fp64, pixels.double())
-        assert truth.dtype == torch.float64
-        wanted, got = image_latent(engine, pixels), image_latent(fast, pixels)
-        assert got.dtype == wanted.dtype == result_dtype(engine)
-        assert torch.equal(video_latent(fast, pixels), got)
-        errors = got.double() - truth, wanted.double() - truth
-        if seed < 4:
-            assert 0 < rms(errors[0]) <= rms(errors[1])
-        squares = [total + rms(error) ** 2 for total, error in zip(squares, errors, strict=True)]
-    assert squares[0] <= squares[1]
+        errors: tuple[list[Tensor], list[Tensor]] = [], []
+        for image in range(seed, 16, 4):
+            pixels = clip(1, image).to(dtype)
+            truth = image_latent(in_fp64, pixels.double())
+            assert truth.dtype == torch.float64
+            wanted, got = image_latent(engine, pixels), image_latent(fast, pixels)
+            assert got.dtype == wanted.dtype == result_dtype(engine)
+            assert torch.equal(video_latent(fast, pixels), got)
+            errors[0].append(got.double() - truth)
+            errors[1].append(wanted.double() - truth)
+        ours, theirs = (rms(torch.cat(each)) for each in errors)
+        assert 0 < ours <= theirs
 
 
 def test_batch_of_images(vae: Any) -> None:
