@@ -48,7 +48,10 @@ COMMITTED = RESULTS / "launches.md"
 HEIGHT, WIDTH = 480, 832
 
 # What users run by default, in pixel frames, and the clips that an engine conditions on.
-CLIPS = {"decode": ((480, 832, 81), (720, 1280, 189)), "encode": ((480, 832, 5), (480, 832, 17))}
+CLIPS = {
+    "decode": ((480, 832, 5), (480, 832, 81), (720, 1280, 189)),
+    "encode": ((480, 832, 5), (480, 832, 17)),
+}
 
 CONVOLUTIONS, BIASES, NORMS, SUMS = "convolutions", "biases", "norms", "sums"
 TRANSFORMS = "transforms"

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -91,6 +92,39 @@ C10_HOST_DEVICE inline __attribute__((always_inline)) Value combine(const Value*
   }
 }
 
+// F(2, 3) on the points 0, +-point and infinity is that on +-1, of frames j times point^(2 - j);
+// frame i of it is then point^i times what comes out.
+template <typename Value>
+struct Point {
+  Value value, square, inverse;
+
+  Point(double point = 1)
+      : value(static_cast<Value>(point)),
+        square(static_cast<Value>(point * point)),
+        inverse(static_cast<Value>(1 / point)) {}
+};
+
+template <int m, typename Value>
+C10_HOST_DEVICE inline __attribute__((always_inline)) void to_unit_points(
+    Value* window, const Point<Value>& point) {
+  if constexpr (m == 2) {
+    window[0] *= point.square;
+    window[1] *= point.value;
+    window[3] *= point.inverse;
+  }
+}
+
+// Frame i of a block.
+template <int kProducts, int i, typename Value>
+C10_HOST_DEVICE inline __attribute__((always_inline)) Value frame_of(const Value* products,
+                                                                     const Point<Value>& point) {
+  const Value made = combine<FrameRow<kProducts, i>>(products);
+  if constexpr (kProducts == 4 && i == 1) {
+    return made * point.value;
+  }
+  return made;
+}
+
 // Frames of a block, of the products that come in or of the frames that go out.
 inline int64_t frames_of_block(int64_t products) {
   return products <= 3 ? 1 : products - 2;
@@ -111,6 +145,7 @@ struct FrameArguments {
   const std::optional<std::vector<double>>& scales;
   bool keep_sum;
   std::optional<ScalarType> sum_dtype, frames_dtype;
+  double point;
 
   static constexpr const char* op = "transform_frames";
 
@@ -195,6 +230,9 @@ inline void check_transform(const FrameArguments& arguments) {
   }
   if (arguments.scales.has_value() && arguments.scales->size() != count) {
     fail(op, ": scales must be ", count, " numbers, got ", arguments.scales->size());
+  }
+  if (!(arguments.point > 0 && std::isfinite(arguments.point))) {
+    fail(op, ": point must be positive, got ", arguments.point);
   }
   auto check_target = [&](const char* argument, ScalarType dtype) {
     check_dtype(op, argument, dtype);
@@ -287,9 +325,9 @@ std::tuple<Tensor, Tensor, Tensor> transform_frames(
     std::vector<Tensor> products, int64_t frames, int64_t to, std::optional<Tensor> bias,
     std::optional<Tensor> residual, std::optional<Tensor> weight, bool silu,
     std::optional<Tensor> past, std::optional<std::vector<double>> scales, bool keep_sum,
-    std::optional<ScalarType> sum_dtype, std::optional<ScalarType> frames_dtype) {
-  const FrameArguments arguments{products, frames, to,     bias,     residual,  weight,
-                                 silu,     past,   scales, keep_sum, sum_dtype, frames_dtype};
+    std::optional<ScalarType> sum_dtype, std::optional<ScalarType> frames_dtype, double point) {
+  const FrameArguments arguments{products, frames, to,       bias,      residual,     weight, silu,
+                                 past,     scales, keep_sum, sum_dtype, frames_dtype, point};
   check_transform(arguments);
   const FrameResults results = compute(arguments);
   return {results.sum, results.transformed, results.last};

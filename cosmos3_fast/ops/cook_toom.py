@@ -70,6 +70,14 @@ def _monic(roots: Sequence[Fraction]) -> list[Fraction]:
     return coefficients
 
 
+# F(2, 3) on 0, ±3/4 and infinity, four of the points of F(4, 3), needs no kernels of its own: a row
+# of G is a polynomial's value at its point, divided by what depends on the other points. With the
+# kernels of F(4, 3) numbered `SHARED`, its products are to be multiplied by `SHARED_SCALES`.
+SHARED = (0, 1, 2, 5)
+SHARED_POINT, _FAR = float(POINTS[4][1]), float(POINTS[4][3])
+SHARED_SCALES = (-(_FAR**2), *[SHARED_POINT**2 - _FAR**2] * 2, 1.0)
+
+
 def cook_toom_tensors(outputs: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`cook_toom(outputs)` in float64 on the device of `like`."""
 

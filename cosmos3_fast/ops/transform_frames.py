@@ -11,6 +11,7 @@ GPU for which the library was not built.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -42,6 +43,7 @@ def transform_frames(
     keep_sum: bool = True,
     sum_dtype: torch.dtype | None = None,
     frames_dtype: torch.dtype | None = None,
+    point: float = 1.0,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From the products of one convolution along time to what the next one reads, in one pass.
@@ -66,6 +68,8 @@ def transform_frames(
         keep_sum: False: the first result is empty.
         sum_dtype, frames_dtype: of the first result, and of the other two; that of the products
             unless given. float64 only together with float64.
+        point: F(2, 3) is on the points 0, ±`point` and infinity: with 3/4 it can share kernels with
+            F(4, 3) (`cook_toom.SHARED`). Positive; of no effect where there is no F(2, 3).
         backend: as in `prepare_latents`.
 
     Returns:
@@ -82,7 +86,7 @@ def transform_frames(
     """
     arguments = FrameArguments(
         *(list(products), frames, to, bias, residual, weight, silu, past, scales),
-        *(keep_sum, sum_dtype, frames_dtype),
+        *(keep_sum, sum_dtype, frames_dtype, point),
     )
     if not products:
         check_transform(*arguments)  # without a tensor there is no device to ask
@@ -106,6 +110,7 @@ class FrameArguments(NamedTuple):
     keep_sum: bool = True
     sum_dtype: torch.dtype | None = None
     frames_dtype: torch.dtype | None = None
+    point: float = 1.0
 
     @property
     def first(self) -> Tensor:
@@ -184,6 +189,13 @@ def _combine(rows: Rows, terms: Sequence[Tensor]) -> list[Tensor]:
     return combined
 
 
+def _on_unit_points(window: list[Tensor], point: float) -> list[Tensor]:
+    """With `x'[j] = point^(2-j) x[j]` and `w'[k] = point^(k-2) w[k]` the points ±`point` become ±1,
+    and frame i is `point^i` times that of x' and w'."""
+    factors = (point * point, point, 1.0, 1 / point)
+    return [x * factor for x, factor in zip(window, factors, strict=True)]
+
+
 def _sums(given: FrameArguments) -> Tensor:
     """y [frames, B, C, H, W] in float32, or float64 for float64."""
     compute = torch.promote_types(given.first.dtype, torch.float32)
@@ -192,7 +204,10 @@ def _sums(given: FrameArguments) -> Tensor:
         terms = [term * scale for term, scale in zip(terms, given.scales, strict=True)]
     m, blocks, image = given.m, given.blocks, given.image
     rows = cook_toom(m).inverse if m > 1 else ((1.0,) * len(terms),)
-    y = torch.stack(_combine(rows, terms)).view(m, blocks, *image).transpose(0, 1)
+    made = _combine(rows, terms)
+    if m == 2:  # see `_on_unit_points`
+        made[1] = made[1] * given.point
+    y = torch.stack(made).view(m, blocks, *image).transpose(0, 1)
     y = y.reshape(blocks * m, *image)[: given.frames]
     if given.bias is not None:
         y = y + given.bias.to(compute).view(-1, 1, 1)
@@ -224,6 +239,8 @@ def transform_frames_reference(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]
     blocks = _blocks(frames, to)
     window = torch.cat([window, y.new_zeros(blocks * to - frames, *shape)])
     terms = [window[i::to][:blocks] for i in range(to + 2)]
+    if to == 2:
+        terms = _on_unit_points(terms, given.point)
     transformed = torch.stack(_combine(cook_toom(to).inputs, terms))
     return total, _stored(transformed, frames_dtype), last
 
@@ -275,6 +292,10 @@ def check_transform(*arguments: Any) -> None:
         scales is None or len(scales) == count,
         lambda: f"{OP}: scales must be {count} numbers, got {len(scales or ())}",
     )
+    torch._check(
+        0 < given.point < math.inf,
+        lambda: f"{OP}: point must be positive, got {given.point:g}",
+    )
     _check_target("sum_dtype", given.dtype_of_sum, first)
     _check_target("frames_dtype", given.dtype_of_frames, first)
     check_channels(OP, "bias", given.bias, first, "products")
@@ -325,7 +346,8 @@ register(
     "transform_frames(Tensor[] products, int frames, int to=0, Tensor? bias=None, "
     "Tensor? residual=None, Tensor? weight=None, bool silu=True, Tensor? past=None, "
     "float[]? scales=None, bool keep_sum=True, ScalarType? sum_dtype=None, "
-    "ScalarType? frames_dtype=None) -> (Tensor sum, Tensor transformed, Tensor last)",
+    "ScalarType? frames_dtype=None, float point=1.0) "
+    "-> (Tensor sum, Tensor transformed, Tensor last)",
     check_transform,
     eager=transform_frames_reference,
     example=_example,

@@ -291,7 +291,7 @@ def fitted(
     convolution reads are RMS-normalised frames, whose vector over C channels is at most
     √C·max|gamma| long (SiLU makes it no longer), a transformed one at most the sum of |B^T|'s row
     times that. So a product is at most that, times the sum over the nine taps of a kernel's length
-    over its input channels.
+    over its input channels. Blocks of two that share kernels with blocks of four have smaller rows.
 
     A convolution whose kernels or frames float16 does not hold (`FLOAT16_LOSS`, `FLOAT16_MOST`)
     keeps them in the network's dtype.

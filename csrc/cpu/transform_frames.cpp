@@ -37,6 +37,7 @@ struct Job {
   const Value* bias;    // zeros where there is none
   const Value* weight;  // times sqrt(C); null where nothing is normalized
   Rows residual, past, sum, transformed, last;
+  Point<Value> point;
 
   static constexpr ScalarType dtype() {
     return std::is_same_v<Value, double> ? ScalarType::Double : ScalarType::Float;
@@ -121,7 +122,7 @@ COSMOS3_INLINE void sum_block(Value* __restrict__ sums, const Value* const (&fro
       for (int k = 0; k < kProducts; ++k) {
         terms[k] = from[k][start + c] * job.scales[k];
       }
-      ((sums[i * size + start + c] = combine<FrameRow<kProducts, i>>(terms) + job.bias[c]), ...);
+      ((sums[i * size + start + c] = frame_of<kProducts, i>(terms, job.point) + job.bias[c]), ...);
     }
   }
 }
@@ -129,13 +130,15 @@ COSMOS3_INLINE void sum_block(Value* __restrict__ sums, const Value* const (&fro
 // The transformed frames of a window.
 template <int m, typename Value, size_t... j>
 COSMOS3_INLINE void transform_window(Value* const (&to)[kMost], const Value* const* window,
-                                     int64_t size, std::index_sequence<j...>) {
+                                     const Point<Value>& point, int64_t size,
+                                     std::index_sequence<j...>) {
 #pragma GCC ivdep
   for (int64_t c = 0; c < size; ++c) {
     Value terms[m + 2];
     for (int i = 0; i < m + 2; ++i) {
       terms[i] = window[i][c];
     }
+    to_unit_points<m>(terms, point);
     ((to[j][c] = combine<WindowRow<m, j>>(terms)), ...);
   }
 }
@@ -161,7 +164,7 @@ COSMOS3_INLINE void write_transformed(const Job<Value>& job, Held<Value>& held, 
     const int64_t offset = ((j * blocks + block) * job.pixels + run.pixel) * job.channels;
     to[j] = in_place ? static_cast<Value*>(job.transformed.data) + offset : held.written[j];
   }
-  transform_window<m>(to, held.window, run.size, std::make_index_sequence<m + 2>());
+  transform_window<m>(to, held.window, job.point, run.size, std::make_index_sequence<m + 2>());
   for (int j = 0; !in_place && j < m + 2; ++j) {
     write(job.transformed, job, j * blocks + block, run, to[j]);
   }
@@ -317,6 +320,7 @@ void transform_all(const FrameArguments& arguments, const FrameResults& results)
   job.sum = rows_of(results.sum);
   job.transformed = rows_of(results.transformed);
   job.last = rows_of(results.last);
+  job.point = Point<Value>(arguments.point);
   const int64_t at_once = std::max<int64_t>(1, std::min(kRun / channels, job.pixels));
   const int64_t grain =
       std::max<int64_t>(1, 16384 / (channels * std::min<int64_t>(job.frames, 16384)));
@@ -346,7 +350,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
       "transform_frames(Tensor[] products, int frames, int to=0, Tensor? bias=None, "
       "Tensor? residual=None, Tensor? weight=None, bool silu=True, Tensor? past=None, "
       "float[]? scales=None, bool keep_sum=True, ScalarType? sum_dtype=None, "
-      "ScalarType? frames_dtype=None) -> (Tensor sum, Tensor transformed, Tensor last)");
+      "ScalarType? frames_dtype=None, float point=1.0) -> (Tensor sum, Tensor transformed, Tensor "
+      "last)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cosmos3, CPU, m) {

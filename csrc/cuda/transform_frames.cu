@@ -49,6 +49,7 @@ struct Job {
   Value scale[kMostProducts];
   Value root;  // of the number of channels
   Rows bias, residual, weight, past, sum, transformed, last;
+  Point<Value> point;
   int64_t frames, pixels;  // pixels of one frame of the whole batch
   int64_t blocks;          // of `to` frames
   int channels, to;
@@ -289,7 +290,7 @@ __device__ void read_sums(Value (&y)[kAtOnce][kLanes], const Job<Value>& job, in
       }
       each_of<m>([&](auto index) {
         constexpr int i = decltype(index)::value;
-        y[n * m + i][lane] = combine<FrameRow<kProducts, i>>(scaled);
+        y[n * m + i][lane] = frame_of<kProducts, i>(scaled, job.point);
       });
     }
   }
@@ -375,6 +376,7 @@ __device__ void write_windows(const Value (&window)[kAtOnce + 2][kLanes], const 
         for (int i = 0; i < m + 2; ++i) {
           terms[i] = window[n * m + i][lane];
         }
+        to_unit_points<m>(terms, job.point);
         transformed[lane] = combine<WindowRow<m, j>>(terms);
       }
       const int64_t row = j * job.blocks + first / m + n;
@@ -502,7 +504,7 @@ __device__ Value sum_of(const Job<Value>& job, int64_t t, int64_t pixel, int cha
   each_of<m>([&](auto index) {
     constexpr int i = decltype(index)::value;
     if (t % m == i) {
-      sum = combine<FrameRow<kProducts, i>>(terms);
+      sum = frame_of<kProducts, i>(terms, job.point);
     }
   });
   if (job.bias) {
@@ -577,6 +579,7 @@ __global__ void __launch_bounds__(kThreads, 2) transform_elements_kernel(const J
       }
       auto transform = [&](auto outputs) {
         constexpr int m = decltype(outputs)::value;
+        to_unit_points<m>(window, job.point);
         each_of<m + 2>([&](auto index) {
           constexpr int j = decltype(index)::value;
           write_element(job.transformed, job.offset(j * job.blocks + block, pixel) + channel,
@@ -694,6 +697,7 @@ void transform_all(const FrameArguments& arguments, const FrameResults& results)
   job.sum = rows_of(results.sum);
   job.transformed = rows_of(results.transformed);
   job.last = rows_of(results.last);
+  job.point = Point<Value>(arguments.point);
   job.frames = arguments.frames;
   job.pixels = arguments.batch() * first.size(2) * first.size(3);
   job.blocks = blocks_of(arguments.frames, std::max<int64_t>(arguments.to, 1));

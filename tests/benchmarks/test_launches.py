@@ -75,6 +75,9 @@ def test_launches_of_one_frame():
     assert clips["decode 480×832, 81 frames"][1] <= 305e12
     assert clips["decode 720×1280, 189 frames"][1] <= 1640e12
     assert clips["encode 480×832, 17 frames"][1] <= 12.5e12
+    # Where a level has one or two frames, four kernels instead of six.
+    assert clips["decode 480×832, 5 frames"][1] <= 19.5e12
+    assert clips["encode 480×832, 5 frames"][1] <= 4e12
     # Between two rows of convolutions there is one kernel.
     more, _ = clips["decode 480×832, 16 frames more"]
     assert more.launches[launches.TRANSFORMS] <= 60

@@ -128,6 +128,7 @@ def fault_in_refusals(emulation: Emulation) -> str | None:
         ([x], 4, 1, None, None, None, True, x.view(2, 2, 3, 2, 5)),
         ([x], 4, 1, None, None, None, True, None, [1.0, 2.0]),
         ([x], 4, 1, None, None, None, True, None, None, True, F64),
+        ([x], 4, 2, None, None, None, True, None, None, True, None, None, 0.0),
     ):
         found = refusal_fault(emulation.ops["transform_frames"], check_transform, arguments)
         if found is not None:

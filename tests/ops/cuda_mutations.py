@@ -274,6 +274,14 @@ FRAMES = {
     "windows one frame apart": (
         "terms[i] = window[n * m + i][lane];", "terms[i] = window[n + i][lane];",
     ),
+    "windows of two on unit points": ("to_unit_points<m>(terms, job.point);", ""),
+    "frames of two on unit points": (
+        "frame_of<kProducts, i>(scaled, job.point);", "frame_of<kProducts, i>(scaled, {});",
+    ),
+    "element: windows of two on unit points": ("to_unit_points<m>(window, job.point);", ""),
+    "element: frames of two on unit points": (
+        "frame_of<kProducts, i>(terms, job.point);", "frame_of<kProducts, i>(terms, {});",
+    ),
 }  # fmt: skip
 
 # These leave every result right: only the trace of the loads and stores shows them.

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cosmos3_fast.ops.cook_toom import cook_toom
+from cosmos3_fast.ops.cook_toom import CookToom, cook_toom
 from cosmos3_fast.ops.transform_frames import BLOCKS
 
 # (products, to): every pair of what comes in and what goes out.
@@ -78,9 +78,9 @@ class Call:
     def all(self) -> tuple[Any, ...]:
         """As the op itself and its reference take them."""
         names = ("to", "bias", "residual", "weight", "silu", "past", "scales", "keep_sum")
-        defaults = {"to": 0, "silu": True, "keep_sum": True}
-        rest = (self.named.get(n, defaults.get(n)) for n in (*names, "sum_dtype", "frames_dtype"))
-        return (*self.positional, *rest)
+        defaults = {"to": 0, "silu": True, "keep_sum": True, "point": 1.0}
+        names = (*names, "sum_dtype", "frames_dtype", "point")
+        return (*self.positional, *(self.named.get(n, defaults.get(n)) for n in names))
 
 
 def make_call(
@@ -111,6 +111,7 @@ def make_call(
         "scales": [2.0 ** (i - 2) for i in range(count)],
         "sum_dtype": dtypes[1],
         "frames_dtype": dtypes[2],
+        "point": (1.0, 0.75, 1.3)[seed % 3],
         **named,
     }
     products = [
@@ -119,9 +120,28 @@ def make_call(
     return Call(products, frames, {k: v for k, v in made.items() if k not in absent})
 
 
+def matrices(m: int, p: float) -> CookToom:
+    """Of F(m, 3), where m is 2 on the points 0, ±p and infinity."""
+    if m != 2:
+        return cook_toom(m)
+    inputs = (
+        (-p * p, 0.0, 1.0, 0.0),
+        (0.0, p, 1.0, 0.0),
+        (0.0, -p, 1.0, 0.0),
+        (0.0, -p, 0.0, 1 / p),
+    )
+    kernel = (
+        (-1 / p**2, 0.0, 0.0),
+        *((0.5 / p**2, s / p, 0.5) for s in (0.5, -0.5)),
+        (0.0, 0.0, 1.0),
+    )
+    return CookToom(((1.0, 1.0, 1.0, 0.0), (0.0, p, -p, p)), kernel, inputs)
+
+
 def exact(call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """The results in float64 and, for each, the size of what was added up to it: rounding errors
     are parts of that, not of the result."""
+    point = call.named.get("point", 1.0)
 
     def run(of: str) -> tuple[Tensor, ...]:
         absolute = of == "sizes"
@@ -129,7 +149,7 @@ def exact(call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         scales = call.named.get("scales") or [1.0] * len(products)
         products = [p * s for p, s in zip(products, scales, strict=True)]
         m = BLOCKS[len(products)]
-        inverse = cook_toom(m).inverse if m > 1 else ((1.0,) * len(products),)
+        inverse = matrices(m, point).inverse if m > 1 else ((1.0,) * len(products),)
         frames, batch = call.frames, products[0].shape[0] // -(-call.frames // m)
         rows = torch.tensor(inverse, dtype=torch.float64, device=products[0].device)
         stacked = torch.stack(products)
@@ -166,7 +186,7 @@ def exact(call: Call) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     if to == 1:
         return (total[0], window, window[-2:]), (total[1], sizes, sizes[-2:])
     blocks = -(-call.frames // to)
-    rows = torch.tensor(cook_toom(to).inputs, dtype=torch.float64, device=y.device)
+    rows = torch.tensor(matrices(to, point).inputs, dtype=torch.float64, device=y.device)
 
     def transformed(x: Tensor, rows: Tensor) -> Tensor:
         x = torch.cat([x, x.new_zeros(blocks * to - call.frames, *x.shape[1:])])

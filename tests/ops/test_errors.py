@@ -229,8 +229,8 @@ def transform_call(
     products: list[torch.Tensor] | None = None, frames: int = 5, to: int = 1, **named: Any
 ) -> Callable[[], tuple[Any, ...]]:
     names = ("bias", "residual", "weight", "silu", "past", "scales", "keep_sum")
-    given = {"silu": True, "keep_sum": True, **named}
-    rest = [given.get(name) for name in (*names, "sum_dtype", "frames_dtype")]
+    given = {"silu": True, "keep_sum": True, "point": 1.0, **named}
+    rest = [given.get(name) for name in (*names, "sum_dtype", "frames_dtype", "point")]
     chosen = frames_of((10, 3, 4, 6)) if products is None else products
     return lambda: (chosen, frames, to, *rest)
 
@@ -276,6 +276,10 @@ TRANSFORM_FAULTS = {
         "products must have N a multiple of 2, for 5 frames in blocks of 4, got [3, 3, 4, 6]",
     ),
     "scales": (transform_call(scales=[1.0, 2.0]), "scales must be 1 numbers, got 2"),
+    **{
+        f"point {text}": (transform_call(point=float(text)), f"point must be positive, got {text}")
+        for text in ("0", "-1.5", "inf", "nan")
+    },
     "sum_dtype": (
         transform_call(sum_dtype=torch.int8),
         "sum_dtype must be float32, bfloat16, float16 or float64, got torch.int8",

@@ -19,6 +19,7 @@ from frame_products import (
     fault,
     images,
     make_call,
+    matrices,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -26,7 +27,13 @@ from torch import Tensor
 
 from cosmos3_fast import ops
 from cosmos3_fast.ops import registry
-from cosmos3_fast.ops.cook_toom import POINTS, cook_toom_tensors
+from cosmos3_fast.ops.cook_toom import (
+    POINTS,
+    SHARED,
+    SHARED_POINT,
+    SHARED_SCALES,
+    cook_toom_tensors,
+)
 from cosmos3_fast.ops.transform_frames import (
     transform_frames_reference,
     transformed_bytes,
@@ -90,9 +97,14 @@ def test_without_a_weight_frames_are_their_sums(backend: str, device: str):
     assert torch.equal(window[2:], total)
 
 
-@pytest.mark.parametrize("m", POINTS)
-def test_the_matrices_make_a_convolution(m: int):
-    inverse, kernel, inputs = cook_toom_tensors(m, torch.zeros(()))
+@pytest.mark.parametrize(("m", "point"), [*((m, 1.0) for m in POINTS), (2, 0.75), (2, 1.3)])
+def test_the_matrices_make_a_convolution(m: int, point: float):
+    inverse, kernel, inputs = (torch.tensor(x, dtype=F64) for x in matrices(m, point))
+    if point == 1:
+        for ours, made in zip(
+            (inverse, kernel, inputs), cook_toom_tensors(m, inverse), strict=True
+        ):
+            assert torch.equal(ours, made)
     generator = torch.Generator().manual_seed(m)
     d = torch.randn(m + 2, generator=generator, dtype=F64)
     g = torch.randn(3, generator=generator, dtype=F64)
@@ -110,11 +122,16 @@ def convolved(transformed: Tensor, kernels: Tensor) -> list[Tensor]:
             for x, k in zip(transformed, kernels, strict=True)]  # fmt: skip
 
 
+# Blocks of two whose kernels are those of blocks of four.
+SHARING = "two of four"
+
+
 @pytest.mark.parametrize("chunks", [(9,), (1, 4, 4), (3, 1, 6, 2), (4, 5)])
-@pytest.mark.parametrize("second", [1, 2, 4])
-@pytest.mark.parametrize("first", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("first", "second"), [*itertools.product((1, 2, 4), repeat=2), (1, SHARING), (SHARING, SHARING)]
+)
 def test_two_layers_are_the_3d_convolutions(
-    first: int, second: int, chunks: tuple[int, ...], backend: str, device: str
+    first: int | str, second: int | str, chunks: tuple[int, ...], backend: str, device: str
 ):
     """Clip -> causal convolution + bias + residual, norm, SiLU -> causal convolution + bias, in
     float64, a chunk at a time."""
@@ -135,12 +152,18 @@ def test_two_layers_are_the_3d_convolutions(
     hidden = F.silu(F.normalize(summed, dim=1) * inner**0.5 * gamma.view(-1, 1, 1, 1))
     wanted = causal(hidden, weights[1], biases[1])
 
-    def kernels(w: Tensor, m: int) -> Tensor:
+    def kernels(w: Tensor, m: int | str) -> Tensor:
         """One for each product: G applied to the taps."""
         if m == 1:
             return w.unbind(2)
+        if m == SHARING:
+            return kernels(w, 4)[[*SHARED]]
         return torch.einsum("pk,oikhw->poihw", cook_toom_tensors(m, w)[1], w)
 
+    def form(m: int | str) -> tuple[int, list[float] | None]:
+        return (2, [*SHARED_SCALES]) if m == SHARING else (m, None)
+
+    point = SHARED_POINT if second == SHARING else 1.0
     stacks = kernels(weights[0], first), kernels(weights[1], second)
     pasts: list[Tensor | None] = [None, None]
     begin, got, sums = 0, [], []
@@ -148,12 +171,19 @@ def test_two_layers_are_the_3d_convolutions(
         part, add = (x[:, :, begin : begin + count].permute(2, 0, 1, 3, 4) for x in (clip, skip))
         begin += count
         _, x, pasts[0] = ops.transform_frames(
-            [part.flatten(0, 1)], count, to=first, past=pasts[0], keep_sum=False, backend=backend
+            *([part.flatten(0, 1)], count),
+            to=form(first)[0],
+            past=pasts[0],
+            keep_sum=False,
+            point=point,
+            backend=backend,
         )
         total, x, pasts[1] = ops.transform_frames(
             *(convolved(x, stacks[0]), count),
-            to=second,
+            to=form(second)[0],
             bias=biases[0],
+            scales=form(first)[1],
+            point=point,
             residual=add,
             weight=gamma,
             past=pasts[1],
@@ -161,7 +191,11 @@ def test_two_layers_are_the_3d_convolutions(
         )
         sums.append(total)
         y, *_ = ops.transform_frames(
-            convolved(x, stacks[1]), count, bias=biases[1], backend=backend
+            *(convolved(x, stacks[1]), count),
+            bias=biases[1],
+            scales=form(second)[1],
+            point=point,
+            backend=backend,
         )
         got.append(y)
     torch.testing.assert_close(torch.cat(sums).permute(1, 2, 0, 3, 4), summed)
@@ -306,6 +340,7 @@ def test_properties(data: st.DataObject):
         absent=tuple(absent),
         silu=data.draw(st.booleans()),
         keep_sum=data.draw(st.booleans()),
+        point=data.draw(st.floats(0.25, 4)),
     )
     assert_right(call, OP(*call.all()))
     assert_right(call, transform_frames_reference(*call.all()))

@@ -5,8 +5,9 @@ of frames before the first. Of the first frame only the last tap W2 acts: one 2-
 that a network for single frames has. The frames after it are taken in blocks of m by Winograd's
 F(m, 3) *along time*: `y = A^T [(G W) * (B^T x)]`, m + 2 convolutions where 3m taps act
 (`ops.cook_toom` has the matrices and their source), so six give four frames. The last row of G is
-W2 itself. With m = 1 the taps are three convolutions; or one of three frames side by side, where
-that is less to read and write.
+W2 itself. One or two frames are a block of two, which takes four of the six kernels. With m = 1 the
+taps are three convolutions; or one of three frames side by side, where that is less to read and
+write.
 
 Between two such convolutions one kernel does the rest (`ops.transform_frames`): from the products
 to the frames, bias, residual, RMS norm, SiLU, and the next transformed frames.
@@ -36,6 +37,7 @@ from cosmos3_fast.ops import (
     winograd_conv3x3,
     winograd_pack,
 )
+from cosmos3_fast.ops.cook_toom import SHARED, SHARED_POINT, SHARED_SCALES
 from cosmos3_fast.ops.registry import is_differentiated
 from cosmos3_fast.ops.winograd import same_bits
 
@@ -146,6 +148,7 @@ class Products(NamedTuple):
         batch: videos side by side.
         dtype: of the frames.
         scales: of the parts, or None.
+        point: of the parts, as `transform_frames` takes it.
         bias: [C], or None.
         residual: [frames·B, C, H, W], or None.
     """
@@ -157,6 +160,7 @@ class Products(NamedTuple):
     scales: list[float] | None
     bias: Tensor | None
     residual: Tensor | None
+    point: float = 1.0
 
     def transformed(
         self,
@@ -165,8 +169,10 @@ class Products(NamedTuple):
         past: Tensor | None,
         dtype: torch.dtype | None,
         keep_sum: bool,
+        point: float = 1.0,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`transform_frames`; the sum as [frames·B, C, H, W]."""
+        """`transform_frames`; the sum as [frames·B, C, H, W]. Of blocks of two that follow each
+        other the points are the same."""
         residual = self.residual
         if residual is not None:
             residual = residual.unflatten(0, (self.frames, self.batch))
@@ -183,6 +189,7 @@ class Products(NamedTuple):
             keep_sum=keep_sum and not plain,  # which is the sum itself
             sum_dtype=self.dtype,
             frames_dtype=dtype,
+            point=point if to == 2 else self.point,
         )
         if plain:
             total = self.parts[0]
@@ -306,7 +313,7 @@ class Temporal(NamedTuple):
     """How causal convolutions take the frames after the first.
 
     Attributes:
-        block: m, the frames of a block: 4 or 2; 1: direct taps.
+        block: m, the frames of a whole block: 4 or 2; 1: direct taps.
         dtype: of the earlier kernels, the transformed frames and the products.
     """
 
@@ -321,6 +328,11 @@ class Temporal(NamedTuple):
         fewer: for Cosmos3 it has a third of all kernels and a twentieth of the products.
         """
         return Temporal(1, self.dtype) if self.dtype == torch.float32 else self
+
+    def block_of(self, frames: int) -> int:
+        """The m by which so many frames are taken: two are no half of a block of four, but a block
+        of two, which shares its kernels (`ops.cook_toom`)."""
+        return 2 if self.block == 4 and frames <= 2 else self.block
 
     @property
     def kernels(self) -> int:
@@ -459,21 +471,28 @@ class CausalConv(WinogradConv):
         assert temporal is not None
         given = terms.products(memory) if isinstance(terms, Sum) else terms
         weight = None if norm is None else norm.weight
+        block = temporal.block_of(given.frames)
+        shares = block != temporal.block
+        point = SHARED_POINT if shares else 1.0
         total, frames, past = given.transformed(
-            temporal.block, weight, memory.past(self), temporal.dtype, keep_sum
+            block, weight, memory.past(self), temporal.dtype, keep_sum, point
         )
         memory.keep(self, past)
         if self._in_windows:
             return total, self._of_windows(side_by_side(frames, step=1), memory, residual)
-        if temporal.block == 1:
+        if block == 1:
             flat, size = frames.flatten(0, 1), given.frames * memory.batch
             inputs = [flat[tap * memory.batch :][:size] for tap in range(TAPS)]
         else:
             inputs = list(frames.flatten(1, 2))
-        parts = [self._product(x, i) for i, x in enumerate(inputs)]
-        scales = [2.0**-e for e in self._exponents] if any(self._exponents) else None
+        numbers = SHARED if shares else range(temporal.kernels)
+        parts = [self._product(x, i) for i, x in zip(numbers, inputs, strict=True)]
+        scales = [2.0 ** -self._exponents[i] for i in numbers]
+        if shares:
+            scales = [a * b for a, b in zip(scales, SHARED_SCALES, strict=True)]
         made = Products(
-            parts, given.frames, memory.batch, self.weight.dtype, scales, self.bias, residual
+            *(parts, given.frames, memory.batch, self.weight.dtype),
+            *(scales if shares or any(self._exponents) else None, self.bias, residual, point),
         )
         return total, made
 

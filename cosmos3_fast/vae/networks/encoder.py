@@ -241,8 +241,8 @@ class ClipEncoder(_Encoder):
     there, the VAE's tiling is ignored.
 
     The frames after the first are taken in blocks of four (`causal` has the algebra): half the
-    products of any direct convolution. A block that is not full, as the last level's of a clip of
-    five frames, costs as much as a full one; direct taps would need kernels of their own.
+    products of any direct convolution. One or two frames, as the small levels of a clip of five
+    have, are a block of two, with four of the same six kernels.
 
     Use `from_vae`, `from_pretrained` or `from_state_dict`; the constructor gives a network with
     initial weights, to receive a `state_dict()` of the same topology. Parameters do not require

@@ -119,6 +119,27 @@ def test_sums_and_residuals() -> None:
     assert largest(torch.cat(made).view(clip.shape) - wanted) <= 1e-12 * largest(wanted)
 
 
+@pytest.mark.parametrize("sizes", [[1], [2, 1], [1] * 5, [4, 1, 8, 2, 3]])
+def test_layers_after_each_other(sizes: list[int]) -> None:
+    """In blocks of four, and with one or two frames of two, whose four kernels are among the six."""
+    taps = [seeded(6, 6, 3, 3, 3, seed=seed) for seed in range(3)]
+    bias, temporal = torch.zeros(6, dtype=torch.float64), Temporal(4, torch.float64)
+    convs = [causal_conv(each, bias, temporal, None, torch.float64) for each in taps]
+    clip, memory, made = seeded(1 + sum(sizes), 2, 6, 4, 3), Memory(2), []
+    for frames in clip.split([1, *sizes]):
+        terms: Any = Sum(frames.flatten(0, 1).contiguous(memory_format=torch.channels_last))
+        for conv in convs:
+            _, terms = conv.after(None, terms, memory)
+            if not memory.first:
+                assert len(terms.parts) == (4 if len(frames) <= 2 else 6)
+        made.append(terms.total())
+        memory.first = False
+    wanted = clip
+    for each in taps:
+        wanted = wanted_of(each, bias, None, wanted)
+    assert largest(torch.cat(made).view(clip.shape) - wanted) <= 1e-12 * largest(wanted)
+
+
 def test_a_memory_keeps_two_frames_and_no_view_of_more() -> None:
     taps, bias = seeded(4, 4, 3, 3, 3), seeded(4, seed=1)
     for block in BLOCKS:
