@@ -121,7 +121,7 @@ def test_sums_and_residuals() -> None:
 
 @pytest.mark.parametrize("sizes", [[1], [2, 1], [1] * 5, [4, 1, 8, 2, 3]])
 def test_layers_after_each_other(sizes: list[int]) -> None:
-    """In blocks of four, and with one or two frames of two, whose four kernels are among the six."""
+    """In blocks of four; one or two frames in a block of two, with four of the six kernels."""
     taps = [seeded(6, 6, 3, 3, 3, seed=seed) for seed in range(3)]
     bias, temporal = torch.zeros(6, dtype=torch.float64), Temporal(4, torch.float64)
     convs = [causal_conv(each, bias, temporal, None, torch.float64) for each in taps]
