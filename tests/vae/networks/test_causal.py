@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cosmos3_fast.ops.cook_toom import cook_toom
+from cosmos3_fast.ops.cook_toom import SHARED, SHARED_POINT, cook_toom
 from cosmos3_fast.vae import ClipDecoder, UnsupportedVAEError
 from cosmos3_fast.vae.fold import FLOAT16_LOSS, FLOAT16_MOST, fitted
 from cosmos3_fast.vae.networks.causal import CausalConv, Memory, NormSiLU, Products, Sum, Temporal
@@ -266,9 +266,18 @@ def test_extreme_latents_stay_finite(dtype: torch.dtype) -> None:
         for _, norm, conv in half_products(decoder):
             assert bool(conv.earlier.isfinite().all())
             assert norm.weight.abs().max() > 20
-        got, wanted = decoder(latents), exact(latents)
-        assert bool(got.isfinite().all())
-        assert rms(got.double() - wanted) <= 0.1 * max(rms(wanted), 0.1)
+        for clip in (latents, latents[:, :, :2]):  # whole blocks of four, and one frame
+            got, wanted = decoder(clip), exact(clip)
+            assert bool(got.isfinite().all())
+            assert rms(got.double() - wanted) <= 0.1 * max(rms(wanted), 0.1)
+
+
+def test_frames_of_blocks_of_two_are_within_the_bound_of_four() -> None:
+    """With whose kernels they are multiplied: so their products fit float16 too."""
+    factors = (SHARED_POINT**2, SHARED_POINT, 1.0, 1 / SHARED_POINT)
+    for row, j in zip(cook_toom(2).inputs, SHARED, strict=True):
+        size = sum(abs(a) * b for a, b in zip(row, factors, strict=True))
+        assert 1.5 < size < sum(map(abs, cook_toom(4).inputs[j]))
 
 
 def test_a_channel_far_smaller_than_others_is_held() -> None:
