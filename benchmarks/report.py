@@ -490,7 +490,7 @@ def draw_kernels(runs: list[Run], out: Path) -> None:
 
 
 # Results on a CPU; of what is in several, the last counts: suites that were measured again.
-ON_CPU = ("cpu", "clips")
+ON_CPU = ("cpu", "clips", "encoder")
 
 
 def committed(name: str) -> Result:
