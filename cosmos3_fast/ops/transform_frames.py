@@ -346,7 +346,7 @@ register(
     "transform_frames(Tensor[] products, int frames, int to=0, Tensor? bias=None, "
     "Tensor? residual=None, Tensor? weight=None, bool silu=True, Tensor? past=None, "
     "float[]? scales=None, bool keep_sum=True, ScalarType? sum_dtype=None, "
-    "ScalarType? frames_dtype=None, float point=1.0) "
+    "ScalarType? frames_dtype=None, float point=1.) "
     "-> (Tensor sum, Tensor transformed, Tensor last)",
     check_transform,
     eager=transform_frames_reference,

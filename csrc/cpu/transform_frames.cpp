@@ -350,7 +350,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cosmos3, m) {
       "transform_frames(Tensor[] products, int frames, int to=0, Tensor? bias=None, "
       "Tensor? residual=None, Tensor? weight=None, bool silu=True, Tensor? past=None, "
       "float[]? scales=None, bool keep_sum=True, ScalarType? sum_dtype=None, "
-      "ScalarType? frames_dtype=None, float point=1.0) -> (Tensor sum, Tensor transformed, Tensor "
+      "ScalarType? frames_dtype=None, float point=1.) -> (Tensor sum, Tensor transformed, Tensor "
       "last)");
 }
 
