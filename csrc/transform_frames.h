@@ -232,7 +232,7 @@ inline void check_transform(const FrameArguments& arguments) {
     fail(op, ": scales must be ", count, " numbers, got ", arguments.scales->size());
   }
   if (!(arguments.point > 0 && std::isfinite(arguments.point))) {
-    fail(op, ": point must be positive, got ", arguments.point);
+    fail(op, ": point must be positive and finite, got ", arguments.point);
   }
   auto check_target = [&](const char* argument, ScalarType dtype) {
     check_dtype(op, argument, dtype);

@@ -24,6 +24,13 @@ POINTS: dict[int, tuple[Fraction, ...]] = {
     4: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
 }
 
+# F(2, 3) on 0, ±3/4 and infinity, four of the points of F(4, 3), needs no kernels of its own: a row
+# of G is a polynomial's value at its point, divided by what depends on the other points. With the
+# kernels of F(4, 3) numbered `SHARED`, its products are to be multiplied by `SHARED_SCALES`.
+SHARED = (0, 1, 2, 5)
+SHARED_POINT, _FAR = float(POINTS[4][1]), float(POINTS[4][3])
+SHARED_SCALES = (-(_FAR**2), *[SHARED_POINT**2 - _FAR**2] * 2, 1.0)
+
 Rows = tuple[tuple[float, ...], ...]
 
 
@@ -68,14 +75,6 @@ def _monic(roots: Sequence[Fraction]) -> list[Fraction]:
             a - root * b for a, b in itertools.zip_longest(shifted, coefficients, fillvalue=0)
         ]
     return coefficients
-
-
-# F(2, 3) on 0, ±3/4 and infinity, four of the points of F(4, 3), needs no kernels of its own: a row
-# of G is a polynomial's value at its point, divided by what depends on the other points. With the
-# kernels of F(4, 3) numbered `SHARED`, its products are to be multiplied by `SHARED_SCALES`.
-SHARED = (0, 1, 2, 5)
-SHARED_POINT, _FAR = float(POINTS[4][1]), float(POINTS[4][3])
-SHARED_SCALES = (-(_FAR**2), *[SHARED_POINT**2 - _FAR**2] * 2, 1.0)
 
 
 def cook_toom_tensors(outputs: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -294,7 +294,7 @@ def check_transform(*arguments: Any) -> None:
     )
     torch._check(
         0 < given.point < math.inf,
-        lambda: f"{OP}: point must be positive, got {given.point:g}",
+        lambda: f"{OP}: point must be positive and finite, got {given.point:g}",
     )
     _check_target("sum_dtype", given.dtype_of_sum, first)
     _check_target("frames_dtype", given.dtype_of_frames, first)

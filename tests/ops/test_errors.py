@@ -277,7 +277,10 @@ TRANSFORM_FAULTS = {
     ),
     "scales": (transform_call(scales=[1.0, 2.0]), "scales must be 1 numbers, got 2"),
     **{
-        f"point {text}": (transform_call(point=float(text)), f"point must be positive, got {text}")
+        f"point {text}": (
+            transform_call(point=float(text)),
+            f"point must be positive and finite, got {text}",
+        )
         for text in ("0", "-1.5", "inf", "nan")
     },
     "sum_dtype": (

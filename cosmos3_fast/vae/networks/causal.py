@@ -330,8 +330,8 @@ class Temporal(NamedTuple):
         return Temporal(1, self.dtype) if self.dtype == torch.float32 else self
 
     def block_of(self, frames: int) -> int:
-        """The m by which so many frames are taken: two are no half of a block of four, but a block
-        of two, which shares its kernels (`ops.cook_toom`)."""
+        """The m by which so many frames are taken. At most two would leave half of a block of four
+        empty: they are a block of two, which shares its kernels (`ops.cook_toom.SHARED`)."""
         return 2 if self.block == 4 and frames <= 2 else self.block
 
     @property
@@ -487,12 +487,14 @@ class CausalConv(WinogradConv):
             inputs = list(frames.flatten(1, 2))
         numbers = SHARED if shares else range(temporal.kernels)
         parts = [self._product(x, i) for i, x in zip(numbers, inputs, strict=True)]
-        scales = [2.0 ** -self._exponents[i] for i in numbers]
+        exponents, scales = self._exponents, None
         if shares:
-            scales = [a * b for a, b in zip(scales, SHARED_SCALES, strict=True)]
+            scales = [b * 2.0 ** -exponents[i] for i, b in zip(SHARED, SHARED_SCALES, strict=True)]
+        elif any(exponents):
+            scales = [2.0**-e for e in exponents]
         made = Products(
             *(parts, given.frames, memory.batch, self.weight.dtype),
-            *(scales if shares or any(self._exponents) else None, self.bias, residual, point),
+            *(scales, self.bias, residual, point),
         )
         return total, made
 
